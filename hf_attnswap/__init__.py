@@ -1,0 +1,25 @@
+"""Replace the softmax attention of pretrained transformers models, and measure what it costs.
+
+import hf_attnswap
+model = hf_attnswap.swap(model, "hedgehog+window", window=64, sinks=4)
+"""
+
+from . import dispatch as _dispatch
+from . import patching as _patching
+from .attentions import get as _get
+from .attentions import names as _names
+from .config import SwapConfig
+from .errors import UsageError
+from .patching import AttentionModule, inspect, restore, swap
+from .version import __version__
+
+__all__ = ["AttentionModule", "SwapConfig", "UsageError", "__version__", "available", "inspect", "restore", "swap"]
+
+
+def available() -> list[type]:
+    """The variants, as classes: `name`, `formula`, `cost`, `source`, `control`, `options()`."""
+    return [_get(name) for name in _names()]
+
+
+_dispatch.register()
+_patching.hook_into_transformers()

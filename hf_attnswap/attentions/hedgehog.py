@@ -1,0 +1,49 @@
+"""Linear attention with a learned map that can imitate softmax's spikes.
+
+phi(x) = [softmax(Wx), softmax(-Wx)], each softmax over the head's features, W per head, the identity at the start;
+queries and keys have their own W. Zhang et al., "The hedgehog & the porcupine", 2024, in the form of LoLCATs
+(Zhang 2024): two softmaxes, not one joint softmax over [Wx, -Wx].
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .base import LinearAttention
+from .registry import register
+
+
+class HedgehogMap(nn.Module):
+    """`[B, heads, t, D]` -> `[B, heads, t, 2 D]`. W = 1 + `delta`, so that weight decay draws to the identity."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        self.delta = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.delta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + x @ self.delta.to(x.dtype)
+        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+
+
+@register
+class Hedgehog(LinearAttention):
+    """Needs training: untrained, the map is far from softmax."""
+
+    name = "hedgehog"
+    formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [softmax(Wx), softmax(-Wx)]"
+    cost = "O(n d 2d)"
+    source = "Zhang 2024 (Hedgehog, LoLCATs)"
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        self.query_map = HedgehogMap(heads.num_attention_heads, heads.head_dim)
+        self.key_map = HedgehogMap(heads.num_key_value_heads, heads.head_dim)
+
+    def map_query(self, x):
+        return self.query_map(x)
+
+    def map_key(self, x):
+        return self.key_map(x)

@@ -1,0 +1,21 @@
+"""No activation: o_i = sum_j s_ij v_j / n_i = q_i (sum_j k_j v_j^T) / n_i.
+
+The product re-associates, (Q K^T) V = Q (K^T V): this, not an activation on the scores, is what makes it O(n).
+"""
+
+from .base import LinearAttention
+from .registry import register
+
+
+@register
+class Identity(LinearAttention):
+    """Weights are signed and do not sum to one."""
+
+    name = "identity"
+    formula = "sum_j s_ij v_j / n_i"
+    cost = "O(n d^2)"
+    source = "the activation left out"
+    divide_by_count = True
+
+    def feature_map(self, x):
+        return x

@@ -1,0 +1,22 @@
+"""Linear attention with phi(x) = relu(x): the ReLU stands on q and on k, not on their product, and that is O(n).
+
+Kasai et al., "Finetuning pretrained transformers into RNNs" (T2R, without its projection), 2021; EfficientViT, 2023.
+"""
+
+import torch
+
+from .base import LinearAttention
+from .registry import register
+
+
+@register
+class ReluKernel(LinearAttention):
+    """A row whose features share no key's is zero."""
+
+    name = "relu_kernel"
+    formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(x)"
+    cost = "O(n d^2)"
+    source = "Kasai 2021, Cai 2023"
+
+    def feature_map(self, x):
+        return torch.relu(x)

@@ -1,0 +1,33 @@
+"""Sigmoid on the scores: o_i = sum_j sigmoid(s_ij + b_i) v_j with b_i = -log n_i + a learned offset per head.
+
+Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attention", 2024. O(n^2).
+"""
+
+import torch
+from torch import nn
+
+from ..ops.heads import scores
+from .base import ScoreAttention
+from .registry import register
+
+
+@register
+class Sigmoid(ScoreAttention):
+    """Each weight stands alone: no sum over the row is needed, and rows do not sum to one."""
+
+    name = "sigmoid"
+    formula = "sum_j sigmoid(s_ij + b) v_j, b = -log n_i + offset"
+    source = "Ramapuram 2024"
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        self.offset = nn.Parameter(torch.empty(heads.num_attention_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.offset)
+
+    def weights(self, query, key, allowed, scaling):
+        count = allowed.sum(-1, keepdim=True).clamp(min=1).to(query.dtype)
+        s = scores(query, key) * scaling - count.log() + self.offset.to(query.dtype)[:, None, None]
+        return torch.sigmoid(s).masked_fill(~allowed, 0)

@@ -1,0 +1,52 @@
+"""Softmax over the last `window` keys and the first `sinks`: the control that every hybrid must beat.
+
+Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language models with attention sinks", 2023.
+"""
+
+import torch
+
+from ..ops.heads import scores
+from ..ops.window import Context, WindowState, window_softmax_parts
+from .base import Attention, Option
+from .registry import register
+
+WINDOW_STATE = WindowState.__dataclass_fields__
+
+
+def near(allowed: torch.Tensor, window: int, sinks: int) -> torch.Tensor:
+    """Of the keys each row may attend to, the last `window` and the first `sinks`. O(n^2), for definitions."""
+    rank = allowed.long().cumsum(-1)
+    count = rank[..., -1:]
+    return allowed & ((rank > count - window) | (rank <= sinks))
+
+
+def read_state(state: dict | None) -> WindowState | None:
+    return WindowState(**{name: state[name] for name in WINDOW_STATE}) if state else None
+
+
+@register
+class Window(Attention):
+    """Forgets all else: what a hybrid gains over this is what its linear branch does."""
+
+    name = "window"
+    formula = "softmax over the last w keys and the first m"
+    cost = "O(n (w + m) d)"
+    cost_class = "linear"
+    source = "Beltagy 2020, Xiao 2023"
+    control = True
+    stateful = True
+    window = Option(64, "most recent keys attended to, the token itself included", minimum=1)
+    sinks = Option(4, "first tokens of the text always attended to", minimum=0)
+
+    def weights(self, query, key, allowed, scaling):
+        s = scores(query, key) * scaling
+        s = s.masked_fill(~near(allowed, self.window, self.sinks), float("-inf"))
+        return torch.softmax(s, dim=-1).nan_to_num(0.0)
+
+    def forward(self, query, key, value, mask, scaling, state=None):
+        context = Context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
+        numerator, denominator, _ = window_softmax_parts(context, scaling)
+        if state is not None:
+            state.update(vars(context.state()))
+        # Every valid row sees itself, so its denominator is at least 1.
+        return context.unalign(numerator / denominator.clamp(min=1)).to(query.dtype)

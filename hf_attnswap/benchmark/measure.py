@@ -1,0 +1,92 @@
+"""Clocks and memory: rounds in which the candidates take turns, and ratios with their spread."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and extremes of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, values) -> "Spread":
+        values = sorted(values)
+        return cls(statistics.median(values), values[0], values[-1], len(values))
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def seconds(run: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Wall time of one call; a GPU is waited for."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round; in a round they take turns, so that they share its noise."""
+    for _ in range(warmup):
+        for run in candidates.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            times[name].append(seconds(run, device))
+    return times
+
+
+def speedup(control: list[float], ours: list[float]) -> Spread:
+    """How many times faster than the control, round by round."""
+    return Spread.of([c / o for c, o in zip(control, ours, strict=True)])
+
+
+def peak_memory_mib(run: Callable[[], Any], device: torch.device | str = "cpu") -> float | None:
+    """What a call needs at its highest on top of what was there before, in MiB; None where the system does not tell.
+
+    On CUDA from torch's allocator; on Linux from the process's peak resident size, which is reset before the call.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if sys.platform != "linux":
+        return None
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # some sandboxes forbid it
+        return None
+    before = _status_kib("VmRSS")
+    run()
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")

@@ -1,0 +1,374 @@
+"""The `attnswap` command: thin wrappers that print, and one clear line where something is wrong."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Replace the softmax attention of pretrained transformers models, and measure what it costs.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hub id, a folder, or a .gguf file")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; CUDA where there is one")]
+Revision = Annotated[str | None, typer.Option("--revision", help="of a Hub model")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust_remote_code", help="run code that the model's repository brings")
+]
+AttentionName = Annotated[str, typer.Option("--attention", help="a variant, see `attnswap ls`")]
+Layers = Annotated[str | None, typer.Option("--layers", help="all, or a slice '1::2', or indices '0,3,5'")]
+Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="an option of the variant")]
+Seed = Annotated[int, typer.Option("--seed", help="of the order of text")]
+TrainFile = Annotated[str | None, typer.Option("--train_file", help="text, json, parquet or csv")]
+ValidationFile = Annotated[
+    str | None, typer.Option("--validation_file", help="held-out text; else a fifth is held out")
+]
+DatasetName = Annotated[str | None, typer.Option("--dataset_name", help="a dataset of the Hub, in place of files")]
+DatasetConfig = Annotated[str | None, typer.Option("--dataset_config_name", help="its configuration")]
+TextColumn = Annotated[str, typer.Option("--text_column", help="the column that holds the text")]
+
+
+def main() -> None:
+    """Run the command line and exit: 0 on success, 2 on wrong use, 1 on failure, 130 when interrupted."""
+    try:
+        code = app(standalone_mode=False, prog_name="attnswap")
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        code = _fail(error.format_message(), 2)
+    except UsageError as error:
+        code = _fail(str(error), 2)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; the same command goes on where it was", 130)
+    except Exception as error:
+        if os.environ.get("ATTNSWAP_DEBUG"):
+            raise
+        code = _fail((str(error).strip() or repr(error)).splitlines()[0], 1)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    if code == 2 and os.environ.get("ATTNSWAP_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"attnswap: {message}", file=sys.stderr)
+    return code
+
+
+def _out(as_json: bool, content: Any, *renderables: Any) -> None:
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        Console().print(*renderables)
+
+
+def _layers(text: str | None) -> Any:
+    return text if text is None or ":" in text else [part.strip() for part in text.split(",")]
+
+
+@app.command("ls")
+def list_attentions(as_json: Json = False) -> None:
+    """The variants: formula, cost, options, source.
+
+    Example: attnswap ls
+    """
+    from . import available
+
+    entries = [
+        {
+            "name": cls.name, "control": cls.control, "formula": cls.formula, "cost": cls.cost,
+            "cost_class": cls.cost_class, "masks": "any" if cls.dense_masks else "causal, padding, packed",
+            "constant_state": cls.stateful, "source": cls.source,
+            "options": {n: {"default": o.default, "help": o.help} for n, o in cls.options().items()},
+        }
+        for cls in available()
+    ]  # fmt: skip
+    table = Table(title="Attention variants (control: for comparison)")
+    for column in ("name", "formula", "cost", "masks", "options", "source"):
+        table.add_column(column, overflow="fold")
+    for e in entries:
+        options = ", ".join(f"{n}={o['default']}" for n, o in e["options"].items())
+        table.add_row(
+            e["name"] + (" (control)" if e["control"] else ""),
+            e["formula"],
+            e["cost"],
+            e["masks"],
+            options,
+            e["source"],
+        )
+    _out(as_json, entries, table)
+
+
+@app.command("inspect")
+def inspect_model(model: Model, as_json: Json = False, trust_remote_code: TrustRemoteCode = False) -> None:
+    """Which attention modules of a model can be swapped, and why the others cannot. Reads no weights.
+
+    Example: attnswap inspect HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    from . import inspect
+    from .loading import architecture
+
+    found = inspect(architecture(model, trust_remote_code))
+    table = Table(title=model)
+    for column in ("layer", "module", "class", "runs", "can be swapped"):
+        table.add_column(column, overflow="fold")
+    for m in found:
+        table.add_row(
+            str(m.layer), m.name, m.class_name, m.swapped or "softmax", f"no: {m.reason}" if m.reason else "yes"
+        )
+    _out(
+        as_json, [vars(m) for m in found], table if found else f"{model} has no attention module that could be swapped"
+    )
+
+
+@app.command()
+def convert(
+    model: Model,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="a new or empty folder")],
+    attention: AttentionName = "hedgehog+window",
+    layers: Layers = None,
+    option: Options = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Swap the attention of a model and save it, untrained. Load it after `import hf_attnswap` as any model.
+
+    Example: attnswap convert HuggingFaceTB/SmolLM2-135M --attention relu_power --option p=16 --output_dir relu16
+    """
+    from .files import require_empty, whole_folder
+    from .loading import load
+    from .patching import describe, swap
+    from .tradeoff import parse_options
+
+    require_empty(output_dir)
+    loaded, tokenizer = load(model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
+    swap(loaded, attention, layers=_layers(layers), **parse_options(option or []))
+    with whole_folder(output_dir) as folder:
+        loaded.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"{output_dir}: {describe(loaded)}, not trained")
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    train_file: Annotated[str | None, typer.Option("--validation_file", help="text, json, parquet or csv")] = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfig = None,
+    split: Annotated[str, typer.Option("--split", help="of the dataset")] = "test",
+    text_column: TextColumn = "text",
+    context_lengths: Annotated[list[int] | None, typer.Option("--context_length", help="may be repeated")] = None,
+    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1)] = 16384,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Perplexity of a model, swapped or not, by context length, with the standard error.
+
+    Example: attnswap evaluate relu16 --validation_file book.txt --context_length 512 --context_length 2048
+    """
+    from .data import token_blocks
+    from .evaluation.perplexity import perplexity
+    from .loading import load
+    from .patching import describe
+
+    source = _source(train_file, dataset_name, dataset_config_name, split, text_column)
+    contexts = context_lengths or [512]
+    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, max(contexts)))
+    rows = []
+    table = Table(title=f"{model}: {describe(loaded)}")
+    for column in ("context", "perplexity", "nll per token", "standard error", "tokens"):
+        table.add_column(column, justify="right")
+    for context in contexts:
+        found = perplexity(loaded, tokens, context)
+        rows.append(
+            {
+                "context": context,
+                "perplexity": found.perplexity,
+                "nll": found.mean,
+                "standard_error": found.standard_error,
+                "tokens": found.tokens,
+            }
+        )
+        table.add_row(
+            str(context),
+            f"{found.perplexity:.4g}",
+            f"{found.mean:.4f}",
+            f"{found.standard_error:.4f}",
+            str(found.tokens),
+        )
+    _out(as_json, rows, table)
+
+
+@app.command()
+def bench(
+    model: Model,
+    attention: Annotated[list[str] | None, typer.Option("--attention", help="may be repeated; all by default")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="may be repeated")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1)] = 1,
+    threads: Annotated[int | None, typer.Option("--threads", help="of the CPU; torch's choice by default")] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of the attention alone, at the head shape of MODEL, beside torch's SDPA. Reads no weights.
+
+    Example: attnswap bench HuggingFaceTB/SmolLM2-135M-Instruct --attention elu --length 8192 --threads 1
+    """
+    import torch
+
+    from . import available, inspect
+    from .attentions import get
+    from .benchmark.attention import bench as measure
+    from .loading import architecture, find_device
+    from .patching import head_shape
+
+    if threads:
+        torch.set_num_threads(threads)
+    built = architecture(model)
+    heads = head_shape(built, inspect(built))
+    names = attention or [cls.name for cls in available() if cls.name != "softmax"]
+    where = find_device(device)
+    variants = {name: _checked(get, name)(heads).to(where, getattr(torch, dtype)) for name in names}
+    rows = measure(
+        variants,
+        heads,
+        lengths or [512, 1024, 2048, 4096],
+        batch_size=batch_size,
+        rounds=rounds,
+        dtype=getattr(torch, dtype),
+        device=where,
+    )
+    table = Table(
+        title=f"times as fast as SDPA, median (lowest to highest of {rounds} rounds)\n{heads}, batch "
+        f"{batch_size}, {dtype}, {where}, {torch.get_num_threads()} threads"
+    )
+    for column in ("attention", "length", "forward", "forward + backward", "peak MiB", "SDPA's peak MiB"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    for row in rows:
+        table.add_row(
+            row.attention,
+            str(row.length),
+            str(row.forward),
+            str(row.forward_backward),
+            *("?" if m is None else f"{m:.0f}" for m in (row.peak_memory_mib, row.sdpa_peak_memory_mib)),
+        )
+    _out(
+        as_json,
+        [{**vars(r), "forward": vars(r.forward), "forward_backward": vars(r.forward_backward)} for r in rows],
+        table,
+    )
+
+
+@app.command()
+def tradeoff(
+    model: Model,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="new, empty, or of an interrupted run")],
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfig = None,
+    text_column: TextColumn = "text",
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="a variant, options after a colon: relu_power:p=8; may be repeated"),
+    ] = None,
+    context_lengths: Annotated[
+        list[int] | None, typer.Option("--context_length", help="of perplexity; may be repeated")
+    ] = None,
+    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 8192,
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="of speed; may be repeated")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="of speed, arms taking turns")] = 3,
+    decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 8,
+    align_tokens: Annotated[int, typer.Option("--align_tokens", min=0, help="0 leaves the arms untrained")] = 20480,
+    block_size: Annotated[int, typer.Option("--block_size", min=2, help="of training")] = 512,
+    learning_rate: Annotated[float | None, typer.Option("--learning_rate", help="of the alignment")] = None,
+    per_device_train_batch_size: Annotated[int, typer.Option("--per_device_train_batch_size", min=1)] = 1,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    revision: Revision = None,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """What each attention costs in quality and gains in speed on a model: report.json, .md, .html and plots.
+
+    Example: attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct --train_file book.txt --output_dir report
+    """
+    from . import report
+    from .loading import load
+    from .tradeoff import DEFAULT_ARMS, DEFAULT_LEARNING_RATE, Arm, Settings, measure
+
+    settings = Settings(
+        arms=tuple(arms or DEFAULT_ARMS), context_lengths=tuple(context_lengths or [512]),
+        max_eval_tokens=max_eval_tokens, lengths=tuple(lengths or [512, 1024, 2048]), rounds=rounds,
+        decode_tokens=decode_tokens, align_tokens=align_tokens, block_size=block_size,
+        learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
+        per_device_train_batch_size=per_device_train_batch_size, seed=seed,
+    )  # fmt: skip
+    for arm in settings.arms:
+        Arm.parse(arm)
+    training = _source(train_file, dataset_name, dataset_config_name, "train", text_column)
+    evaluation = None if validation_file is None else _source(validation_file, None, None, "train", text_column)
+    console = Console(stderr=True)
+    with console.status("loading the model") as status:
+        loaded, tokenizer = load(
+            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
+
+        def progress(line: str) -> None:
+            status.update(line)
+            if not console.is_terminal and "alignment step" not in line:
+                print(line, file=sys.stderr, flush=True)
+
+        found = measure(
+            loaded,
+            tokenizer,
+            training,
+            evaluation,
+            settings,
+            output_dir,
+            model_name=Path(model).name if Path(model).exists() else model,
+            command=shlex.join(["attnswap", *sys.argv[1:]]),
+            progress=progress,
+        )
+        status.update("drawing the report")
+        written = report.write_all(found, output_dir)
+    _out(as_json, found, report.show(found))
+    print("\n".join(str(path) for path in written), file=sys.stderr)
+
+
+def _checked(call, *arguments):
+    try:
+        return call(*arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _source(file, dataset_name, dataset_config_name, split, column):
+    from .data import TextSource
+
+    if (file is None) == (dataset_name is None):
+        raise UsageError("give text: either a file or --dataset_name")
+    return TextSource(file or dataset_name, split=split, config_name=dataset_config_name, column=column)

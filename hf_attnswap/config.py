@@ -1,0 +1,157 @@
+"""Which attention goes where: what the user says, what is saved in config.json."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import attentions
+from .errors import UsageError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class SwapConfig:
+    """A swap, as the user describes it.
+
+    Attributes:
+        attention: name of a variant, see `hf_attnswap.available()`.
+        layers: None for all layers; a list of indices; a slice string such as "1::2"; or a dict from an index or slice
+            string to an attention name or to `{"attention": name, option: value, ...}`, which leaves all other layers
+            as they are.
+        options: options of the variant; those that a dict in `layers` gives win.
+    """
+
+    attention: str = "hedgehog+window"
+    layers: None | Sequence[int] | str | Mapping[int | str, Any] = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def plan(self, indices: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+        """For each layer to swap, of those with these indices: the variant and all its options with their values.
+
+        Raises:
+            UsageError: an unknown variant, option or layer, or a layer named twice.
+        """
+        if isinstance(self.layers, Mapping):
+            choices = [(layers, *self._choice(given)) for layers, given in self.layers.items()]
+        else:
+            choices = [(self.layers, self.attention, self.options)]
+        plan: dict[int, tuple[str, dict[str, Any]]] = {}
+        used: set[str] = set()
+        for layers, name, given in choices:
+            cls = _get(name)
+            used |= set(cls.options()) & set(given)
+            try:
+                options = cls.check_options(
+                    {n: v for n, v in given.items() if n in cls.options()}
+                    if isinstance(self.layers, Mapping)
+                    else given
+                )
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            for index in select(layers, indices):
+                if index in plan:
+                    raise UsageError(f"layers names layer {index} twice")
+                plan[index] = (name, options)
+        unused = set(self.options) - used
+        if unused:
+            raise UsageError(f"option {sorted(unused)[0]!r} belongs to none of the attentions in layers")
+        return plan
+
+    def _choice(self, given: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        if isinstance(given, str):
+            return given, self.options
+        own = {n: v for n, v in given.items() if n != "attention"}
+        name = given.get("attention", self.attention)
+        unknown = set(own) - set(_get(name).options())
+        if unknown:
+            raise UsageError(f"{name} has no option {sorted(unknown)[0]!r}")
+        return name, {**self.options, **own}
+
+    @staticmethod
+    def plan_to_dict(plan: Mapping[int, tuple[str, dict[str, Any]]], kept: str) -> dict[str, Any]:
+        """What goes into config.json: groups of layers with the same attention and options, and a format version.
+
+        Args:
+            kept: the attention implementation of the layers that keep softmax.
+        """
+        groups: list[dict[str, Any]] = []
+        for index, (name, options) in sorted(plan.items()):
+            for group in groups:
+                if (group["attention"], group["options"]) == (name, options):
+                    group["layers"].append(index)
+                    break
+            else:
+                groups.append({"attention": name, "options": dict(options), "layers": [index]})
+        return {"format_version": FORMAT_VERSION, "kept": kept, "swapped": groups}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "SwapConfig":
+        """Back from config.json.
+
+        Raises:
+            UsageError: a newer format, or something that this package did not write.
+        """
+        version = saved.get("format_version") if isinstance(saved, Mapping) else None
+        if not isinstance(version, int):
+            raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise UsageError(
+                f"attnswap in config.json has format_version {version}, this release reads up to {FORMAT_VERSION}: "
+                "upgrade hf_attnswap"
+            )
+        try:
+            layers = {
+                int(index): {"attention": group["attention"], **group["options"]}
+                for group in saved["swapped"]
+                for index in group["layers"]
+            }
+            if saved["kept"] not in ("sdpa", "eager"):
+                raise ValueError(f"kept is {saved['kept']!r}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"attnswap in config.json is damaged: {error!r} in {saved!r}") from None
+        return cls(layers=layers)
+
+
+def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> list[int]:
+    """The indices that `layers` names; negative indices count from the end.
+
+    Raises:
+        UsageError: an index that the model does not have, or a slice that selects nothing.
+    """
+    indices = list(indices)
+    if layers is None:
+        return indices
+    if isinstance(layers, str) and ":" in layers:
+        try:
+            chosen = indices[slice(*(int(part) if part.strip() else None for part in layers.split(":")))]
+        except (ValueError, TypeError):
+            raise UsageError(f"layers is {layers!r}; expected a slice such as '1::2'") from None
+        if not chosen:
+            raise UsageError(f"layers {layers!r} selects none of the {len(indices)} layers")
+        return chosen
+    chosen = []
+    for layer in [layers] if isinstance(layers, int | str) else layers:
+        try:
+            index = int(layer)
+        except (TypeError, ValueError):
+            raise UsageError(f"layers has {layer!r}; expected an index or a slice such as '1::2'") from None
+        index = index + len(indices) if index < 0 else index
+        if index not in indices:
+            raise UsageError(f"layers has {layer}, but the model's attention layers are {_span(indices)}")
+        chosen.append(index)
+    if not chosen:
+        raise UsageError("layers is empty; leave it out to swap all layers")
+    return chosen
+
+
+def _span(indices: list[int]) -> str:
+    contiguous = indices == list(range(indices[0], indices[-1] + 1))
+    return f"{indices[0]} to {indices[-1]}" if contiguous else ", ".join(map(str, indices))
+
+
+def _get(name: str) -> type[attentions.Attention]:
+    try:
+        return attentions.get(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None

@@ -1,0 +1,58 @@
+"""Files and folders that appear whole under their name, or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UsageError
+
+
+def write_whole(path: str | Path, data: bytes) -> Path:
+    """Write `data` to a temporary file beside `path`, then rename it to `path`; return `path`.
+
+    Whatever fails before the rename leaves the file that was there before, and no temporary file.
+    """
+    path = Path(path)
+    # Not tempfile: its files are readable by their owner only, and a report is meant to be passed on.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that becomes `path` when the block ends well, and goes when it does not.
+
+    Raises:
+        UsageError: `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    require_empty(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_empty(path: Path) -> None:
+    """UsageError where `path` is a file or a folder with something in it."""
+    if path.is_file():
+        raise UsageError(f"output folder {str(path)!r} is a file")
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"output folder {str(path)!r} is not empty: name another one, or empty it")

@@ -1,0 +1,95 @@
+"""Models and tokenizers from a Hub id, a folder or a .gguf file."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UsageError
+
+
+def load(
+    model_name_or_path: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model in eval mode, and its tokenizer.
+
+    A GGUF file is dequantised and loses its quantised mark, so that it can be saved and trained as any model.
+
+    Raises:
+        UsageError: no such model, a file that is not a GGUF, or a device that is not there.
+    """
+    device = find_device(device)
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype) and dtype != "auto":
+        raise UsageError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or auto")
+    source, where = _source(model_name_or_path)
+    where |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    except UsageError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub, safetensors and gguf raise many kinds
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UsageError(f"cannot load the model {model_name_or_path!r}: {first_line}") from error
+    if "gguf_file" in where:
+        _forget_quantisation(model)
+    return model.to(device).eval(), tokenizer
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or CUDA where there is one, else the CPU. UsageError where it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {str(device)!r} is not there: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _source(name: str) -> tuple[str, dict]:
+    path = Path(name)
+    if path.suffix != ".gguf":
+        if path.is_file():
+            raise UsageError(f"model {name!r} is a file; expected a Hub id, a folder or a .gguf file")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UsageError(f"model folder {name!r} has no config.json")
+        return name, {}
+    if not path.is_file():
+        raise UsageError(f"model file {name!r} does not exist")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise UsageError(f"model file {name!r} is not a GGUF file: it starts with {magic!r}")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """The weights are plain tensors by now; the mark would make save_pretrained refuse."""
+    for holder, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+        (model.config, "quantization_config"),
+    ):
+        holder.__dict__.pop(name, None)
+
+
+def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights (on the meta device): enough for `inspect`."""
+    source, where = _source(model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except UsageError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UsageError(f"cannot read the model {model_name_or_path!r}: {first_line}") from error

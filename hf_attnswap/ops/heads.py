@@ -1,0 +1,36 @@
+"""Products of query heads with the key/value heads that they share (grouped-query attention)."""
+
+import torch
+from torch import Tensor
+
+
+def stack_groups(query: Tensor, num_key_value_heads: int) -> Tensor:
+    """`[B, H, T, D]` -> `[B, Hkv, G * T, D]`: the query heads of a group, one below the other.
+
+    One product per key/value head then serves the whole group, and keys and values are never repeated.
+    """
+    batch, heads, length, dim = query.shape
+    return query.reshape(batch, num_key_value_heads, heads // num_key_value_heads * length, dim)
+
+
+def unstack_groups(rows: Tensor, num_attention_heads: int) -> Tensor:
+    """`[B, Hkv, G * T, D]` -> `[B, H, T, D]`, the inverse of `stack_groups`."""
+    batch, kv_heads, stacked, dim = rows.shape
+    return rows.reshape(batch, num_attention_heads, kv_heads * stacked // num_attention_heads, dim)
+
+
+def scores(query: Tensor, key: Tensor) -> Tensor:
+    """query `[B, H, T, D]`, key `[B, Hkv, S, D]` -> `query . key`, `[B, H, T, S]`."""
+    stacked = stack_groups(query, key.shape[1])
+    return unstack_groups(torch.matmul(stacked, key.transpose(-1, -2)), query.shape[1])
+
+
+def mix(weights: Tensor, value: Tensor) -> Tensor:
+    """weights `[B, H, T, S]`, value `[B, Hkv, S, Dv]` -> `sum_j weights_ij v_j`, `[B, H, T, Dv]`."""
+    stacked = stack_groups(weights, value.shape[1])
+    return unstack_groups(torch.matmul(stacked, value), weights.shape[1])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are accumulated: float32, or float64 where the inputs are float64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,33 @@
+"""From the JSON of `attnswap tradeoff`, and from nothing else, to tables, plots and pages."""
+
+from pathlib import Path
+
+from ..files import write_whole
+from .schema import read, validate, write
+from .table import show
+
+__all__ = ["read", "show", "validate", "write", "write_all"]
+
+
+def write_all(report: dict, folder: str | Path) -> list[Path]:
+    """Write report.json, report.md, report.html, tradeoff.png and, where it applies, dial.png.
+
+    Return their paths. Everything is rendered before the first file is written, and each file appears whole.
+    A dial.png that an earlier report left in `folder` is removed where this one has none.
+    """
+    # Here, not above: importing matplotlib takes most of a second that the terminal table does not need.
+    from . import html, markdown, plots
+
+    validate(report)
+    pictures = plots.pictures(report)
+    pages = {
+        "report.md": markdown.render(report, pictures).encode(),
+        "report.html": html.render(report, pictures).encode(),
+    } | {picture.file: picture.png for picture in pictures}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [write(report, folder / "report.json")]
+    written += [write_whole(folder / name, data) for name, data in pages.items()]
+    if "dial.png" not in pages:
+        (folder / "dial.png").unlink(missing_ok=True)
+    return written

@@ -1,0 +1,52 @@
+"""What both plots share: the PNG with its words, where ratios are clipped, and plain ticks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from math import ceil, floor, log10
+
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+
+DPI = 150
+CLIP = 30.0  # Drawn to scale, a ratio of 1e10 would press all the others into one line.
+INK = "#222222"
+GRID = {"color": "#DDDDDD", "linewidth": 0.6}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its file name, and the words that go with it."""
+
+    file: str
+    title: str
+    caption: str
+    png: bytes
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG on white, which a dark page does not swallow."""
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
+    return stream.getvalue()
+
+
+def ticks(axis: Axis, low: float, high: float, most: int) -> None:
+    """Put round ticks, `most` at most, on a logarithmic axis from `low` to `high`, as plain numbers."""
+    powers = range(floor(log10(low)), ceil(log10(high)) + 1)
+    for steps in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [round(step * 10.0**power, 9) for power in powers for step in steps]
+        found = [tick for tick in found if low <= tick <= high]
+        if len(found) >= 5:
+            break
+    if len(found) < 4:
+        found = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
+    fix_ticks(axis, found[:: ceil(len(found) / most) or 1])
+
+
+def fix_ticks(axis: Axis, places: Sequence[float]) -> None:
+    """Put ticks at `places` and nowhere else."""
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FixedFormatter([f"{place:g}" for place in places]))

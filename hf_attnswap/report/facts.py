@@ -1,0 +1,101 @@
+"""What the tables, the summary and the plots ask of a report: selections, no words and no formatting."""
+
+from collections import Counter
+from typing import Any
+
+Arm = dict[str, Any]
+Report = dict[str, Any]
+
+
+def reference(report: Report) -> Arm | None:
+    """The softmax arm that ratios and speed-ups refer to: the one not aligned, where there are several."""
+    arms = [arm for arm in report["arms"] if arm["attention"] == "softmax"]
+    return min(arms, key=lambda arm: arm["alignment"] is not None, default=None)
+
+
+def contexts(report: Report) -> list[int]:
+    """Every context at which a perplexity was asked for, ascending."""
+    return sorted({entry["context"] for arm in report["arms"] for entry in arm["perplexity"]})
+
+
+def lengths(report: Report) -> list[int]:
+    """Every length at which speed was asked for, ascending."""
+    return sorted({entry["length"] for arm in report["arms"] for entry in arm["speed"]})
+
+
+def perplexity_at(arm: Arm, context: int | None) -> dict | None:
+    """The perplexity entry of `arm` at `context`."""
+    return next((entry for entry in arm["perplexity"] if entry["context"] == context), None)
+
+
+def speed_at(arm: Arm, length: int) -> dict | None:
+    """The speed entry of `arm` at `length`."""
+    return next((entry for entry in arm["speed"] if entry["length"] == length), None)
+
+
+def ratio(arm: Arm, context: int | None) -> dict | None:
+    """Perplexity of `arm` over softmax's at `context` with its interval; None where there is none."""
+    entry = perplexity_at(arm, context)
+    return entry["ratio"] if entry else None
+
+
+def headline_context(report: Report) -> int | None:
+    """The one context that summary and plots speak of: where most arms have a ratio, the longest of these."""
+    entries = [entry for arm in report["arms"] for entry in arm["perplexity"]]
+    known = Counter(entry["context"] for entry in entries if entry["ratio"])
+    return max(known, key=lambda context: (known[context], context), default=None)
+
+
+def speedups(arm: Arm, key: str) -> list[tuple[int, dict]]:
+    """(length, spread) for each length where `arm` has the speed-up `key`, by length."""
+    found = [(entry["length"], entry[key]) for entry in arm["speed"] if entry[key]]
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def faster_from(arm: Arm, key: str) -> int | None:
+    """The length from which on every run of `arm` was faster than softmax, up to the longest measured."""
+    start = None
+    for length, spread in reversed(speedups(arm, key)):
+        if spread["low"] <= 1:
+            break
+        start = length
+    return start
+
+
+def window_control(report: Report, hybrid: Arm) -> Arm | None:
+    """The `window` arm with the window and sinks of `hybrid`; of several, the one trained most like it."""
+
+    def same(arm: Arm) -> bool:
+        pairs = [(arm["options"].get(key), hybrid["options"].get(key)) for key in ("window", "sinks")]
+        return all(mine == other for mine, other in pairs if None not in (mine, other))
+
+    found = [arm for arm in report["arms"] if arm["attention"] == "window" and same(arm)]
+    found = [arm for arm in found if any(entry["ratio"] for entry in arm["perplexity"])]
+    return min(found, key=lambda arm: abs(aligned_tokens(arm) - aligned_tokens(hybrid)), default=None)
+
+
+def aligned_tokens(arm: Arm) -> int:
+    """The tokens `arm` was aligned on; 0 without alignment."""
+    return arm["alignment"]["tokens"] if arm["alignment"] else 0
+
+
+def dial(report: Report) -> list[tuple[dict[str, Any], list[Arm]]]:
+    """The groups of `relu_power` arms that differ in `p` alone, three or more, and what they share."""
+    context = headline_context(report)
+    groups: list[tuple[dict[str, Any], list[Arm]]] = []
+    for arm in report["arms"]:
+        power = arm["options"].get("p")
+        usable = isinstance(power, int | float) and not isinstance(power, bool) and power > 0
+        measured = arm["status"] == "measured" and ratio(arm, context)
+        if arm["attention"] != "relu_power" or not usable or not measured:
+            continue
+        shared = {key: value for key, value in arm["options"].items() if key != "p"}
+        shared["alignment tokens"] = aligned_tokens(arm)
+        group = next((members for known, members in groups if known == shared), None)
+        if group is None:
+            groups.append((shared, [arm]))
+        else:
+            group.append(arm)
+    for _, members in groups:
+        members.sort(key=lambda arm: arm["options"]["p"])
+    return [(shared, members) for shared, members in groups if len({a["options"]["p"] for a in members}) >= 3]

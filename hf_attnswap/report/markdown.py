@@ -1,0 +1,36 @@
+"""report.md: GitHub's Markdown, with the plots beside it."""
+
+import re
+from collections.abc import Sequence
+
+from . import table
+from .drawing import Picture
+from .facts import Report
+from .summary import summary
+from .text import plain
+
+
+def render(report: Report, pictures: Sequence[Picture]) -> str:
+    """The whole page; `pictures` are referred to by their file names."""
+    parts = [f"# Attention swaps in {escape(plain(report['model']['name']))}"]
+    parts += [escape(paragraph) for paragraph in summary(report)]
+    parts += [f"## {table.QUALITY}", _table(table.rows(report))]
+    parts += [f"## {table.SPEED}", _table(table.speed_rows(report))]
+    for picture in pictures:
+        parts += [f"## {picture.title}", f"![{picture.title}]({picture.file})", escape(picture.caption)]
+    parts += ["## Arms", _table(table.arm_rows(report))]
+    parts += ["## How it was measured"]
+    parts += ["\n".join(f"- {key}: {escape(value)}" for key, value in table.details(report))]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(words: str) -> str:
+    """`words` as Markdown shows them literally, also inside a table cell."""
+    words = words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*|$~\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", words)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(escape(cell) for cell in row) for row in rows]
+    lines.insert(1, " | ".join("---" for _ in rows[0]))
+    return "\n".join(f"| {line} |" for line in lines)

@@ -1,0 +1,187 @@
+"""The JSON that `attnswap tradeoff` writes and every rendering here reads: checked, read, written."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+from . import shape
+from .shape import (
+    AMOUNT,
+    COUNT,
+    DATE,
+    FLAG,
+    INTEGER,
+    MISSING,
+    NAMED,
+    NUMBER,
+    OBJECT,
+    POSITIVE,
+    SIZE,
+    TEXT,
+    Maybe,
+    Problem,
+    is_count,
+    one_of,
+)
+
+NAME = "hf_attnswap.tradeoff"
+VERSION = 1
+
+SPREAD = {"median": POSITIVE, "low": POSITIVE, "high": POSITIVE, "runs": SIZE}
+ALIGNMENT = {"tokens": COUNT, "seconds": AMOUNT, "first_loss": NUMBER, "last_loss": NUMBER}
+PERPLEXITY = {
+    "context": SIZE,
+    "perplexity": Maybe(POSITIVE),
+    "nll": Maybe(NUMBER),
+    "standard_error": Maybe(AMOUNT),
+    "tokens": COUNT,
+    "ratio": Maybe({"value": POSITIVE, "low": POSITIVE, "high": POSITIVE}),
+}
+SPEED = {
+    "length": SIZE,
+    "prefill_s": Maybe(SPREAD),
+    "prefill_speedup": Maybe(SPREAD),
+    "decode_tokens_per_s": Maybe(SPREAD),
+    "decode_speedup": Maybe(SPREAD),
+    "peak_memory_mib": Maybe(AMOUNT),
+    "cache_mib": Maybe(AMOUNT),
+    "note": Maybe(TEXT),
+}
+ARM = {
+    "label": NAMED,
+    "attention": NAMED,
+    "options": OBJECT,
+    "control": FLAG,
+    "formula": TEXT,
+    "cost": TEXT,
+    "cost_class": one_of("quadratic", "linear", "constant"),
+    "source": TEXT,
+    "new_parameters": COUNT,
+    "status": one_of("measured", "failed", "not measured"),
+    "reason": Maybe(TEXT),
+    "alignment": Maybe(ALIGNMENT),
+    "perplexity": [PERPLEXITY],
+    "speed": [SPEED],
+}
+MODEL = {"name": NAMED, "dtype": TEXT} | dict.fromkeys(
+    ["parameters", "attention_layers", "num_attention_heads", "num_key_value_heads", "head_dim"], COUNT
+)
+MACHINE = {"cores": COUNT, "threads": COUNT, "memory_gib": AMOUNT} | dict.fromkeys(
+    ["processor", "device", "platform"], TEXT
+)
+VERSIONS = dict.fromkeys(["hf_attnswap", "torch", "transformers", "python"], TEXT)
+REPORT = {
+    "model": MODEL,
+    "machine": MACHINE,
+    "versions": VERSIONS,
+    "date": DATE,
+    "command": TEXT,
+    "seed": INTEGER,
+    "data": {"text": TEXT, "training_tokens": COUNT, "evaluation_tokens": COUNT},
+    "arms": [ARM],
+}
+
+
+def _repeats(items: list[dict], key: str, path: str) -> Iterator[Problem]:
+    seen: dict[Any, int] = {}
+    for index, item in enumerate(items):
+        first = seen.setdefault(item[key], index)
+        if first != index:
+            yield f"{path}[{index}].{key}", item[key], f"a value that {path}[{first}].{key} does not have"
+
+
+def _intervals(value: Any, path: str) -> Iterator[Problem]:
+    """Every object below `value` with low and high whose middle (median or value) is not between them."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _intervals(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        middle = next((key for key in ("median", "value") if key in value), None)
+        if middle and "low" in value and not value["low"] <= value[middle] <= value["high"]:
+            bounds = f"from low {value['low']!r} to high {value['high']!r}"
+            yield f"{path}.{middle}", value[middle], f"a number {bounds}"
+        for key, item in value.items():
+            yield from _intervals(item, f"{path}.{key}")
+
+
+def _rules(arms: list[dict]) -> Iterator[Problem]:
+    """What no single value shows: uniqueness, reasons, nulls, order of intervals."""
+    if not arms:
+        yield "arms", arms, "at least one arm"
+    yield from _repeats(arms, "label", "arms")
+    for index, arm in enumerate(arms):
+        path = f"arms[{index}]"
+        if arm["status"] != "measured" and not (arm["reason"] or "").strip():
+            yield f"{path}.reason", arm["reason"], f"the reason, since status is {arm['status']!r}"
+        yield from _repeats(arm["perplexity"], "context", f"{path}.perplexity")
+        yield from _repeats(arm["speed"], "length", f"{path}.speed")
+        yield from _intervals({key: arm[key] for key in ("perplexity", "speed")}, path)
+        for number, entry in enumerate(arm["perplexity"]):
+            where = f"{path}.perplexity[{number}]"
+            if arm["status"] == "measured":
+                for key in ("perplexity", "nll", "standard_error"):
+                    if entry[key] is None:
+                        yield f"{where}.{key}", None, f"a finite number, since status is {arm['status']!r}"
+            if entry["perplexity"] is None and entry["ratio"] is not None:
+                yield f"{where}.ratio", entry["ratio"], "null, since perplexity is null"
+        for number, entry in enumerate(arm["speed"]):
+            if entry["prefill_s"] is None and not (entry["note"] or "").strip():
+                yield f"{path}.speed[{number}].note", entry["note"], "the reason, since prefill_s is null"
+
+
+def _problems(report: Any) -> Iterator[Problem]:
+    if not isinstance(report, dict):
+        yield "the whole", report, "an object"
+        return
+    schema, version = report.get("schema", MISSING), report.get("version", MISSING)
+    if schema != NAME:
+        yield "schema", schema, repr(NAME)
+    elif is_count(version) and version > VERSION:
+        advice = "a newer hf_attnswap wrote this file: upgrade hf_attnswap to read it"
+        yield "version", version, f"{VERSION}; {advice}"
+    elif version != VERSION or not is_count(version):
+        yield "version", version, str(VERSION)
+    else:
+        wrong = False
+        for problem in shape.problems(report, REPORT, ""):
+            wrong = True
+            yield problem
+        if not wrong:
+            yield from _rules(report["arms"])
+
+
+def _validate(report: Any, name: str) -> None:
+    problem = next(_problems(report), None)
+    if problem is None:
+        return
+    path, value, expected = problem
+    if value is MISSING:
+        raise ValueError(f"{name}: {path} is missing; expected {expected}")
+    shown = "null" if value is None else repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    raise ValueError(f"{name}: {path} is {shown}; expected {expected}")
+
+
+def validate(report: dict) -> None:
+    """Raise ValueError unless `report` is valid, with one sentence: where, what is there, what should be."""
+    _validate(report, "report.json")
+
+
+def read(path: str | Path) -> dict:
+    """The report in the file `path`, validated; ValueError names the file and the place."""
+    path = Path(path)
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    _validate(report, str(path))
+    return report
+
+
+def write(report: dict, path: str | Path) -> Path:
+    """Validate `report` and write it to `path` whole: on failure the file that was there stays."""
+    validate(report)
+    text = json.dumps(report, indent=2, allow_nan=False)
+    return write_whole(path, f"{text}\n".encode())

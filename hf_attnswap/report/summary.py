@@ -1,0 +1,163 @@
+"""The short account in words that opens every rendering, computed from the report alone."""
+
+from . import facts
+from .facts import Arm, Report
+from .text import count, listing, number, plain
+
+
+def summary(report: Report) -> list[str]:
+    """Paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
+    speed = [_speed(report, "prefill_speedup", "Prefill"), _speed(report, "decode_speedup", "Decoding")]
+    attention = [_cost(report), _none(report), *_hybrids(report)]
+    return [_quality(report), *speed, *attention, *_unmeasured(report)]
+
+
+def _name(arm: Arm) -> str:
+    return plain(arm["label"])
+
+
+def _names(arms: list[Arm]) -> str:
+    return listing([_name(arm) for arm in arms])
+
+
+def _training(arm: Arm) -> str:
+    tokens = facts.aligned_tokens(arm)
+    return f"after alignment on {count(tokens)} tokens" if tokens else "with no training"
+
+
+def _perplexity(value: dict) -> str:
+    bounds = f"{number(value['low'])} to {number(value['high'])}"
+    return f"{number(value['value'])} times softmax's perplexity (95 % interval {bounds})"
+
+
+def _quality(report: Report) -> str:
+    context = facts.headline_context(report)
+    softmax = facts.reference(report)
+    entry = facts.perplexity_at(softmax, context) if softmax else None
+    if context is None or not entry or entry["perplexity"] is None:
+        return "Quality: no perplexity was measured together with softmax's, so the arms cannot be compared."
+    start = f"Quality: at context {count(context)}, softmax has perplexity {number(entry['perplexity'])}."
+    ranked = [arm for arm in report["arms"] if facts.ratio(arm, context) and not arm["control"]]
+    ranked.sort(key=lambda arm: facts.ratio(arm, context)["value"])
+    if not ranked:
+        return f"{start} No arm other than controls has a perplexity there."
+    best = ranked[0]
+    value = facts.ratio(best, context)
+    said = [start, f"{_name(best)} keeps most quality: {_perplexity(value)}, {_training(best)}."]
+    if value["low"] <= 1 <= value["high"]:
+        said.append("That is no measurable difference from softmax.")
+    ties = [arm for arm in ranked[1:] if facts.ratio(arm, context)["low"] <= value["high"]]
+    if ties:
+        said.append(f"The interval of {_names(ties)} overlaps it, so their order is open.")
+    cheaper = next((arm for arm in ranked if arm["cost_class"] != "quadratic"), None)
+    if cheaper and cheaper is not best:
+        said.append(
+            f"Of the arms with less than quadratic cost, {_name(cheaper)} keeps most: "
+            f"{_perplexity(facts.ratio(cheaper, context))}, {_training(cheaper)}."
+        )
+    return " ".join(said)
+
+
+def _speed(report: Report, key: str, name: str) -> str:
+    swapped = [arm for arm in report["arms"] if arm["attention"] != "softmax"]
+    measured = [(arm, length, spread) for arm in swapped for length, spread in facts.speedups(arm, key)]
+    if not measured:
+        return f"{name}: no speed-up over softmax was measured."
+    arms = [item for item in measured if not item[0]["control"]]
+    said = _first_faster(arms, key) if arms else "no arm other than controls was measured."
+    controls = [arm for arm in swapped if arm["control"] and facts.faster_from(arm, key)]
+    if controls:
+        each = [f'"{_name(arm)}" from {count(facts.faster_from(arm, key))} tokens on' for arm in controls]
+        said += f" Of the controls, these are faster than softmax: {listing(each)}."
+    return f"{name}: {said}"
+
+
+def _first_faster(measured: list[tuple[Arm, int, dict]], key: str) -> str:
+    """From which length on an arm is faster than softmax in every run; else the nearest to it."""
+    lasting = [item for item in measured if item[1] == facts.faster_from(item[0], key)]
+    if lasting:
+        arm, length, spread = min(lasting, key=lambda item: (item[1], -item[2]["median"]))
+        others: dict[int, list[Arm]] = {}
+        for other, start, _ in sorted(lasting, key=lambda item: item[1]):
+            if other is not arm:
+                others.setdefault(start, []).append(other)
+        also = "; ".join(f"from {count(start)} on also {_names(arms)}" for start, arms in others.items())
+        also = f" Faster {also}." if also else ""
+        start = f"from {count(length)} tokens on, {_name(arm)} is faster than softmax in every run"
+        return f"{start}, {_speedup(spread)} at {count(length)}.{also}"
+    lengths = sorted({length for _, length, _ in measured})
+    tried = " and ".join(count(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
+    tried = f"measured between {tried} tokens" if len(lengths) > 1 else f"measured at {tried} tokens"
+    single = [item for item in measured if item[2]["low"] > 1]
+    arm, length, spread = max(single or measured, key=lambda item: item[2]["median"])
+    best = f"{_name(arm)}, {_speedup(spread)} at {count(length)}"
+    if single:
+        return f"nothing stays faster than softmax up to the longest length ({tried}); at one length {best}."
+    return f"nothing is faster than softmax in every run at any length ({tried}); the nearest is {best}."
+
+
+def _speedup(spread: dict) -> str:
+    runs = f"runs {number(spread['low'])} to {number(spread['high'])}"
+    return f"{number(spread['median'])} times as fast ({runs})"
+
+
+def _cost(report: Report) -> str:
+    def attentions(cost_class: str) -> str:
+        arms = [arm for arm in report["arms"] if arm["cost_class"] == cost_class]
+        names = dict.fromkeys(plain(arm["attention"]) for arm in arms)
+        names.pop("softmax", None)
+        return f"here {listing(list(names))}" if names else "no arm here"
+
+    return (
+        "Cost: an activation applied to the scores, as in relu(q.k), stays O(n^2) in the length n, like "
+        f"softmax ({attentions('quadratic')}). Linear arms are O(n): no activation, one applied to q and k "
+        f"separately, or keys limited to a window ({attentions('linear')})."
+    )
+
+
+def _none(report: Report) -> str:
+    arm = next((arm for arm in report["arms"] if arm["attention"] == "none"), None)
+    what = 'The control "none" (no attention at all)'
+    if arm is None:
+        return f"{what} is not among the arms, so how much this text needs attention is not known."
+    value = facts.ratio(arm, facts.headline_context(report))
+    if value is None:
+        why = plain(arm["reason"] or "its perplexity was not measured")
+        return f"{what} has no ratio to softmax ({why})."
+    return f"{what} has {_perplexity(value)}: this is how much this text needs attention at all."
+
+
+def _hybrids(report: Report) -> list[str]:
+    hybrids = [arm for arm in report["arms"] if arm["attention"].endswith("+window")]
+    return [_hybrid(report, arm) for arm in hybrids if any(entry["ratio"] for entry in arm["perplexity"])]
+
+
+def _hybrid(report: Report, arm: Arm) -> str:
+    control = facts.window_control(report, arm)
+    pairs = {c: (facts.ratio(arm, c), control and facts.ratio(control, c)) for c in facts.contexts(report)}
+    verdicts: dict[str, list[str]] = {}
+    for context, (mine, other) in pairs.items():
+        if mine and other:
+            verdicts.setdefault(_verdict(mine, other), []).append(count(context))
+    if not control or not verdicts:
+        return f"Hybrid {_name(arm)}: no window control with the same window and sinks was measured."
+    said = listing([f"{verdict} at context {listing(at)}" for verdict, at in verdicts.items()])
+    if facts.aligned_tokens(arm) != facts.aligned_tokens(control):
+        said += f" (the hybrid {_training(arm)}, the control {_training(control)})"
+    return f"Hybrid {_name(arm)} against the control {_name(control)}: {said}."
+
+
+def _verdict(hybrid: dict, control: dict) -> str:
+    """A difference is two intervals that do not overlap."""
+    if hybrid["high"] < control["low"]:
+        return "better"
+    return "worse" if hybrid["low"] > control["high"] else "no measurable difference"
+
+
+def _unmeasured(report: Report) -> list[str]:
+    said = []
+    for status in ("failed", "not measured"):
+        arms = [arm for arm in report["arms"] if arm["status"] == status]
+        if arms:
+            said.append(f"{status.capitalize()}: {_names(arms)}; the table has the reasons.")
+    return said

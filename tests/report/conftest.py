@@ -1,0 +1,144 @@
+"""One report with every kind of arm, the numbers in the range of SmolLM2-135M's."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+LENGTHS = (512, 2048, 8192)
+SOFTMAX = {512: 29.3, 2048: 21.4}
+
+
+def spread(median: float) -> dict[str, Any]:
+    return {"median": median, "low": median * 0.95, "high": median * 1.06, "runs": 5}
+
+
+def arm(
+    attention: str,
+    cost: tuple[str, str],
+    ratios: tuple[float, ...] | None = None,
+    speeds: tuple[float, ...] = (),
+    label: str | None = None,
+    **other: Any,
+) -> dict[str, Any]:
+    """An arm with a ratio per context of SOFTMAX and a prefill speed-up per length of LENGTHS."""
+    is_softmax = attention == "softmax"
+    perplexity = [
+        {
+            "context": context,
+            "perplexity": SOFTMAX[context] * ratio,
+            "nll": 3.4,
+            "standard_error": 0.02,
+            "tokens": 10240,
+            "ratio": None if is_softmax else {"value": ratio, "low": ratio * 0.98, "high": ratio * 1.02},
+        }
+        for context, ratio in zip(SOFTMAX, ratios or (), strict=False)
+    ]
+    speed = [
+        {
+            "length": length,
+            "prefill_s": spread(length / 4000 / factor),
+            "prefill_speedup": None if is_softmax else spread(factor),
+            "decode_tokens_per_s": spread(40 * factor**0.5),
+            "decode_speedup": None if is_softmax else spread(factor**0.5),
+            "peak_memory_mib": 600.0 + length / 8,
+            "cache_mib": length / 50,
+            "note": None,
+        }
+        for length, factor in zip(LENGTHS, speeds, strict=False)
+    ]
+    made = {
+        "label": label or attention,
+        "attention": attention,
+        "options": {},
+        "control": False,
+        "formula": f"{attention}: sum_j a_ij v_j",
+        "cost": cost[0],
+        "cost_class": cost[1],
+        "source": "a paper",
+        "new_parameters": 0,
+        "status": "measured",
+        "reason": None,
+        "alignment": None,
+        "perplexity": perplexity,
+        "speed": speed,
+    }
+    return made | other
+
+
+SQUARE, LINEAR = ("O(n^2 d)", "quadratic"), ("O(n d^2)", "linear")
+HYBRID, WINDOW = ("O(n (w d + d d'))", "linear"), ("O(n (w+m) d)", "linear")
+ALIGNED = {"tokens": 51200, "seconds": 310.0, "first_loss": 0.9, "last_loss": 0.2}
+
+
+def power(p: int, shift: str, *ratios: float) -> dict[str, Any]:
+    options = {"p": p, "shift": shift, "temperature": False}
+    label = f"relu_power:p={p}" + (",shift=none" if shift == "none" else "")
+    return arm("relu_power", SQUARE, ratios, (0.62, 0.6, 0.55), label, options=options)
+
+
+def make_report() -> dict[str, Any]:
+    """A valid report: controls, a dial with two shifts, hybrids on each side of the window, failures."""
+    window = {"window": 64, "sinks": 4}
+    arms = [
+        arm("softmax", SQUARE, (1.0, 1.0), (1.0, 1.0, 1.0), control=True),
+        arm("none", ("0", "constant"), (4.1e3, 5.2e3), (1.2, 1.5, 4.0), control=True),
+        arm("window", WINDOW, (1.51, 1.85), (0.8, 1.1, 2.6), "window:w=64", control=True, options=window),
+        *[power(p, "max", ratio, ratio) for p, ratio in ((2, 2.03), (4, 1.32), (8, 1.105), (16, 1.033))],
+        *[power(p, "none", ratio, ratio) for p, ratio in ((1, 8.1), (2, 3.45), (4, 1.99), (8, 1.34))],
+        arm("relu_norm", SQUARE, (5.08, 5.5), (0.9, 0.88, 0.85)),
+        arm("hedgehog", LINEAR, (4.98, 6.1), (0.5, 0.9, 2.1), new_parameters=2_211_840, alignment=ALIGNED),
+        arm("elu", LINEAR, (252.0, 270.0), (0.6, 1.02, 2.4)),
+        arm("sigmoid", SQUARE, (3.7e10, 4e10), (0.8, 0.82, 0.85), new_parameters=270),
+        *[
+            arm(f"{name}+window", HYBRID, ratios, (0.4, 0.7, 1.6), options=window, alignment=ALIGNED)
+            for name, ratios in (("hedgehog", (1.27, 1.4)), ("elu", (1.50, 1.84)), ("t2r", (1.9, 2.3)))
+        ],
+        arm("gelu", SQUARE, (1.8, 1.9)),
+        arm("performer", LINEAR, status="failed", reason="loss NaN at step 3 | <b>1</b> & [red]"),
+        arm("delta", LINEAR, status="not measured", reason="the time limit of 600 s was reached"),
+    ]
+    return {
+        "schema": "hf_attnswap.tradeoff",
+        "version": 1,
+        "model": {
+            "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "parameters": 134_515_008,
+            "attention_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "dtype": "float32",
+        },
+        "machine": {
+            "processor": "x86_64",
+            "cores": 2,
+            "threads": 2,
+            "memory_gib": 15.6,
+            "device": "cpu",
+            "platform": "Linux-6.1",
+        },
+        "versions": {"hf_attnswap": "0.1.0", "torch": "2.9.0", "transformers": "5.0.0", "python": "3.11.7"},
+        "date": "2026-11-21T22:00:00+00:00",
+        "command": "attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct",
+        "seed": 0,
+        "data": {"text": "WikiText-2 test", "training_tokens": 51200, "evaluation_tokens": 10240},
+        "arms": arms,
+    }
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """A fresh copy: tests change it."""
+    return make_report()
+
+
+@pytest.fixture
+def without() -> Callable[[dict[str, Any], str], dict[str, Any]]:
+    """The report without the arms of one attention."""
+
+    def remove(report: dict[str, Any], attention: str) -> dict[str, Any]:
+        return copy.deepcopy(report) | {"arms": [a for a in report["arms"] if a["attention"] != attention]}
+
+    return remove

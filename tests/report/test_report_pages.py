@@ -1,0 +1,209 @@
+"""The tables and pages: every arm and reason in each of them, the same cells, nothing from outside."""
+
+import io
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hf_attnswap.report import html, markdown, plots, show, table, text, validate, write_all
+
+
+def terminal(report: dict[str, Any], width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(show(report))
+    return console.file.getvalue()
+
+
+def letters(words: str) -> Counter[str]:
+    """Every character but spaces and rules, counted: folding keeps them, cropping does not."""
+    return Counter(re.sub(r"[\s─]+", "", words))
+
+
+class Page(HTMLParser):
+    """Cells by row, tags, and attributes."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.inside = False
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "wbr"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self.inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def test_every_arm_has_a_quality_row_and_a_speed_row(report: dict[str, Any]) -> None:
+    names = [table.name(arm) for arm in report["arms"]]
+    assert [row[0] for row in table.rows(report)[1:]] == names
+    assert {row[1] for row in table.speed_rows(report)[1:]} == set(names)
+    for rows in (table.rows(report), table.speed_rows(report), table.arm_rows(report)):
+        assert len({len(row) for row in rows}) == 1
+
+
+def test_cells_show_what_was_measured(report: dict[str, Any]) -> None:
+    rows = {row[0]: row for row in table.rows(report)}
+    assert rows["softmax (control)"][4] == "29.30 (reference)"
+    assert rows["relu_power:p=16"][1:6] == [
+        "O(n^2 d) (quadratic)", "0", "0", "30.27; ×1.033 (1.012–1.054)", "22.11; ×1.033 (1.012–1.054)"
+    ]  # fmt: skip
+    assert rows["hedgehog"][2:4] == ["2,211,840", "51,200"]
+    assert rows["sigmoid"][4] == "1.1e12; ×3.7e10 (3.6e10–3.8e10)"
+    assert rows["performer"][4:] == [
+        "not measured",
+        "not measured",
+        "failed: loss NaN at step 3 | <b>1</b> & [red]",
+    ]
+    assert rows["delta"][-1] == "not measured: the time limit of 600 s was reached"
+    assert rows["gelu"][-1] == "measured"
+    speed = {(row[0], row[1]): row[2:] for row in table.speed_rows(report)}
+    assert speed["8,192", "elu"][:2] == ["853.3 ms", "×2.400 (2.280–2.544)"]
+    assert speed["8,192", "elu"][4] == "1,624"
+    assert speed["512", "softmax (control)"][1] == "reference"
+    assert speed["-", "gelu"] == ["not measured"] * 6 + [""]
+    assert speed["-", "performer"][-1].startswith("failed: loss NaN")
+
+
+def test_a_length_without_a_number_keeps_its_note(report: dict[str, Any]) -> None:
+    nothing = dict.fromkeys(("prefill_s", "prefill_speedup", "decode_tokens_per_s", "decode_speedup"))
+    report["arms"][0]["speed"][2] |= nothing | {"peak_memory_mib": None, "note": "out of memory"}
+    validate(report)
+    speed = {(row[0], row[1]): row[2:] for row in table.speed_rows(report)}
+    assert speed["8,192", "softmax (control)"] == ["not measured"] * 5 + ["163.8", "out of memory"]
+
+
+def test_the_terminal_opens_with_words_and_shows_every_arm_and_reason(report: dict[str, Any]) -> None:
+    shown = terminal(report, 200)
+    assert "Hybrid hedgehog+window" in shown[: shown.index("Quality  ")]
+    for arm in report["arms"]:
+        assert re.search(rf"^ {re.escape(arm['label'])} ", shown, re.MULTILINE)
+    assert shown.count("failed: loss NaN at step 3 | <b>1</b> & [red]") == 2
+    assert shown.count("(control)") == 3 * 4
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_folds_and_loses_nothing(report: dict[str, Any], width: int) -> None:
+    shown = terminal(report, width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert letters(shown) == letters(terminal(report, 200))
+
+
+def test_markdown_has_the_cells_of_the_tables(report: dict[str, Any]) -> None:
+    page = markdown.render(report, [])
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    wanted = [table.rows(report), table.speed_rows(report), table.arm_rows(report)]
+    found = [[unescape(cell) for cell in row] for row in cells if set(row) != {"---"}]
+    assert found == [row for rows in wanted for row in rows]
+    assert len({len(row) for row in cells[: len(report["arms"]) + 2]}) == 1
+    assert "<b>" not in page and "failed: loss NaN at step 3 \\| &lt;b&gt;1&lt;/b&gt; &amp; \\[red\\]" in page
+
+
+def unescape(cell: str) -> str:
+    cell = re.sub(r"\\(.)", r"\1", cell)
+    return cell.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+
+
+def test_html_has_the_cells_of_the_tables(report: dict[str, Any]) -> None:
+    page = Page(html.render(report, []))
+    wanted = [table.rows(report), table.speed_rows(report), table.arm_rows(report)]
+    assert [[cell.replace("\n", " ") for cell in row] for row in page.rows] == [r for rows in wanted for r in rows]
+    assert page.open == []
+
+
+def test_html_needs_nothing_from_outside(report: dict[str, Any]) -> None:
+    source = html.render(report, plots.pictures(report))
+    page = Page(source)
+    tags = {tag for tag, _ in page.tags}
+    assert tags.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
+    assert not re.search(r"url\(|@import|https?://|javascript:", source)
+    images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 2 and all(image.startswith("data:image/png;base64,iVBOR") for image in images)
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") or name in ("href", "srcset") for name in attributes)
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
+    assert policy and policy.startswith("default-src 'none'")
+    assert "prefers-color-scheme: dark" in source and 'name="viewport"' in source
+
+
+HOSTILE = '</td><script>alert("1")</script>&amp;\x1b[31m\nnext'
+
+
+@pytest.mark.parametrize("place", ["label", "attention", "formula", "cost", "source", "reason"])
+def test_hostile_strings_of_an_arm_stay_text(report: dict[str, Any], place: str) -> None:
+    report["arms"][-1][place] = HOSTILE
+    check_hostile(report, plots.pictures(report) if place == "label" else [])
+
+
+@pytest.mark.parametrize(("part", "key"), [("model", "name"), ("machine", "processor"), ("data", "text")])
+def test_hostile_strings_elsewhere_stay_text(report: dict[str, Any], part: str, key: str) -> None:
+    report[part][key] = HOSTILE
+    report["command"] = HOSTILE
+    report["versions"][HOSTILE] = HOSTILE
+    check_hostile(report, [])
+
+
+def check_hostile(report: dict[str, Any], pictures: list[plots.Picture]) -> None:
+    source = html.render(report, pictures)
+    page = Page(source)
+    assert page.open == [] and not any(tag == "script" for tag, _ in page.tags)
+    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;amp;" in source
+    paper = markdown.render(report, pictures)
+    assert "<script" not in paper and "&lt;script&gt;" in paper
+    for words in (source, paper, terminal(report, 120)):
+        assert "\x1b" not in words
+
+
+def test_numbers_are_short() -> None:
+    values = [0, 0.00012, 0.5, 1.1064, 29.31, 111.24, 7123.4, 99_999.4, 99_999.6, 1.1e12]
+    shown = ["0.000", "1.2e-4", "0.500", "1.106", "29.31", "111.2", "7,123", "99,999", "1.0e5", "1.1e12"]
+    assert [text.number(value) for value in values] == shown
+
+
+def test_write_all_writes_every_file(report: dict[str, Any], tmp_path: Path) -> None:
+    written = write_all(report, tmp_path / "new" / "folder")
+    names = ["report.json", "report.md", "report.html", "tradeoff.png", "dial.png"]
+    assert [path.name for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
+    page = written[1].read_text(encoding="utf-8")
+    assert "](tradeoff.png)" in page and "](dial.png)" in page
+
+
+def test_the_room_imports_no_other() -> None:
+    """Its JSON alone: no torch, no other part of the package, and matplotlib only when something is drawn."""
+    folder = Path(html.__file__).parent
+    code = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    assert not re.search(r"^\s*(from|import) (torch|transformers|hf_attnswap|\.\.)", code, re.MULTILINE)
+    script = (
+        "import sys, types\n"
+        "package = types.ModuleType('hf_attnswap')\n"  # a stand-in: the real one imports torch
+        f"package.__path__ = [{str(folder.parent)!r}]\n"
+        "sys.modules['hf_attnswap'] = package\n"
+        "import hf_attnswap.report\n"
+        "assert 'matplotlib' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,109 @@
+"""The plots: PNGs of the expected size, clipped arms said so, and the dial only where there is one."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_attnswap.report import facts, plots, tradeoff, write_all
+
+Without = Callable[[dict[str, Any], str], dict[str, Any]]
+
+
+def size(png: bytes) -> tuple[int, int]:
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[-8:-4] == b"IEND"
+    return struct.unpack(">II", png[16:24])
+
+
+def powers(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [arm for arm in report["arms"] if arm["attention"] == "relu_power"]
+
+
+def test_the_sizes(report: dict[str, Any]) -> None:
+    pictures = plots.pictures(report)
+    assert [picture.file for picture in pictures] == ["tradeoff.png", "dial.png"]
+    assert size(pictures[0].png)[0] == 1500 and 750 <= size(pictures[0].png)[1] <= 1500
+    assert size(pictures[1].png) == (1050, 690)
+    assert all(len(picture.png) > 20_000 for picture in pictures)
+
+
+def test_the_plot_shows_the_numbers(report: dict[str, Any]) -> None:
+    before = plots.pictures(report)[0].png
+    report["arms"][3]["perplexity"][1]["ratio"] |= {"value": 4.0, "low": 3.9, "high": 4.1}
+    assert plots.pictures(report)[0].png != before
+
+
+def test_the_caption_names_what_is_clipped_and_what_is_missing(report: dict[str, Any]) -> None:
+    caption = plots.pictures(report)[0].caption
+    assert "above 30: elu (×270.0), none (×5,200) and sigmoid (×4.0e10)." in caption
+    assert "Not drawn, for want of a ratio or a speed-up: gelu, performer and delta." in caption
+
+
+def test_clipped_arms_get_rows_of_their_own_in_order() -> None:
+    heights = tradeoff._heights([1.0, 29.0, 300.0, 1e10])
+    assert heights[:2] == [1.0, 29.0]
+    assert 30.0 < heights[2] < heights[3] < 50.0
+
+
+def test_labels_do_not_overlap_and_move_no_more_than_needed() -> None:
+    places = [0.0, 0.01, 0.02, 0.5, 0.52, 0.9]
+    moved = tradeoff._apart(places, 0.05)
+    assert all(b - a >= 0.05 - 1e-9 for a, b in zip(moved, moved[1:], strict=False))
+    assert moved[5] == 0.9 and moved[1] == pytest.approx(0.01) and moved[3] == pytest.approx(0.485)
+
+
+def test_nothing_to_draw_is_a_picture_that_says_so(report: dict[str, Any]) -> None:
+    for arm in report["arms"]:
+        arm["speed"] = []
+    picture = plots.pictures(report)[0]
+    assert picture.caption.startswith("No arm has both") and size(picture.png) == (1500, 750)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_length_one_kind_of_speed_and_few_arms(report: dict[str, Any], count: int) -> None:
+    report["arms"] = report["arms"][: count + 1]
+    for arm in report["arms"]:
+        arm["speed"] = arm["speed"][:1]
+        arm["speed"][0]["decode_speedup"] = None
+    assert size(plots.pictures(report)[0].png)[0] == 1500
+
+
+def test_the_dial_has_a_line_per_shift(report: dict[str, Any]) -> None:
+    groups = facts.dial(report)
+    assert [[arm["options"]["p"] for arm in arms] for _, arms in groups] == [[2, 4, 8, 16], [1, 2, 4, 8]]
+
+
+def test_two_powers_are_no_dial(report: dict[str, Any]) -> None:
+    report["arms"] = [a for a in report["arms"] if a["attention"] != "relu_power" or a["options"]["p"] in (4, 8)]
+    assert facts.dial(report) == [] and len(plots.pictures(report)) == 1
+
+
+def test_three_powers_of_different_shifts_are_no_dial(report: dict[str, Any], without: Without) -> None:
+    kept = powers(report)[:2] + powers(report)[-1:]
+    other = without(report, "relu_power")
+    other["arms"] += kept
+    assert len({arm["options"]["p"] for arm in kept}) == 3 and facts.dial(other) == []
+
+
+def test_arms_that_failed_or_repeat_a_power_do_not_count(report: dict[str, Any], without: Without) -> None:
+    other = without(report, "relu_power")
+    other["arms"] += powers(report)[:3]
+    assert len(facts.dial(other)) == 1
+    other["arms"][-1] |= {"status": "failed", "reason": "it broke"}
+    assert facts.dial(other) == []
+
+
+def test_a_dial_beyond_the_clip_says_so(report: dict[str, Any]) -> None:
+    powers(report)[0]["perplexity"][1]["ratio"] = {"value": 1e12, "low": 9e11, "high": 1.1e12}
+    assert "Clipped at ×30.00" in plots.pictures(report)[1].caption
+    assert "relu_power:p=2 (×1.0e12)" in plots.pictures(report)[1].caption
+
+
+def test_a_dial_of_an_earlier_report_goes(report: dict[str, Any], tmp_path: Path, without: Without) -> None:
+    write_all(report, tmp_path)
+    assert (tmp_path / "dial.png").exists()
+    written = write_all(without(report, "relu_power"), tmp_path)
+    assert not (tmp_path / "dial.png").exists() and len(written) == 4
+    assert "dial.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")

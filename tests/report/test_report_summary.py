@@ -1,0 +1,130 @@
+"""The words: each statement follows from the numbers, and turns when they do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hf_attnswap.report.summary import summary
+
+Without = Callable[[dict[str, Any], str], dict[str, Any]]
+
+
+def paragraph(report: dict[str, Any], start: str) -> str:
+    found = [words for words in summary(report) if words.startswith(start)]
+    assert len(found) == 1, (start, summary(report))
+    return found[0]
+
+
+def arm(report: dict[str, Any], label: str) -> dict[str, Any]:
+    return next(arm for arm in report["arms"] if arm["label"] == label)
+
+
+def set_speed(report: dict[str, Any], factors: dict[int, float], but: str = "") -> None:
+    for one in report["arms"]:
+        for entry in one["speed"]:
+            if entry["prefill_speedup"] and one["label"] != but:
+                value = factors[entry["length"]]
+                entry["prefill_speedup"] = {
+                    "median": value,
+                    "low": value - 0.1,
+                    "high": value + 0.1,
+                    "runs": 5,
+                }
+
+
+def test_the_best_arm_is_named_with_its_interval_and_training(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Quality: at context 2,048, softmax has perplexity 21.40.")
+    best = "relu_power:p=16 keeps most quality: 1.033 times softmax's perplexity (95 % interval 1.012 to 1.054)"
+    assert f"{best}, with no training." in said
+    assert "less than quadratic cost, hedgehog+window keeps most: 1.400" in said
+    assert "after alignment on 51,200 tokens" in said
+    assert "no measurable difference" not in said
+
+
+def test_an_interval_around_one_is_no_difference_and_ties_are_open(report: dict[str, Any]) -> None:
+    arm(report, "relu_power:p=16")["perplexity"][1]["ratio"] |= {"low": 0.99, "high": 1.2}
+    said = paragraph(report, "Quality")
+    assert "That is no measurable difference from softmax." in said
+    assert "The interval of relu_power:p=8 overlaps it, so their order is open." in said
+
+
+def test_controls_are_never_the_best(report: dict[str, Any]) -> None:
+    arm(report, "window:w=64")["perplexity"][1]["ratio"] |= {"value": 0.5, "low": 0.4, "high": 0.6}
+    assert "relu_power:p=16 keeps most quality" in paragraph(report, "Quality")
+
+
+def test_without_softmax_there_is_no_comparison(report: dict[str, Any], without: Without) -> None:
+    assert "cannot be compared" in paragraph(without(report, "softmax"), "Quality")
+
+
+def test_the_first_length_faster_than_softmax(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Prefill: from 8,192 tokens on, elu is faster than softmax in every run, 2.400 times")
+    assert "from 8,192 on also hedgehog, hedgehog+window, elu+window and t2r+window" in said
+    assert '"none" from 512 tokens on and "window:w=64" from 2,048 tokens on' in said
+
+
+def test_nothing_faster_is_said_plainly(report: dict[str, Any]) -> None:
+    set_speed(report, {512: 0.5, 2048: 0.7, 8192: 1.05})  # the slowest run at 8192 is 0.95
+    said = paragraph(report, "Prefill: nothing is faster than softmax in every run at any length")
+    assert "measured between 512 and 8,192 tokens" in said
+    assert "1.050 times as fast" in said and "control" not in said
+
+
+def test_faster_at_a_short_length_only_does_not_count_as_from_there_on(report: dict[str, Any]) -> None:
+    set_speed(report, {512: 1.5, 2048: 0.7, 8192: 0.8})
+    assert "1.500 times as fast (runs 1.400 to 1.600) at 512" in paragraph(
+        report, "Prefill: nothing stays faster than softmax up to the longest length"
+    )
+
+
+def test_speed_that_was_not_measured(report: dict[str, Any]) -> None:
+    for one in report["arms"]:
+        for entry in one["speed"]:
+            entry["decode_speedup"] = None
+    assert paragraph(report, "Decoding") == "Decoding: no speed-up over softmax was measured."
+
+
+def test_cost_classes_are_told_apart(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Cost: an activation applied to the scores")
+    quadratic, linear = said.split("Linear arms are O(n)")
+    assert "stays O(n^2)" in quadratic and "relu_power, relu_norm, sigmoid and gelu" in quadratic
+    assert "hedgehog+window" in linear and "sigmoid" not in linear
+
+
+def test_none_says_how_much_attention_is_needed(report: dict[str, Any], without: Without) -> None:
+    assert "has 5,200 times softmax's perplexity" in paragraph(report, 'The control "none"')
+    assert "is not known" in paragraph(without(report, "none"), 'The control "none"')
+    arm(report, "none").update(status="failed", reason="it broke", perplexity=[])
+    assert "has no ratio to softmax (it broke)" in paragraph(report, 'The control "none"')
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "verdict"),
+    [("hedgehog", "better"), ("elu", "no measurable difference"), ("t2r", "worse")],
+)
+def test_hybrids_are_compared_with_the_window(report: dict[str, Any], hybrid: str, verdict: str) -> None:
+    said = paragraph(report, f"Hybrid {hybrid}+window against the control window:w=64: ")
+    assert f": {verdict} at context 512 and 2,048 (the hybrid after alignment on 51,200 tokens, the control " in said
+
+
+def test_verdicts_that_differ_by_context_are_both_said(report: dict[str, Any]) -> None:
+    arm(report, "hedgehog+window")["perplexity"][1]["ratio"] |= {"value": 9.0, "low": 8.0, "high": 10.0}
+    assert "better at context 512 and worse at context 2,048" in paragraph(report, "Hybrid hedgehog+window")
+
+
+def test_intervals_that_touch_are_no_difference(report: dict[str, Any]) -> None:
+    low = arm(report, "window:w=64")["perplexity"][0]["ratio"]["low"]
+    arm(report, "hedgehog+window")["perplexity"] = [arm(report, "hedgehog+window")["perplexity"][0]]
+    arm(report, "hedgehog+window")["perplexity"][0]["ratio"]["high"] = low
+    assert "no measurable difference at context 512" in paragraph(report, "Hybrid hedgehog+window")
+
+
+def test_a_window_of_another_size_is_no_control(report: dict[str, Any]) -> None:
+    arm(report, "elu+window")["options"] = {"window": 128, "sinks": 4}
+    assert "no window control with the same window and sinks" in paragraph(report, "Hybrid elu+window")
+
+
+def test_what_failed_is_named(report: dict[str, Any]) -> None:
+    assert "performer" in paragraph(report, "Failed: ")
+    assert "delta" in paragraph(report, "Not measured: ")
