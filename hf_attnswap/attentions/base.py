@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..masks import Mask
 from ..ops.heads import compute_dtype, mix, scores
-from ..ops.linear import LinearState, causal_linear
+from ..ops.linear import causal_linear
 from ..ops.rows import Tile, by_rows, rows_per_tile
 
 
@@ -211,22 +211,14 @@ class LinearAttention(Attention):
 
     def accumulate(self, query, key, value, scaling, key_mask, state, eps):
         """`causal_linear` with the maps of this variant."""
-        root = scaling**0.5
         return causal_linear(
-            query,
-            key,
-            value,
-            lambda x: self.map_query(x * root),
-            lambda x: self.map_key(x * root),
-            parameters=tuple(self.parameters()),
-            key_mask=key_mask,
-            state=state,
-            eps=eps,
-        )
+            query, key, value, self.map_query, self.map_key, scale=scaling**0.5,
+            parameters=tuple(self.parameters()), key_mask=key_mask, state=state, eps=eps,
+        )  # fmt: skip
 
     def forward(self, query, key, value, mask, scaling, state=None):
         valid = mask.new_tokens()
-        before = LinearState(state["S"], state["z"]) if state else None
+        before = state["S"] if state else None
         eps = None if self.divide_by_count else self.eps
         out, _, after = self.accumulate(query, key, value, scaling, valid, before, eps)
         if self.divide_by_count:
@@ -234,7 +226,7 @@ class LinearAttention(Attention):
             if state is not None:
                 state["count"] = counts
         if state is not None:
-            state["S"], state["z"] = after
+            state["S"] = after
         return out.to(query.dtype)
 
     @staticmethod

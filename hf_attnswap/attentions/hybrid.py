@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ..ops.heads import scores
-from ..ops.linear import LinearState
 from ..ops.window import Context, window_softmax_parts
 from .base import Attention, LinearAttention
 from .window import Window, near, read_state
@@ -51,7 +50,7 @@ class Hybrid(Attention):
         context = Context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
         numerator, denominator, c = window_softmax_parts(context, scaling)
         leaving_key, leaving_value, leaving = context.leaving()
-        before = LinearState(state["S"], state["z"]) if state else None
+        before = state["S"] if state else None
         linear_numerator, linear_denominator, after = self.linear.accumulate(
             context.query, leaving_key, leaving_value, scaling, leaving.expand(query.shape[0], -1), before, eps=None
         )
@@ -62,7 +61,7 @@ class Hybrid(Attention):
         numerator = inside * numerator + outside * linear_numerator
         denominator = inside * denominator + outside * linear_denominator[..., None]
         if state is not None:
-            state.update(vars(context.state()), S=after.S, z=after.z)
+            state.update(vars(context.state()), S=after)
         return context.unalign(numerator / denominator.clamp(min=torch.finfo(c.dtype).tiny)).to(query.dtype)
 
 

@@ -73,7 +73,10 @@ def bench(
             forward = interleaved(runs, rounds, device)
         train = {name: (lambda run=run, both=both: both(run)) for name, run in runs.items()}
         trained = interleaved(train, rounds, device)
-        peaks = {name: peak_memory_mib(run, device) for name, run in train.items()}
+        peaks = {}
+        for name, run in train.items():
+            query.grad = key.grad = value.grad = None  # what one candidate leaves is not a start for the next
+            peaks[name] = peak_memory_mib(run, device)
         for name in variants:
             rows.append(
                 Row(

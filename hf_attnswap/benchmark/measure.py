@@ -1,5 +1,7 @@
 """Clocks and memory: rounds in which the candidates take turns, and ratios with their spread."""
 
+import ctypes
+import gc
 import statistics
 import sys
 import time
@@ -76,6 +78,7 @@ def peak_memory_mib(run: Callable[[], Any], device: torch.device | str = "cpu") 
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     if sys.platform != "linux":
         return None
+    _return_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # some sandboxes forbid it
@@ -83,6 +86,14 @@ def peak_memory_mib(run: Callable[[], Any], device: torch.device | str = "cpu") 
     before = _status_kib("VmRSS")
     run()
     return (_status_kib("VmHWM") - before) / 1024
+
+
+def _return_freed_memory() -> None:
+    """Give what earlier calls freed back to the system, or a call that reuses it would seem to need nothing."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
 
 
 def _status_kib(field: str) -> int:

@@ -1,30 +1,22 @@
 """Causal linear attention: `sum_{j <= i} (phi(q_i) . phi(k_j)) v_j` in O(n d d') time and O(n d) memory.
 
-Chunks of `chunk` tokens: inside a chunk the masked product, across chunks the state
-`S = sum_j phi(k_j) v_j^T` and `z = sum_j phi(k_j)` (Katharopoulos 2020; the chunked form is that of Hua 2022, "FLASH").
-State, denominators and products are float32 whatever the input dtype (float64 for float64 inputs): a bfloat16
-state drifts over long texts.
+Chunks of `chunk` tokens: inside a chunk the masked product, across chunks the state `S = sum_j phi(k_j) [v_j, 1]^T`
+(Katharopoulos 2020; the chunked form is that of Hua 2022, "FLASH"). The column of ones behind the values makes the
+denominator `sum_j phi(q_i) . phi(k_j)` one more column of every product. States, denominators and products are
+float32 whatever the input dtype (float64 for float64 inputs): a bfloat16 state drifts over long texts.
 
 The feature maps are applied chunk by chunk, so that no `n x d'` tensor is written; the backward pass maps again.
 Kept for the backward pass: query, key, value, the result, and the state at the start of every chunk.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .heads import compute_dtype, stack_groups, unstack_groups
+from .heads import compute_dtype
 
 FeatureMap = Callable[[Tensor], Tensor]
-
-
-class LinearState(NamedTuple):
-    """What a linear layer remembers of all earlier tokens: S `[B, Hkv, F, Dv]` and z `[B, Hkv, F]`, float32."""
-
-    S: Tensor
-    z: Tensor
 
 
 def causal_linear(
@@ -34,147 +26,165 @@ def causal_linear(
     map_query: FeatureMap,
     map_key: FeatureMap,
     *,
+    scale: float = 1.0,
     parameters: Sequence[Tensor] = (),
     key_mask: Tensor | None = None,
-    state: LinearState | None = None,
+    state: Tensor | None = None,
     eps: float | None = 1e-6,
     chunk: int = 64,
-) -> tuple[Tensor, Tensor, LinearState]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Causal linear attention over `[B, H, T, D]`; query heads share key/value heads in groups.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`.
         map_query, map_key: `[B, heads, t, D]` -> `[B, heads, t, F]`, applied to float32 slices of the sequence.
+        scale: factor of query and key before the maps.
         parameters: every tensor the maps use that needs a gradient.
         key_mask: bool `[B, T]`; keys at False leave no trace.
-        state: of the tokens before (constants to the gradient); None at the start of a text.
-        eps: added to the denominator; None returns numerator and denominator undivided.
+        state: of the tokens before, `[B, Hkv, F, Dv + 1]` (a constant to the gradient); None at the start of a text.
+        eps: added to the denominator; None returns the numerator undivided.
         chunk: tokens per chunk.
 
     Returns:
-        `[B, H, T, Dv]` in the query's dtype (float32 numerator where `eps` is None), the denominator
-        `phi(q_i) . z_i` as float32 `[B, H, T]`, and the state after the last token.
+        `[B, H, T, Dv]` in the query's dtype (float32 where `eps` is None), the denominator `sum_j phi(q_i) . phi(k_j)`
+        as float32 `[B, H, T]`, and the state after the last token.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    arguments = (query, key, value, key_mask, state, map_query, map_key, scale, eps, chunk)
     if torch.is_grad_enabled():
-        out, den, S, z = _CausalLinear.apply(
-            query, key, value, key_mask, state, map_query, map_key, eps, chunk, *parameters
-        )
-    else:
-        out, den, S, z, _ = _forward(query, key, value, key_mask, state, map_query, map_key, eps, chunk, False)
-    return out, den, LinearState(S, z)
+        return _CausalLinear.apply(*arguments, *parameters)
+    return _forward(*arguments, keep_states=False)[:3]
 
 
-def _masked(features: Tensor, key_mask: Tensor | None, start: int, stop: int) -> Tensor:
-    if key_mask is None:
-        return features
-    return features * key_mask[:, None, start:stop, None].to(features.dtype)
+def _mapped(x: Tensor, feature_map: FeatureMap, key_mask: Tensor | None = None) -> Tensor:
+    """Features of one chunk; zero where a key is switched off."""
+    features = feature_map(x)
+    return features if key_mask is None else features * key_mask[:, None, :, None].to(features.dtype)
+
+
+def _rows(features: Tensor, batch: int) -> Tensor:
+    """`[B, H, t, F]` -> `[B Hkv, G t, F]`: the query heads of a group below each other, as one matrix."""
+    return features.reshape(batch, -1, features.shape[-1])
 
 
 def _tril_(stacked: Tensor, length: int) -> Tensor:
-    """Zero, in place, what lies in the future in `[B, Hkv, G * t, t]`."""
-    stacked.view(*stacked.shape[:2], -1, length, length).tril_()
+    """Zero, in place, what lies in the future in `[B Hkv, G t, t]`."""
+    stacked.view(len(stacked), -1, length, length).tril_()
     return stacked
 
 
-def _forward(query, key, value, key_mask, state, map_query, map_key, eps, chunk, keep_states):
+def _forward(query, key, value, key_mask, state, map_query, map_key, scale, eps, chunk, *parameters, keep_states):
     batch, heads, length, _ = query.shape
     kv_heads, value_dim = value.shape[1], value.shape[-1]
-    dtype = compute_dtype(query.dtype)
+    rows, dtype = batch * kv_heads, compute_dtype(query.dtype)
     # Laid out as [B, T, H, Dv]: the model's output projection reads it without a copy.
-    out = query.new_empty(batch, length, heads, value_dim, dtype=dtype if eps is None else query.dtype).transpose(1, 2)
+    out_dtype = dtype if eps is None else query.dtype
+    out = query.new_empty(batch, length, heads, value_dim, dtype=out_dtype).transpose(1, 2)
     den = query.new_empty(batch, heads, length, dtype=dtype)
-    S, z = (None, None) if state is None else (state.S.to(dtype), state.z.to(dtype).unsqueeze(-1))
-    states = []
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        q = stack_groups(map_query(query[:, :, start:stop].to(dtype)), kv_heads)
-        k = _masked(map_key(key[:, :, start:stop].to(dtype)), key_mask, start, stop)
-        v = value[:, :, start:stop].to(dtype)
+    ones = value.new_ones(rows, min(chunk, length), value_dim + 1, dtype=dtype)
+    S = None if state is None else state.to(dtype, copy=True).flatten(0, 1)
+    states = None
+    for index, start in enumerate(range(0, length, chunk)):
+        part = slice(start, min(start + chunk, length))
+        size = part.stop - start
+        mask = None if key_mask is None else key_mask[:, part]
+        q = _rows(_mapped(query[:, :, part].to(dtype) * scale, map_query), rows)
+        k = _rows(_mapped(key[:, :, part].to(dtype) * scale, map_key, mask), rows)
+        v = ones[:, :size]
+        v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
         if S is None:
-            S, z = q.new_zeros(batch, kv_heads, q.shape[-1], value_dim), q.new_zeros(batch, kv_heads, q.shape[-1], 1)
+            S = q.new_zeros(rows, q.shape[-1], value_dim + 1)
         if keep_states:
-            states.append((S, z))
-        weights = _tril_(q @ k.transpose(-1, -2), stop - start)
-        numerator = unstack_groups(weights @ v + q @ S, heads)
-        denominator = unstack_groups(weights.sum(-1, keepdim=True) + q @ z, heads)
-        den[:, :, start:stop] = denominator.squeeze(-1)
-        out[:, :, start:stop] = numerator if eps is None else numerator / (denominator + eps)
-        S = S + k.transpose(-1, -2) @ v
-        z = z + k.sum(-2).unsqueeze(-1)
-    return out, den, S, z.squeeze(-1), states
+            if states is None:
+                states = S.new_empty(-(-length // chunk), *S.shape)
+            states[index] = S
+        mixed = torch.bmm(_tril_(torch.bmm(q, k.transpose(1, 2)), size), v).baddbmm_(q, S)
+        mixed = mixed.view(batch, heads, size, value_dim + 1)
+        numerator, denominator = mixed[..., :-1], mixed[..., -1:]
+        den[:, :, part] = denominator.squeeze(-1)
+        out[:, :, part] = numerator if eps is None else numerator / (denominator + eps)
+        S.baddbmm_(k.transpose(1, 2), v)
+    return out, den, S.unflatten(0, (batch, kv_heads)), states
 
 
 class _CausalLinear(torch.autograd.Function):
-    """With `dn` and `dd` the gradients of numerator and denominator, and `P = tril(dn v^T + dd 1^T)` per chunk:
+    """With v and dn the values and the numerator's gradient, both with the denominator's column, per chunk:
 
-    dphi(q) = dn S^T + dd z^T + P phi(k)         (S, z: state before the chunk)
-    dphi(k) = v R^T + r^T + P^T phi(q)           (R = sum phi(q)^T dn, r = sum phi(q)^T dd over later chunks)
-    dv      = phi(k) R + tril(phi(q) phi(k)^T)^T dn
+    P        = tril(dn v^T),  A = tril(phi(q) phi(k)^T)
+    dphi(q)  = P phi(k) + dn S^T              (S: state before the chunk)
+    dphi(k)  = P^T phi(q) + v R^T             (R = sum of phi(q)^T dn over later chunks)
+    dv       = A^T dn + phi(k) R
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, key_mask, state, map_query, map_key, eps, chunk, *parameters):
-        out, den, S, z, states = _forward(
-            query, key, value, key_mask, state, map_query, map_key, eps, chunk, keep_states=True
+    def forward(ctx, query, key, value, key_mask, state, map_query, map_key, scale, eps, chunk, *parameters):
+        out, den, S, states = _forward(
+            query, key, value, key_mask, state, map_query, map_key, scale, eps, chunk, keep_states=True
         )
-        ctx.save_for_backward(query, key, value, key_mask, out, den, *parameters)
-        ctx.states, ctx.maps, ctx.eps, ctx.chunk = states, (map_query, map_key), eps, chunk
-        ctx.mark_non_differentiable(S, z)
-        return out, den, S, z
+        ctx.save_for_backward(query, key, value, key_mask, out, den, states, *parameters)
+        ctx.maps, ctx.scale, ctx.eps, ctx.chunk = (map_query, map_key), scale, eps, chunk
+        ctx.mark_non_differentiable(S)
+        return out, den, S
 
     @staticmethod
-    def backward(ctx, grad_out, grad_den, _grad_S, _grad_z):
-        query, key, value, key_mask, out, den, *parameters = ctx.saved_tensors
-        map_query, map_key = ctx.maps
-        heads, kv_heads = query.shape[1], key.shape[1]
-        dtype = compute_dtype(query.dtype)
+    def backward(ctx, grad_out, grad_den, _grad_state):
+        query, key, value, key_mask, out, den, states, *parameters = ctx.saved_tensors
+        batch, heads, length, _ = query.shape
+        kv_heads, value_dim = value.shape[1], value.shape[-1]
+        rows, dtype, scale = batch * kv_heads, compute_dtype(query.dtype), ctx.scale
         grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
         grad_parameters = [torch.zeros_like(p) for p in parameters]
-        R = r = None
-        starts = range(0, query.shape[2], ctx.chunk)
-        for index in reversed(range(len(starts))):
-            start = starts[index]
-            stop = min(start + ctx.chunk, query.shape[2])
-            rows = slice(start, stop)
-            S, z = ctx.states[index]
+        ones = value.new_ones(rows, min(ctx.chunk, length), value_dim + 1, dtype=dtype)
+        grads = value.new_empty(batch, heads, min(ctx.chunk, length), value_dim + 1, dtype=dtype)
+        R = torch.zeros_like(states[0])
+        for index, start in reversed(list(enumerate(range(0, length, ctx.chunk)))):
+            part = slice(start, min(start + ctx.chunk, length))
+            size = part.stop - start
             with torch.enable_grad():
-                query_leaf = query[:, :, rows].detach().to(dtype).requires_grad_()
-                key_leaf = key[:, :, rows].detach().to(dtype).requires_grad_()
-                mapped_query = map_query(query_leaf)
-                mapped_key = _masked(map_key(key_leaf), key_mask, start, stop)
-            q, k = stack_groups(mapped_query.detach(), kv_heads), mapped_key.detach()
-            v = value[:, :, rows].to(dtype)
-            dn, dd = grad_out[:, :, rows].to(dtype), grad_den[:, :, rows, None]
-            if ctx.eps is not None:
-                reciprocal = (den[:, :, rows, None] + ctx.eps).reciprocal()
-                dn = dn * reciprocal
-                dd = dd - (dn * out[:, :, rows].to(dtype)).sum(-1, keepdim=True)
-            dn, dd = stack_groups(dn, kv_heads), stack_groups(dd, kv_heads)
-            P = _tril_(dn @ v.transpose(-1, -2) + dd, stop - start)
-            weights = _tril_(q @ k.transpose(-1, -2), stop - start)
-            dq = dn @ S.transpose(-1, -2) + dd * z.transpose(-1, -2) + P @ k
-            dk = P.transpose(-1, -2) @ q
-            dv = weights.transpose(-1, -2) @ dn
-            if R is not None:
-                dk += v @ R.transpose(-1, -2) + r.transpose(-1, -2)
-                dv += k @ R
-            grad_value[:, :, rows] = dv
-            _map_backward(
-                query_leaf, mapped_query, unstack_groups(dq, heads), parameters, grad_query[:, :, rows], grad_parameters
-            )
-            _map_backward(key_leaf, mapped_key, dk, parameters, grad_key[:, :, rows], grad_parameters)
-            dR, dr = q.transpose(-1, -2) @ dn, q.transpose(-1, -2) @ dd
-            R, r = (dR, dr) if R is None else (R + dR, r + dr)
-        return grad_query, grad_key, grad_value, None, None, None, None, None, None, *grad_parameters
+                query_leaf = (query[:, :, part].detach().to(dtype) * scale).requires_grad_()
+                key_leaf = (key[:, :, part].detach().to(dtype) * scale).requires_grad_()
+                mapped_query = _mapped(query_leaf, ctx.maps[0])
+                mapped_key = _mapped(key_leaf, ctx.maps[1], None if key_mask is None else key_mask[:, part])
+            q, k = _rows(mapped_query.detach(), rows), _rows(mapped_key.detach(), rows)
+            v = ones[:, :size]
+            v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
+            dn = _numerator_grad(grads[:, :, :size], grad_out[:, :, part], grad_den[:, :, part], out[:, :, part],
+                                 den[:, :, part], ctx.eps)  # fmt: skip
+            dn = _rows(dn, rows)
+            P = _tril_(torch.bmm(dn, v.transpose(1, 2)), size)
+            A = _tril_(torch.bmm(q, k.transpose(1, 2)), size)
+            dq = torch.bmm(P, k).baddbmm_(dn, states[index].transpose(1, 2))
+            dk = torch.bmm(P.transpose(1, 2), q).baddbmm_(v, R.transpose(1, 2))
+            dv = torch.bmm(A.transpose(1, 2), dn).baddbmm_(k, R)
+            R.baddbmm_(q.transpose(1, 2), dn)
+            grad_value[:, :, part] = dv[..., :-1].view(batch, kv_heads, size, value_dim)
+            for leaf, mapped, grad, target in (
+                (query_leaf, mapped_query, dq, grad_query), (key_leaf, mapped_key, dk, grad_key)
+            ):  # fmt: skip
+                leaf_grad = _map_backward(leaf, mapped, grad.view_as(mapped), parameters, grad_parameters)
+                torch.mul(leaf_grad, scale, out=leaf_grad)
+                target[:, :, part] = leaf_grad
+        return grad_query, grad_key, grad_value, *[None] * 7, *grad_parameters
 
 
-def _map_backward(leaf, mapped, grad, parameters, grad_leaf, grad_parameters):
+def _numerator_grad(buffer, grad_out, grad_den, out, den, eps):
+    """Fill `buffer` `[B, H, t, Dv + 1]` with the gradients of numerator and denominator, and return it."""
+    if eps is None:
+        buffer[..., :-1] = grad_out
+        buffer[..., -1] = grad_den
+    else:
+        reciprocal = (den + eps).reciprocal()
+        torch.mul(grad_out, reciprocal[..., None], out=buffer[..., :-1])
+        torch.sub(grad_den, (buffer[..., :-1] * out).sum(-1), out=buffer[..., -1])
+    return buffer
+
+
+def _map_backward(leaf, mapped, grad, parameters, grad_parameters):
     """Through one feature map, for one chunk; parameter gradients add up over the chunks."""
     wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
     grads = torch.autograd.grad(mapped, [leaf, *(parameters[i] for i in wanted)], grad, allow_unused=True)
-    grad_leaf.copy_(grads[0])
     for i, grad_parameter in zip(wanted, grads[1:], strict=True):
         if grad_parameter is not None:
             grad_parameters[i] += grad_parameter
+    return grads[0]

@@ -1,0 +1,109 @@
+"""Every registered variant, at its defaults and with other options, and random inputs for it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_attnswap import attentions
+from hf_attnswap.attentions import Attention, Heads, Option
+from hf_attnswap.masks import Mask
+
+NAMES = attentions.names()
+HEAD_DIM, VALUE_DIM, SCALING = 8, 6, 0.4
+# A window that is smaller than the texts, for the variants that have one.
+SMALL = {"window": 8, "sinks": 2}
+PADDINGS = ("none", "left", "right", "middle")
+
+
+def small_options(name: str) -> dict:
+    """The options of `SMALL` that the variant has."""
+    known = attentions.get(name).options()
+    return {option: value for option, value in SMALL.items() if option in known}
+
+
+def other_options(name: str) -> list[dict]:
+    """One dict per option and value that is not the default: the extremes of what it takes."""
+    found = [small_options(name)] if small_options(name) else []
+    for option, described in attentions.get(name).options().items():
+        found += [{option: value} for value in _extremes(described) if value != described.default]
+    return found
+
+
+def _extremes(option: Option) -> list:
+    if option.choices is not None:
+        return [option.choices[0], option.choices[-1]]
+    if isinstance(option.default, bool):
+        return [not option.default]
+    return [] if option.minimum is None else [type(option.default)(option.minimum)]
+
+
+def case_id(value) -> str | None:
+    if isinstance(value, dict):
+        return ",".join(f"{k}={v}" for k, v in value.items()) or "defaults"
+    return None
+
+
+WITH_OPTIONS = [(name, options) for name in NAMES for options in other_options(name)]
+
+
+def named(condition) -> list[str]:
+    """The names of the variants whose class fulfils a condition."""
+    return [name for name in NAMES if condition(attentions.get(name))]
+
+
+def build(name: str, heads: int = 2, kv_heads: int = 2, dtype: torch.dtype = torch.float64, **options) -> Attention:
+    """A variant whose parameters are random rather than at their start."""
+    made = attentions.get(name)(Heads(heads, kv_heads, HEAD_DIM), **options).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return made
+
+
+class Inputs(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def inputs(
+    length: int, heads: int = 2, kv_heads: int = 2, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Inputs:
+    """Random query, key and value that take part in a graph; values are narrower than keys."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, VALUE_DIM))
+    made = (torch.randn(batch, h, length, d, generator=generator, dtype=torch.float64) for h, d in shapes)
+    return Inputs(*(t.to(dtype).requires_grad_() for t in made))
+
+
+def valid_keys(padding: str, length: int) -> Tensor | None:
+    """bool `[2, length]`: row 0 has no padding, two fifths of row 1 are padding."""
+    if padding == "none":
+        return None
+    valid = torch.ones(2, length, dtype=torch.bool)
+    size = length * 2 // 5
+    start = {"left": 0, "right": length - size, "middle": (length - size) // 2}[padding]
+    valid[1, start : start + size] = False
+    return valid
+
+
+def gradients(out: Tensor, wanted: list[Tensor], rows: Tensor | None) -> list[Tensor]:
+    """Of a random projection of the valid rows of the output; zeros where a tensor has no part in it."""
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    if rows is not None:
+        weight = weight * rows[:, None, :, None]
+    grads = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted, strict=True)]
+
+
+def causal(length: int, valid: Tensor | None = None) -> Mask:
+    return Mask(length, length, valid=valid)
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Largest difference against the largest expected value."""
+    largest = expected.abs().max().clamp(min=1e-30) if expected.numel() else torch.ones(())
+    error = (actual.double() - expected.double()).abs().max() / largest if expected.numel() else torch.zeros(())
+    assert error <= tolerance, f"{what}: error {error:.2e} of the largest value, allowed {tolerance:.0e}"

@@ -1,0 +1,275 @@
+"""The fast form of every variant against its float64 definition, and what holds for all of them."""
+
+import copy
+
+import pytest
+import torch
+from attention_cases import (
+    NAMES,
+    PADDINGS,
+    SCALING,
+    WITH_OPTIONS,
+    Inputs,
+    assert_near,
+    build,
+    case_id,
+    causal,
+    gradients,
+    inputs,
+    named,
+    small_options,
+    valid_keys,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_attnswap.masks import Mask
+from hf_attnswap.ops.linear import LinearState, causal_linear
+from hf_attnswap.ops.rows import by_rows
+
+LENGTHS = (1, 2, 63, 64, 65, 150)
+RATIOS = ((2, 2), (6, 2), (8, 1))
+STATEFUL = named(lambda cls: cls.stateful)
+LINEAR = named(lambda cls: cls.cost_class == "linear")
+DENSE = named(lambda cls: cls.dense_masks)
+# Largest error over largest value. bfloat16 has 8 bits: rounding the result alone gives 0.004.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def check_against_reference(attention, given: Inputs, mask: Mask) -> None:
+    """Outputs and gradients, at the rows of valid tokens, in the dtype of the inputs against float64."""
+    tolerance = TOLERANCE[given.query.dtype]
+    exact = copy.deepcopy(attention).double()
+    exact_given = Inputs(*(t.detach().double().requires_grad_() for t in given))
+    out = attention(*given, mask, SCALING)
+    expected = exact.reference(*exact_given, mask, SCALING)
+    assert out.dtype == given.query.dtype and out.shape == expected.shape
+    rows = torch.ones(out.shape[0], out.shape[2]).bool() if mask.valid is None else mask.valid
+    assert_near(out.transpose(1, 2)[rows], expected.transpose(1, 2)[rows], tolerance, "output")
+    names = ["query", "key", "value", *(name for name, _ in attention.named_parameters())]
+    ours = gradients(out, [*given, *attention.parameters()], rows)
+    theirs = gradients(expected, [*exact_given, *exact.parameters()], rows)
+    # Against the largest of all: a gradient that is zero but for rounding has no scale of its own.
+    scale = max(g.abs().max() for g in theirs).clamp(min=1e-3)
+    for name, g, e in zip(names, ours, theirs, strict=True):
+        assert g.dtype == given.query.dtype
+        error = (g.double() - e).abs().max() / scale
+        assert error <= tolerance, f"gradient of {name}: error {error:.2e}, allowed {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_fast_form_equals_definition(name, length, padding):
+    for heads, kv_heads in RATIOS:
+        attention = build(name, heads, kv_heads, **small_options(name))
+        mask = causal(length, valid_keys(padding, length))
+        check_against_reference(attention, inputs(length, heads, kv_heads), mask)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("name", "options"), WITH_OPTIONS, ids=case_id)
+def test_fast_form_equals_definition_with_other_options(name, options, padding):
+    check_against_reference(build(name, 6, 2, **options), inputs(65, 6, 2), causal(65, valid_keys(padding, 65)))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_and_bfloat16_are_near_the_float64_definition(name, dtype):
+    attention = build(name, 6, 2, dtype, **small_options(name))
+    for padding in ("none", "left"):
+        check_against_reference(attention, inputs(150, 6, 2, dtype=dtype), causal(150, valid_keys(padding, 150)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_long_text(name):
+    attention, given = build(name, 6, 2), inputs(1000, 6, 2, batch=1)
+    with torch.no_grad():
+        out = attention(*given, causal(1000), SCALING)
+        assert_near(out, attention.reference(*given, causal(1000), SCALING), 1e-9, "output")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if list(build(name).parameters())])
+def test_parameter_gradients_do_not_drift_in_bfloat16(name):
+    """Sums over a long text are float32: gradients that all point one way do not stall."""
+    length = 4096
+    exact, given = build(name), inputs(length, batch=1)
+    rounded, rounded_given = build(name, dtype=torch.bfloat16), [t.detach().bfloat16() for t in given]
+    grads = []
+    for attention, tensors in ((exact, [t.detach() for t in given]), (rounded, rounded_given)):
+        value = tensors[2].abs()
+        out = attention(*tensors[:2], value, causal(length), SCALING)
+        grads.append(torch.autograd.grad(out.double().sum(), list(attention.parameters())))
+    scale = max(g.abs().max() for g in grads[0])
+    for expected, found in zip(*grads, strict=True):
+        assert (found.double() - expected).abs().max() / scale < 0.05
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_mask_equals_definition(name):
+    torch.manual_seed(3)
+    dense = torch.rand(2, 1, 40, 40) < 0.5
+    dense[:, :, :, 0] = True
+    check_against_reference(build(name, 6, 2), inputs(40, 6, 2), Mask(40, 40, dense=dense))
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_row_that_may_attend_to_nothing_is_zero(name, dtype):
+    attention, given = build(name, dtype=dtype), inputs(20, dtype=dtype)
+    dense = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    dense[0, :, 7] = dense[1, :, 0] = False
+    out = attention(*given, Mask(20, 20, dense=dense), SCALING)
+    assert (out[0, :, 7] == 0).all() and (out[1, :, 0] == 0).all()
+    for grad in gradients(out, [*given, *attention.parameters()], None):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_that_comes_first_is_finite(name):
+    """Its rows may attend to nothing; nobody reads them, but NaN would spread through the rest of the model."""
+    valid = valid_keys("left", 20)
+    valid[0] = False
+    attention, given = build(name, **small_options(name)), inputs(20)
+    out = attention(*given, causal(20, valid), SCALING)
+    assert out.isfinite().all()
+    for grad in gradients(out, [*given, *attention.parameters()], None):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_future_tokens_change_nothing(name):
+    attention, given = build(name, 6, 2, **small_options(name)), inputs(130, 6, 2)
+    mask = causal(130)
+    with torch.no_grad():
+        before = attention(*given, mask, SCALING)
+        for token in (1, 63, 64, 100):
+            changed = [t.clone() for t in given]
+            for t in changed:
+                t[:, :, token:] = 10 * torch.randn_like(t[:, :, token:])
+            after = attention(*changed, mask, SCALING)
+            assert torch.equal(after[:, :, :token], before[:, :, :token])
+            assert name == "none" or not torch.equal(after[:, :, token:], before[:, :, token:])
+
+
+@pytest.mark.parametrize("padding", PADDINGS[1:])
+@pytest.mark.parametrize("name", NAMES)
+def test_row_of_a_padded_batch_equals_the_row_alone(name, padding):
+    attention, given = build(name, 6, 2, **small_options(name)), inputs(90, 6, 2)
+    valid = valid_keys(padding, 90)
+    with torch.no_grad():
+        out = attention(*given, causal(90, valid), SCALING)
+        for row in (0, 1):
+            alone = [t[row : row + 1, :, valid[row]] for t in given]
+            expected = attention(*alone, causal(alone[0].shape[2]), SCALING)
+            torch.testing.assert_close(out[row : row + 1, :, valid[row]], expected, rtol=1e-9, atol=1e-9)
+
+
+def in_pieces(attention, given, valid, pieces):
+    """The outputs of a text given piece by piece, joined, and the state after it."""
+    state, seen, outs = {}, 0, []
+    for size in pieces:
+        new = slice(seen, seen + size)
+        seen += size
+        mask = Mask(size, seen, valid=None if valid is None else valid[:, :seen])
+        outs.append(attention(*(t[:, :, new] for t in given), mask, SCALING, state))
+    return torch.cat(outs, dim=2), state
+
+
+@pytest.mark.parametrize("padding", ("none", "left"))
+@pytest.mark.parametrize("pieces", ([1] * 76, [5, 70, 1], [1, 2, 3, 70], [76]), ids=("ones", "5-70-1", "1-2-3-70", "76"))
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_carries_a_text_over_pieces(name, pieces, padding):
+    attention, given = build(name, 6, 2, **small_options(name)), inputs(76, 6, 2)
+    valid = valid_keys(padding, 76)
+    with torch.no_grad():
+        whole = attention(*given, causal(76, valid), SCALING)
+        joined, _ = in_pieces(attention, given, valid, pieces)
+    rows = torch.ones(2, 76).bool() if valid is None else valid
+    assert_near(joined.transpose(1, 2)[rows], whole.transpose(1, 2)[rows], 1e-9, "output")
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_does_not_grow(name):
+    attention, given = build(name, 6, 2, torch.bfloat16), inputs(300, 6, 2, dtype=torch.bfloat16)
+    sizes = set()
+    with torch.no_grad():
+        for pieces in ([8], [8] * 8, [64], [64] * 4 + [44], [300]):
+            state = in_pieces(attention, given, None, pieces)[1]
+            sizes.add(sum(t.numel() * t.element_size() for t in state.values()))
+            # A view would keep all the keys that it is a part of.
+            assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in state.values())
+    assert len(sizes) == 1
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if torch.is_tensor(t)]
+        self.elements = max(self.elements, *sizes) if sizes else self.elements
+        return result
+
+
+@pytest.mark.parametrize("padding", (False, True), ids=("whole", "padded"))
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_variants_make_no_square_matrix(name, padding):
+    n, saved = 512, []
+    attention, given = build(name, 2, 1), inputs(n, 2, 1, batch=1)
+    valid = torch.arange(n)[None] >= 100 if padding else None
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        attention(*given, Mask(n, n, valid=valid), SCALING).sum().backward()
+    assert saved and max(t.numel() for t in saved) < n * n
+    assert n <= largest.elements < n * n
+
+
+@pytest.mark.parametrize("eps", (None, 1e-6))
+@pytest.mark.parametrize("masked", (False, True), ids=("whole", "masked"))
+@pytest.mark.parametrize("continued", (False, True), ids=("start", "continued"))
+def test_gradcheck_of_causal_linear(eps, masked, continued):
+    """Chunks of 2 in a text of 5; also through the denominator that comes back."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, 5, 3, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    key_mask = torch.tensor([[True] * 5, [False, True, True, False, True]]) if masked else None
+    state = None
+    if continued:
+        state = LinearState(torch.randn(2, 2, 4, 3).double(), torch.rand(2, 2, 4).double() + 1)
+
+    def run(query, key, value, weight):
+        def feature_map(x):
+            return (x @ weight).exp()
+
+        out, denominator, _ = causal_linear(
+            query, key, value, feature_map, feature_map,
+            parameters=(weight,), key_mask=key_mask, state=state, eps=eps, chunk=2,
+        )  # fmt: skip
+        # A row that sees no key is 0 / eps, whose slope no finite difference finds.
+        seen = torch.ones(2, 5).bool() if key_mask is None or continued else key_mask.cumsum(1) > 0
+        return out.transpose(1, 2)[seen], denominator
+
+    assert torch.autograd.gradcheck(run, (query, key, value, weight))
+
+
+def test_gradcheck_of_by_rows():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 1, 1, dtype=torch.float64, requires_grad=True)
+
+    def attend(query, key, value, tile):
+        scores = (query @ key.transpose(-1, -2) + bias).tanh().masked_fill(~tile.allowed, 0)
+        return scores @ value, scores.square().sum(-1, keepdim=True)
+
+    def run(*tensors):
+        return by_rows(attend, *tensors[:3], Mask(5, 5).tiles(2), tensors[3:])
+
+    assert torch.autograd.gradcheck(run, (query, key, value, bias))
+
+
+@pytest.mark.parametrize("chunk", (0, -1))
+def test_causal_linear_refuses_a_chunk_of_no_tokens(chunk):
+    with pytest.raises(ValueError, match=f"chunk must be at least 1, got {chunk}"):
+        causal_linear(*inputs(4), lambda x: x, lambda x: x, chunk=chunk)
