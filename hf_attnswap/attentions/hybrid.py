@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..ops.heads import scores
-from ..ops.window import Context, window_softmax_parts
+from ..ops.window import context
 from .base import Attention, LinearAttention
 from .window import Window, near, read_state
 
@@ -47,12 +47,12 @@ class Hybrid(Attention):
         return total / total.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
 
     def forward(self, query, key, value, mask, scaling, state=None):
-        context = Context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
-        numerator, denominator, c = window_softmax_parts(context, scaling)
-        leaving_key, leaving_value, leaving = context.leaving()
+        at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
+        numerator, denominator, c = at.softmax_parts(scaling)
+        leaving_key, leaving_value, leaving = at.leaving()
         before = state["S"] if state else None
         linear_numerator, linear_denominator, after = self.linear.accumulate(
-            context.query, leaving_key, leaving_value, scaling, leaving.expand(query.shape[0], -1), before, eps=None
+            at.query, leaving_key, leaving_value, scaling, leaving.expand(query.shape[0], -1), before, eps=None
         )
         # One maximum for both terms; at least 0, so that neither factor can overflow.
         largest = c.clamp(min=0)
@@ -61,8 +61,8 @@ class Hybrid(Attention):
         numerator = inside * numerator + outside * linear_numerator
         denominator = inside * denominator + outside * linear_denominator[..., None]
         if state is not None:
-            state.update(vars(context.state()), S=after)
-        return context.unalign(numerator / denominator.clamp(min=torch.finfo(c.dtype).tiny)).to(query.dtype)
+            state.update(vars(at.state()), S=after)
+        return at.unalign(numerator / denominator.clamp(min=torch.finfo(c.dtype).tiny)).to(query.dtype)
 
 
 @cache

@@ -6,7 +6,7 @@ Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language m
 import torch
 
 from ..ops.heads import scores
-from ..ops.window import Context, WindowState, window_softmax_parts
+from ..ops.window import WindowState, context
 from .base import Attention, Option
 from .registry import register
 
@@ -44,9 +44,9 @@ class Window(Attention):
         return torch.softmax(s, dim=-1).nan_to_num(0.0)
 
     def forward(self, query, key, value, mask, scaling, state=None):
-        context = Context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
-        numerator, denominator, _ = window_softmax_parts(context, scaling)
+        at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
+        numerator, denominator, _ = at.softmax_parts(scaling)
         if state is not None:
-            state.update(vars(context.state()))
+            state.update(vars(at.state()))
         # Every valid row sees itself, so its denominator is at least 1.
-        return context.unalign(numerator / denominator.clamp(min=1)).to(query.dtype)
+        return at.unalign(numerator / denominator.clamp(min=1)).to(query.dtype)

@@ -12,6 +12,7 @@ Kept for the backward pass: query, key, value, the result, and the state at the 
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .heads import compute_dtype
@@ -54,7 +55,23 @@ def causal_linear(
     arguments = (query, key, value, key_mask, state, map_query, map_key, scale, eps, chunk)
     if torch.is_grad_enabled():
         return _CausalLinear.apply(*arguments, *parameters)
+    if query.shape[2] == 1 and state is not None:
+        return _step(*arguments[:-1])
     return _forward(*arguments, keep_states=False)[:3]
+
+
+def _step(query, key, value, key_mask, state, map_query, map_key, scale, eps):
+    """One token after a state: the recurrent form, in few kernels."""
+    batch, heads, _, _ = query.shape
+    rows, dtype = batch * value.shape[1], compute_dtype(query.dtype)
+    q = _rows(_mapped(query.to(dtype) * scale, map_query), rows)
+    k = _rows(_mapped(key.to(dtype) * scale, map_key, key_mask), rows)
+    v = F.pad(value.to(dtype), (0, 1), value=1.0).flatten(0, 1)
+    S = torch.baddbmm(state.to(dtype).flatten(0, 1), k.transpose(1, 2), v)
+    mixed = torch.bmm(q, S).view(batch, heads, 1, -1)
+    numerator, denominator = mixed[..., :-1], mixed[..., -1:]
+    out = numerator if eps is None else (numerator / (denominator + eps)).to(query.dtype)
+    return out, denominator.squeeze(-1), S.view_as(state)
 
 
 def _mapped(x: Tensor, feature_map: FeatureMap, key_mask: Tensor | None = None) -> Tensor:

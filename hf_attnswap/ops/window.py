@@ -21,15 +21,13 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WindowState:
-    """What a window layer remembers: the last w keys and values (right-aligned), the first m, and how many came.
+    """What a window layer remembers: the first m keys and values, then the last w (right-aligned), and how many came.
 
-    Shapes: `[B, Hkv, w, D]`, `[B, Hkv, w, Dv]`, `[B, Hkv, m, D]`, `[B, Hkv, m, Dv]`, `[B]`.
+    Shapes: `[B, Hkv, m + w, D]`, `[B, Hkv, m + w, Dv]`, `[B]`.
     """
 
-    recent_key: Tensor
-    recent_value: Tensor
-    sink_key: Tensor
-    sink_value: Tensor
+    key: Tensor
+    value: Tensor
     count: Tensor
 
 
@@ -59,22 +57,19 @@ class Context:
             query, key, value = (_gather(t, self.order) for t in (query, key, value))
         self.query = query
         self.count = None if state is None else state.count
-        self.sink_key, self.sink_value = (
-            self._sinks(new, None if state is None else old)
-            for new, old in ((key, state and state.sink_key), (value, state and state.sink_value))
-        )
-        if state is None:
-            self.key, self.value = (F.pad(t, (0, 0, window, 0)) for t in (key, value))
-        else:
-            self.key = torch.cat([state.recent_key.to(key.dtype), key], dim=2)
-            self.value = torch.cat([state.recent_value.to(value.dtype), value], dim=2)
+        self.sink_key, self.key = self._remembered(key, state and state.key)
+        self.sink_value, self.value = self._remembered(value, state and state.value)
 
-    def _sinks(self, new: Tensor, old: Tensor | None) -> Tensor:
+    def _remembered(self, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sinks, those among the new tokens included, and the new tokens behind the last w."""
         if old is None:
-            return F.pad(new[:, :, : self.sinks], (0, 0, 0, max(0, self.sinks - new.shape[2])))
+            sinks = F.pad(new[:, :, : self.sinks], (0, 0, 0, max(0, self.sinks - new.shape[2])))
+            return sinks, F.pad(new, (0, 0, self.window, 0))
         slot = torch.arange(self.sinks, device=new.device)
         source = (slot[None, :] - self.count[:, None]).clamp(0, new.shape[2] - 1)
-        return torch.where((slot[None, :] < self.count[:, None])[:, None, :, None], old, _gather(new, source))
+        known = (slot[None, :] < self.count[:, None])[:, None, :, None]
+        sinks = torch.where(known, old[:, :, : self.sinks], _gather(new, source))
+        return sinks, torch.cat([old[:, :, self.sinks :].to(new.dtype), new], dim=2)
 
     def position(self, slots: slice) -> Tensor:
         """Position in its text of each slot of `key`: `[1 or B, s]`, negative where nothing is."""
@@ -116,38 +111,81 @@ class Context:
 
     def state(self) -> WindowState:
         """What to remember after these tokens."""
-        batch, device = self.query.shape[0], self.query.device
-        count = torch.zeros(batch, dtype=torch.long, device=device) if self.count is None else self.count
+        count = 0 if self.count is None else self.count
         if self.lengths is None:
-            recent = (self.key[:, :, self.length :], self.value[:, :, self.length :])
-            count = count + self.length
+            recent = (t[:, :, self.length :] for t in (self.key, self.value))
+            count = self.query.new_full((self.query.shape[0],), self.length, dtype=torch.long) + count
         else:
-            last = self.lengths[:, None] + torch.arange(self.window, device=device)
-            recent = (_gather(self.key, last), _gather(self.value, last))
-            count = count + self.lengths
-        return WindowState(*(t.contiguous() for t in recent), self.sink_key, self.sink_value, count)
+            last = self.lengths[:, None] + torch.arange(self.window, device=self.query.device)
+            recent = (_gather(t, last) for t in (self.key, self.value))
+            count = self.lengths + count
+        sinks = (self.sink_key, self.sink_value)
+        return WindowState(*(torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)), count)
+
+    def softmax_parts(self, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Numerator `sum e^{s - c} v` `[B, H, T, Dv]`, denominator `sum e^{s - c}` and row maximum c, `[B, H, T, 1]`.
+
+        Over the last `window` tokens and the first `sinks`; each token counts once. Float32 (or float64), aligned.
+        """
+        dtype = compute_dtype(self.query.dtype)
+        sinks = (self.sink_key, self.sink_value)
+
+        def attend(query, key, value, tile: Tile):
+            key, value = (
+                torch.cat([s.to(dtype), t.to(dtype)], dim=2) for s, t in zip(sinks, (key, value), strict=True)
+            )
+            early = self.sinks_allowed(tile.rows).expand(tile.allowed.shape[0], -1, -1, -1)
+            return _softmax_parts(query.to(dtype), key, value, torch.cat([early, tile.allowed], dim=-1), scaling)
+
+        return by_rows(attend, self.query, self.key, self.value, self.tiles(), sinks)
 
 
-def window_softmax_parts(context: Context, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Numerator `sum e^{s - c} v` `[B, H, T, Dv]`, denominator `sum e^{s - c}` and row maximum c, both `[B, H, T, 1]`.
+class Step:
+    """One new token after a state, nothing padded: a `Context` of few kernels, for generation."""
 
-    Over the last `window` tokens and the first `sinks`; each token counts once. All float32 (or float64), aligned.
-    """
-    dtype = compute_dtype(context.query.dtype)
-    sink_key, sink_value = context.sink_key, context.sink_value
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, sinks: int, state: WindowState):
+        self.query, self.sinks, self.old = query, sinks, state
+        slots = state.key.shape[2]
+        slot = torch.arange(slots, device=query.device)
+        count = state.count[:, None]
+        # A sink slot is filled from its own position on; a recent slot counts where it holds no sink.
+        self.allowed = torch.where(slot < sinks, count >= slot, count + slot >= slots - 1 + sinks)[:, None, None]
+        self.key, self.value = (self._push(old, new) for old, new in ((state.key, key), (state.value, value)))
 
-    def attend(query, key, value, tile: Tile):
-        query = query.to(dtype) * scaling
-        key = torch.cat([sink_parameter[0].to(dtype), key.to(dtype)], dim=2)
-        value = torch.cat([sink_parameter[1].to(dtype), value.to(dtype)], dim=2)
-        allowed = torch.cat(
-            [context.sinks_allowed(tile.rows).expand(tile.allowed.shape[0], -1, -1, -1), tile.allowed], dim=-1
-        )
-        s = scores(query, key).masked_fill(~allowed, float("-inf"))
-        # Rows of padding may see nothing at all; their maximum must not be -inf.
-        c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-        e = torch.exp(s - c)
-        return mix(e, value), e.sum(-1, keepdim=True), c
+    def _push(self, old: Tensor, new: Tensor) -> Tensor:
+        m = self.sinks
+        slot = torch.arange(m, device=new.device)
+        sinks = torch.where((slot == self.old.count[:, None])[:, None, :, None], new.to(old.dtype), old[:, :, :m])
+        return torch.cat([sinks, old[:, :, m + 1 :], new.to(old.dtype)], dim=2)
 
-    sink_parameter = (sink_key, sink_value)
-    return by_rows(attend, context.query, context.key, context.value, context.tiles(), sink_parameter)
+    def leaving(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Context.leaving`."""
+        slot = slice(self.sinks, self.sinks + 1)
+        window = self.key.shape[2] - self.sinks
+        return self.old.key[:, :, slot], self.old.value[:, :, slot], self.old.count[:, None] >= window + self.sinks
+
+    def unalign(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def state(self) -> WindowState:
+        return WindowState(self.key, self.value, self.old.count + 1)
+
+    def softmax_parts(self, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Context.softmax_parts`."""
+        dtype = compute_dtype(self.query.dtype)
+        return _softmax_parts(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.allowed, scaling)
+
+
+def context(query, key, value, valid, window: int, sinks: int, state: WindowState | None) -> Context | Step:
+    """The new tokens of a call with what is remembered, in the form that suits them."""
+    if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled():
+        return Step(query, key, value, sinks, state)
+    return Context(query, key, value, valid, window, sinks, state)
+
+
+def _softmax_parts(query, key, value, allowed, scaling):
+    s = scores(query * scaling, key).masked_fill(~allowed, float("-inf"))
+    # Rows of padding may see nothing at all; their maximum must not be -inf.
+    c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
+    e = torch.exp(s - c)
+    return mix(e, value), e.sum(-1, keepdim=True), c
