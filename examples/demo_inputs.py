@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 

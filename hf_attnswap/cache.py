@@ -21,6 +21,7 @@ class StateLayer(CacheLayerMixin):
         super().__init__()
         self.state: dict[str, Tensor] = {}
         self.seen = 0
+        self.packed = False  # several texts in one row went through; their states are gone
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -49,7 +50,7 @@ class StateLayer(CacheLayerMixin):
         self.state = {name: change(t) for name, t in self.state.items()}
 
     def reset(self) -> None:
-        self.state, self.seen = {}, 0
+        self.state, self.seen, self.packed = {}, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))

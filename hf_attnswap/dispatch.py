@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from .attentions import Attention
-from .masks import Mask, Packed, as_bool, find_segments, parse
+from .masks import Mask, Packed, as_bool, find_segments, from_segments, parse
 from .packing import unpack_rows
 
 NAME = "attnswap"
@@ -80,10 +80,11 @@ def attend(attention: Attention, query, key, value, attention_mask, scaling, lay
     stateful = attention.stateful and layer is not None
     seen = layer.seen if stateful else key.shape[2]
     mask = parse(attention_mask, query.shape[2], seen)
+    if stateful and layer.packed:
+        raise NotImplementedError("the cache holds packed texts, which cannot be continued: start from a new cache")
     if isinstance(mask, Packed):
-        if stateful and seen > query.shape[2]:
-            raise NotImplementedError("packed sequences cannot continue from a cache")
-        # What is left in the state belongs to no single text, so nothing may be continued from it.
+        if stateful:
+            layer.packed = True
         return unpack_rows(
             lambda q, k, v: _observed(attention, q, k, v, Mask(q.shape[2], k.shape[2]), scaling, None),
             query,
@@ -109,6 +110,8 @@ def _observed(attention, query, key, value, mask, scaling, state):
 def _check_keywords(where: str, dropout: float, kwargs: dict) -> None:
     if dropout:
         raise NotImplementedError(f"{where}: attention dropout {dropout} is not supported: set attention_dropout to 0")
+    if kwargs.get("is_causal") is False:
+        raise NotImplementedError(f"{where}: is_causal=False is not supported: the layer was swapped as a causal one")
     for name, given in kwargs.items():
         if given is None or given is False or name in _HARMLESS:
             continue
@@ -177,7 +180,7 @@ def attnswap_mask(
             return None
         valid = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         return None if valid.all() else valid
-    kwargs["allow_is_causal_skip"] = False
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def rows(start: int, stop: int) -> Tensor:
         return sdpa_mask(
@@ -187,7 +190,8 @@ def attnswap_mask(
     if grows and q_offset == 0:
         segments = find_segments(rows, kv_length)
         if segments is not None:
-            return segments
+            found = from_segments(segments)
+            return segments if isinstance(found, Packed) else found.valid
     return rows(0, q_length)
 
 

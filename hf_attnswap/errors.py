@@ -1,5 +1,31 @@
-"""The one exception of wrong use: its message is one sentence with the value, the place and what to do."""
+"""Wrong use: the one exception, and the one line that programs print for it."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be: an unknown name, an unfit option, a model or file that is not what it should be."""
+    """What was asked for cannot be: an unknown name, an unfit option, a model or file that is not what it should be.
+
+    Its message is one sentence with the value, the place and what to do.
+    """
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """End the program with one line on stderr in place of a traceback, which ATTNSWAP_DEBUG=1 shows.
+
+    Exit code 2 for wrong use, 1 for failure, 130 when interrupted.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("ATTNSWAP_DEBUG"):
+            traceback.print_exc()
+        code = 2 if isinstance(error, UsageError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        line = "interrupted" if code == 130 else (str(error).strip() or repr(error)).splitlines()[0]
+        print(f"{program}: {line}", file=sys.stderr)
+        sys.exit(code)

@@ -1,0 +1,241 @@
+"""What the example scripts share: arguments, the accelerator and the check of its processes, the run, the saving."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, LoggerType, parse_flag_from_env, set_seed
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from hf_attnswap import UsageError, swap
+from hf_attnswap.data import TextSource, token_blocks
+from hf_attnswap.files import require_empty, whole_folder
+from hf_attnswap.tradeoff import parse_options
+from hf_attnswap.training.loop import Step, batches, find_checkpoint, train
+
+# Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
+IDENTITY = "model_name_or_path dtype attention layers option use_lora lora_r lora_alpha lora_dropout".split()
+
+OUTPUT = """\
+output_dir:
+  model/               the finished model with its tokenizer; it appears whole, at the end
+  checkpoints/step_N/  the newest checkpoint, for --resume_from_checkpoint; can be removed once model/ is there
+  training_log.jsonl   one line per step
+"""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_name_or_path", required=True, help="a Hub id, a folder or a .gguf file")
+    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, file_option: str) -> None:
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument(file_option, help="text, json, jsonl, parquet or csv")
+    text.add_argument("--dataset_name", help="a dataset of the Hub")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--text_column", default="text", help="column that holds the text (default: %(default)s)")
+
+
+def training_parser(description: str, learning_rate: float) -> argparse.ArgumentParser:
+    """The arguments of a training script."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=OUTPUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--attention", help="swap to this variant first, see `attnswap ls`")
+    parser.add_argument("--layers", help="which layers to swap: a slice '1::2' or indices '0,3,5' (default: all)")
+    parser.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the variant; may be repeated")
+    add_text_arguments(parser, "--train_file")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new or empty folder, see below")
+    parser.add_argument("--block_size", type=_positive, default=512, help="tokens per block (default: %(default)s)")
+    parser.add_argument("--per_device_train_batch_size", type=_positive, default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=_positive, default=1)
+    parser.add_argument("--learning_rate", type=float, default=learning_rate, help="(default: %(default)s)")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--max_train_steps", type=_positive, help="optimiser steps")
+    length.add_argument("--max_train_tokens", type=_positive, help="over all processes; whole steps of them")
+    parser.add_argument("--num_warmup_steps", type=int, default=0, help="before a cosine to zero")
+    parser.add_argument("--weight_decay", type=float, default=0.0)
+    parser.add_argument(
+        "--checkpointing_steps", type=_positive, help="a checkpoint every so many steps (default: none)"
+    )
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        metavar="FOLDER",
+        help="a checkpoint, or 'latest' for that of output_dir, which starts anew where there is none",
+    )
+    parser.add_argument("--with_tracking", action="store_true")
+    parser.add_argument("--report_to", default="all", choices=LoggerType.list(), help="(default: all installed)")
+    parser.add_argument("--seed", type=int, default=0, help="of new weights, dropout and the order of the text")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def build_accelerator(**arguments: Any) -> Accelerator:
+    """An Accelerator, on the CPU where there is no other device.
+
+    Raises:
+        UsageError: it does not run as the launcher was asked to. Processes that do not know of each other would each
+            train alone, and write over one another.
+    """
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **arguments)
+    environment, processes = os.environ, accelerator.num_processes
+    asked = environment.get("WORLD_SIZE", "1")
+    if "WORLD_SIZE" not in environment and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys():
+        # What `accelerate launch` leaves behind when it starts one process in place of several (accelerate#2741).
+        asked = "several"
+    if asked != str(processes):
+        raise UsageError(
+            f"the launcher was asked for {asked} processes, and this runs as {processes}: to run several on the CPU, "
+            "use accelerate launch --config_file examples/configs/multi_cpu.yaml, or torchrun"
+        )
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        wanted = parse_flag_from_env(f"ACCELERATE_USE_{kind.value}")
+        if wanted and accelerator.distributed_type != kind:
+            raise UsageError(
+                f"the launcher was asked for {kind.value}, and this runs as {accelerator.distributed_type}"
+            )
+    if not accelerator.is_main_process:
+        disable_progress_bar()
+    return accelerator
+
+
+def start(args: argparse.Namespace) -> Accelerator:
+    """The accelerator of a training script, after its output folder and its trackers are found to be fit."""
+    accelerator = build_accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
+    )
+    require_empty(args.output_dir / "model" if args.resume_from_checkpoint else args.output_dir)
+    accelerator.wait_for_everyone()  # before one process writes into the folder that another finds empty
+    if args.with_tracking and not accelerator.log_with:
+        raise UsageError(f"report_to is {args.report_to!r}, but no such tracker is installed")
+    set_seed(args.seed)
+    return accelerator
+
+
+def swap_as_asked(model: PreTrainedModel, args: argparse.Namespace, attention: str | None) -> None:
+    """Swap the model to `attention`, with the layers and options of the arguments."""
+    layers = args.layers if args.layers is None or ":" in args.layers else args.layers.split(",")
+    swap(model, attention, layers=layers, **parse_options(args.option or []))
+
+
+def run(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    step_loss: Step,
+) -> list[float]:
+    """Train what requires a gradient, with a progress bar; the loss of each step."""
+    tokens = args.per_device_train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    tokens *= args.block_size
+    steps = args.max_train_steps or max(1, args.max_train_tokens // tokens)
+    source = TextSource(
+        args.train_file or args.dataset_name, config_name=args.dataset_config_name, column=args.text_column
+    )
+    blocks = token_blocks(source, tokenizer, args.block_size, max_tokens=steps * tokens)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    count, total = (sum(p.numel() for p in group) for group in (parameters, model.parameters()))
+    _say(accelerator, f"{count:,} of {total:,} parameters train on {blocks.numel():,} tokens of {source.name}")
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
+        _say(
+            accelerator,
+            f"the weights that train are {args.dtype}, which loses updates below a few thousandths of a weight: leave "
+            "--dtype at float32, and pass --mixed_precision bf16 to accelerate launch to compute in bfloat16",
+        )
+    checkpoint = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if args.resume_from_checkpoint:
+        _say(accelerator, f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting anew")
+    if args.with_tracking:
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
+        accelerator.init_trackers("hf_attnswap", config=plain)
+    with progress_bar(accelerator, steps, tokens) as progress:
+        losses = train(
+            accelerator,
+            model,
+            batches(blocks, args.per_device_train_batch_size, args.seed),
+            step_loss,
+            learning_rate=args.learning_rate,
+            steps=steps,
+            warmup=args.num_warmup_steps,
+            weight_decay=args.weight_decay,
+            output_dir=args.output_dir,
+            checkpointing_steps=args.checkpointing_steps,
+            resume_from_checkpoint=checkpoint,
+            settings={
+                "mixed_precision": accelerator.mixed_precision,
+                **{name: getattr(args, name) for name in IDENTITY if hasattr(args, name)},
+            },
+            progress=progress,
+        )
+    return losses
+
+
+def save(
+    args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """The model and its tokenizer in `output_dir/model`, which appears whole; ends the run."""
+    folder = args.output_dir / "model"
+    state = accelerator.get_state_dict(model)  # of all processes together
+    if accelerator.is_main_process:
+        with whole_folder(folder) as temporary:
+            model.save_pretrained(temporary, state_dict=state)
+            tokenizer.save_pretrained(temporary)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+@contextmanager
+def progress_bar(accelerator: Accelerator, steps: int, tokens: int) -> Iterator[Callable[[int, float], None]]:
+    """A bar in tokens, of `steps` steps of `tokens` each, on the main process; what it yields goes to `train`."""
+    bar = None
+
+    def progress(step: int, loss: float) -> None:
+        nonlocal bar
+        if bar is None:  # not before: a resumed run begins in the middle
+            bar = token_bar(accelerator, steps * tokens, initial=(step - 1) * tokens)
+        bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss:.4f}", refresh=False)
+        bar.update(tokens)
+        accelerator.log({"loss": loss, "tokens": step * tokens}, step=step)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def token_bar(accelerator: Accelerator, total: int, initial: int = 0) -> tqdm:
+    """Tokens done, tokens per second and time left; seldom redrawn where stderr is a file."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit="tokens",
+        unit_scale=True,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+        disable=not accelerator.is_main_process,
+    )
+
+
+def _say(accelerator: Accelerator, line: str) -> None:
+    if accelerator.is_main_process:
+        print(line, file=sys.stderr, flush=True)
