@@ -35,7 +35,7 @@ from .errors import UsageError
 from .evaluation.perplexity import Perplexity, perplexity, ratio
 from .files import write_whole
 from .patching import swap, swapped_modules
-from .training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, trainable_parameters
+from .training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, calibrate, trainable_parameters
 from .training.loop import batches, train
 from .version import __version__
 
@@ -233,6 +233,7 @@ def _align(arm: Arm, model: nn.Module, blocks: Tensor, settings: Settings, progr
     parameters = trainable_parameters(model)
     accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
     started = time.perf_counter()
+    calibrate(model, blocks[: 2 * batch_size])
     with aligning(model) as losses:
         history = train(
             accelerator,

@@ -145,6 +145,9 @@ class Attention(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def calibrate(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
+        """Set parameters from what the layer sees, before training; shapes as in `forward`. Most variants need none."""
+
     def extra_repr(self) -> str:
         return ", ".join(f"{n}={v!r}" for n, v in self.option_values().items())
 
@@ -178,12 +181,13 @@ class ScoreAttention(Attention):
 class LinearAttention(Attention):
     """Variants with `phi(q) . phi(k)` in place of `exp(s)`: the product re-associates, O(n) in time and memory.
 
-    The maps see `x sqrt(scaling)`, so that the identity map gives the scores themselves.
     o_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps), or / n_i where `divide_by_count`.
+    The maps see query and key as they are, or times sqrt(scaling) where `scaled`.
     """
 
     cost_class = "linear"
     stateful = True
+    scaled: ClassVar[bool] = False
     divide_by_count: ClassVar[bool] = False
     eps: ClassVar[float] = 1e-6
 
@@ -199,9 +203,21 @@ class LinearAttention(Attention):
         """The map where queries and keys share it."""
         raise NotImplementedError(f"{type(self).__name__} defines no feature map")
 
+    def map_query_beside_softmax(self, x: Tensor) -> Tensor:
+        """The map of the queries in `X+window`, where a factor of the row does not cancel (`query_log_scale`)."""
+        return self.map_query(x)
+
+    def query_log_scale(self, x: Tensor) -> Tensor | None:
+        """Log of the row factor that `map_query_beside_softmax` leaves out, `[B, H, t, 1]`; None for 0.
+
+        Any number that keeps the features in range will do, so it is a constant to the gradient.
+        """
+        return None
+
     def kernel(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """`phi(q_i) . phi(k_j)`, `[B, H, T, S]`: O(n^2), for the definition."""
-        return scores(self.map_query(query * scaling**0.5), self.map_key(key * scaling**0.5))
+        scale = scaling**0.5 if self.scaled else 1.0
+        return scores(self.map_query(query * scale), self.map_key(key * scale))
 
     def weights(self, query, key, allowed, scaling):
         kernel = self.kernel(query, key, scaling).masked_fill(~allowed, 0)
@@ -209,18 +225,20 @@ class LinearAttention(Attention):
             return kernel / allowed.sum(-1, keepdim=True).clamp(min=1)
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
 
-    def accumulate(self, query, key, value, scaling, key_mask, state, eps):
-        """`causal_linear` with the maps of this variant."""
-        return causal_linear(
-            query, key, value, self.map_query, self.map_key, scale=scaling**0.5,
-            parameters=tuple(self.parameters()), key_mask=key_mask, state=state, eps=eps,
-        )  # fmt: skip
-
     def forward(self, query, key, value, mask, scaling, state=None):
         valid = mask.new_tokens()
-        before = state["S"] if state else None
-        eps = None if self.divide_by_count else self.eps
-        out, _, after = self.accumulate(query, key, value, scaling, valid, before, eps)
+        out, _, after = causal_linear(
+            query,
+            key,
+            value,
+            self.map_query,
+            self.map_key,
+            scale=scaling**0.5 if self.scaled else 1.0,
+            parameters=tuple(self.parameters()),
+            key_mask=valid,
+            state=state["S"] if state else None,
+            eps=None if self.divide_by_count else self.eps,
+        )
         if self.divide_by_count:
             out, counts = self._divide(out, query, valid, state)
             if state is not None:

@@ -2,7 +2,8 @@
 
 phi(x) = [softmax(Wx), softmax(-Wx)], each softmax over the head's features, W per head, the identity at the start;
 queries and keys have their own W. Zhang et al., "The hedgehog & the porcupine", 2024, in the form of LoLCATs
-(Zhang 2024): two softmaxes, not one joint softmax over [Wx, -Wx].
+(Zhang 2024): two softmaxes, not one joint softmax over [Wx, -Wx]. x is the query or key as the layer has it, not
+scaled: the features are then sharp enough to train.
 """
 
 import torch
@@ -23,9 +24,13 @@ class HedgehogMap(nn.Module):
     def reset_parameters(self):
         nn.init.zeros_(self.delta)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def exponents(self, x: Tensor) -> Tensor:
+        """`[Wx, -Wx]`."""
         y = x + x @ self.delta.to(x.dtype)
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+        return torch.cat([y, -y], dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exponents(x).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
 
 
 @register
@@ -47,3 +52,12 @@ class Hedgehog(LinearAttention):
 
     def map_key(self, x):
         return self.key_map(x)
+
+    def map_query_beside_softmax(self, x):
+        """`[exp(Wx), exp(-Wx)]`: the softmax would rob the row of its scale, which only alone cancels."""
+        exponents = self.query_map.exponents(x)
+        return (exponents - exponents.amax(-1, keepdim=True).detach()).exp()
+
+    @torch.no_grad()
+    def query_log_scale(self, x):
+        return self.query_map.exponents(x).amax(-1, keepdim=True)

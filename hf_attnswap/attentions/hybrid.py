@@ -5,7 +5,8 @@ W_i: the last `window` keys and the first `sinks`. With phi the linear variant's
 o_i = (sum_{j in W_i} e^{s_ij} v_j + g_h sum_{j not in W_i} phi(q_i).phi(k_j) v_j) / (the same sums without v_j).
 
 Zhang et al., "LoLCATs", 2024. There the row maximum is subtracted inside the window only, which gives the linear branch
-another scale in every row; here it is subtracted from both, so it changes nothing but the range of the numbers.
+another scale in every row; here it is subtracted from both, so it changes nothing but the range of the numbers. For the
+same reason a map that normalises its queries (hedgehog) leaves that out here: beside a softmax it would not cancel.
 """
 
 from functools import cache
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from ..ops.heads import scores
+from ..ops.linear import causal_linear
 from ..ops.window import context
 from .base import Attention, LinearAttention
 from .window import Window, near, read_state
@@ -38,26 +40,59 @@ class Hybrid(Attention):
         nn.init.zeros_(self.log_mix)
 
     def weights(self, query, key, allowed, scaling):
-        inside = near(allowed, self.window, self.sinks)
-        s = (scores(query, key) * scaling).masked_fill(~inside, float("-inf"))
-        c = s.amax(-1, keepdim=True).clamp(min=0)
-        mix = (self.log_mix.to(s.dtype)[:, None, None] - c).exp()
-        outside = mix * self.linear.kernel(query, key, scaling).masked_fill(~(allowed & ~inside), 0)
-        total = torch.exp(s - c) + outside
-        return total / total.sum(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+        inside, outside, _ = self._terms(query, key, allowed, scaling)
+        total = inside + outside
+        return total / total.sum(-1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
+
+    def _terms(self, query, key, allowed, scaling):
+        """The two sums term by term, `[B, H, T, S]`, both times e^{-c}; and c `[B, H, T, 1]`. O(n^2)."""
+        window = near(allowed, self.window, self.sinks)
+        s = (scores(query, key) * scaling).masked_fill(~window, float("-inf"))
+        scale = self._log_scale(query)
+        c = torch.maximum(s.amax(-1, keepdim=True), scale)
+        kernel = scores(self.linear.map_query_beside_softmax(query), self.linear.map_key(key))
+        outside = kernel.masked_fill(~(allowed & ~window), 0) * (scale - c).exp()
+        return torch.exp(s - c), outside, c
+
+    def _log_scale(self, query):
+        """Log of the factor of the linear term in each row, `[B, H, T, 1]`."""
+        mix = self.log_mix.to(query.dtype)[:, None, None]
+        scale = self.linear.query_log_scale(query)
+        return mix.expand(*query.shape[:3], 1) if scale is None else mix + scale
+
+    @torch.no_grad()
+    def calibrate(self, query, key, value, mask, scaling):
+        """Set the mix so that the linear term has, over all rows, the mass that softmax has outside the window."""
+        query, key = query.float(), key.float()
+        allowed = mask.matrix(query.device)
+        _, outside, c = self._terms(query, key, allowed, scaling)
+        window = near(allowed, self.window, self.sinks)
+        s = (scores(query, key) * scaling).masked_fill(~allowed, float("-inf"))
+        share = torch.softmax(s, -1).nan_to_num(0.0).masked_fill(window, 0).sum((0, 2, 3))
+        ours = (outside * (c - s.logsumexp(-1, keepdim=True)).exp()).nan_to_num(0.0).sum((0, 2, 3))
+        # A head of which nothing lies outside tells nothing.
+        seen = (share > 0) & (ours > 0)
+        self.log_mix += torch.where(seen, share / ours, 1).log().to(self.log_mix.dtype)
 
     def forward(self, query, key, value, mask, scaling, state=None):
         at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
         numerator, denominator, c = at.softmax_parts(scaling)
         leaving_key, leaving_value, leaving = at.leaving()
-        before = state["S"] if state else None
-        linear_numerator, linear_denominator, after = self.linear.accumulate(
-            at.query, leaving_key, leaving_value, scaling, leaving.expand(query.shape[0], -1), before, eps=None
+        linear_numerator, linear_denominator, after = causal_linear(
+            at.query,
+            leaving_key,
+            leaving_value,
+            self.linear.map_query_beside_softmax,
+            self.linear.map_key,
+            parameters=tuple(self.linear.parameters()),
+            key_mask=leaving.expand(query.shape[0], -1),
+            state=state["S"] if state else None,
+            eps=None,
         )
-        # One maximum for both terms; at least 0, so that neither factor can overflow.
-        largest = c.clamp(min=0)
-        inside = (c - largest).exp()
-        outside = (self.log_mix.to(c.dtype)[:, None, None] - largest).exp()
+        # One maximum for both terms, so that neither factor can overflow.
+        scale = self._log_scale(at.query.to(c.dtype))
+        largest = torch.maximum(c, scale)
+        inside, outside = (c - largest).exp(), (scale - largest).exp()
         numerator = inside * numerator + outside * linear_numerator
         denominator = inside * denominator + outside * linear_denominator[..., None]
         if state is not None:

@@ -15,6 +15,7 @@ class Identity(LinearAttention):
     formula = "sum_j s_ij v_j / n_i"
     cost = "O(n d^2)"
     source = "the activation left out"
+    scaled = True
     divide_by_count = True
 
     def feature_map(self, x):

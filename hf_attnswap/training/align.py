@@ -5,15 +5,16 @@ flows on, and the variant is compared with it on the same query, key and value. 
 do not disturb each other, and only the variants' parameters get gradients (attention transfer of LoLCATs, Zhang 2024).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attentions import Heads, get
+from ..attentions import Attention, Heads, get
 from ..errors import UsageError
+from ..masks import Mask
 from ..patching import swapped_modules
 
 DEFAULT_LEARNING_RATE = 1e-2  # as LoLCATs
@@ -27,33 +28,62 @@ class LayerLosses(dict[int, Tensor]):
         return torch.stack(list(self.values())).mean()
 
 
+Observe = Callable[[int, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
+
+
+@contextmanager
+def _softmax_flows_on(model: nn.Module, observe: Observe) -> Iterator[None]:
+    """While this is open, swapped layers run softmax and show `observe` what came in, and what softmax made of it."""
+    modules = swapped_modules(model)
+    softmax = get("softmax")(Heads(1, 1, 1))
+
+    def observer(layer: int):
+        def call(attention, query, key, value, mask, scaling, state):
+            with torch.no_grad():
+                teacher = softmax(query, key, value, mask, scaling)
+            observe(layer, attention, teacher, *(t.detach() for t in (query, key, value)), mask, scaling)
+            return teacher
+
+        return call
+
+    try:
+        for layer, attention in modules.items():
+            attention.observer = observer(layer)
+        yield
+    finally:
+        for attention in modules.values():
+            del attention.observer
+
+
 @contextmanager
 def aligning(model: nn.Module) -> Iterator[LayerLosses]:
     """While this is open, a forward pass runs softmax everywhere and fills the losses of the swapped layers.
 
     Call `losses.clear()` before the next forward pass.
     """
-    modules = swapped_modules(model)
     losses = LayerLosses()
 
-    def observer(layer: int):
-        def compare(attention, query, key, value, mask, scaling, state):
-            with torch.no_grad():
-                teacher = softmax(query, key, value, mask, scaling)
-            student = attention(*(t.detach() for t in (query, key, value)), mask, scaling)
-            losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
-            return teacher
+    def compare(layer, attention, teacher, query, key, value, mask, scaling):
+        student = attention(query, key, value, mask, scaling)
+        losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
 
-        return compare
-
-    softmax = get("softmax")(Heads(1, 1, 1))
-    try:
-        for layer, attention in modules.items():
-            attention.observer = observer(layer)
+    with _softmax_flows_on(model, compare):
         yield losses
-    finally:
-        for attention in modules.values():
-            del attention.observer
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batch: Tensor) -> None:
+    """Let every variant set its parameters from what its layer sees on a batch of token blocks `[B, n]`.
+
+    For the variants that know how (hybrids match the mass of their linear branch to softmax's outside the window);
+    done once before the alignment, on the same batch in every process.
+    """
+
+    def show(layer, attention, teacher, query, key, value, mask, scaling):
+        attention.calibrate(query, key, value, mask, scaling)
+
+    with _softmax_flows_on(model, show):
+        model(input_ids=batch.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
 
 
 def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:

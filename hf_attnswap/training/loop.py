@@ -122,7 +122,7 @@ def train(
     losses = _resume(accelerator, checkpoint, settings) if checkpoint else []
     log = output_dir / "training_log.jsonl" if output_dir is not None and accelerator.is_main_process else None
     if log is not None:
-        _open_log(log, len(losses))
+        _cut_log(log, len(losses))
     for step in range(len(losses) + 1, steps + 1):
         started = time.perf_counter()
         total = torch.zeros((), device=accelerator.device)
@@ -150,6 +150,7 @@ def train(
                 "tokens": step * settings["blocks per step"] * settings["block size"],
                 "seconds": round(time.perf_counter() - started, 3),
             }  # fmt: skip
+            output_dir.mkdir(parents=True, exist_ok=True)
             with log.open("a") as stream:
                 stream.write(json.dumps(entry) + "\n")
         scheduler.step()
@@ -249,11 +250,10 @@ def _checkpoint_what_trains(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def _open_log(log: Path, steps: int) -> None:
+def _cut_log(log: Path, steps: int) -> None:
     """Keep the entries of the steps that are done: those after the checkpoint come again, the last may be torn."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lines = log.read_text().splitlines()[:steps] if log.exists() else []
-    write_whole(log, "".join(f"{line}\n" for line in lines).encode())
+    if log.exists():
+        write_whole(log, "".join(f"{line}\n" for line in log.read_text().splitlines()[:steps]).encode())
 
 
 def _flush(path: Path) -> None:
