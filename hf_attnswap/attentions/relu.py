@@ -34,5 +34,5 @@ class Relu(ScoreAttention):
 
     def weights(self, query, key, allowed, scaling):
         count = allowed.sum(-1, keepdim=True).clamp(min=1).to(query.dtype)
-        weights = torch.relu(scores(query, key) * scaling).masked_fill(~allowed, 0) / count**self.alpha
+        weights = torch.relu(scores(query * scaling, key)).masked_fill(~allowed, 0) / count**self.alpha
         return weights * self.output_gain.to(weights.dtype)[:, None, None] if self.gain else weights

@@ -20,5 +20,5 @@ class ReluNorm(ScoreAttention):
     eps = 1e-6
 
     def weights(self, query, key, allowed, scaling):
-        a = torch.relu(scores(query, key) * scaling).masked_fill(~allowed, 0)
+        a = torch.relu(scores(query * scaling, key)).masked_fill(~allowed, 0)
         return a / (a.sum(-1, keepdim=True) + self.eps)

@@ -38,13 +38,15 @@ class ReluPower(ScoreAttention):
             nn.init.zeros_(self.log_temperature)
 
     def weights(self, query, key, allowed, scaling):
-        s = scores(query, key) * (scaling / self.p)
+        factor = scaling / self.p
         if self.temperature:
-            s = s * self.log_temperature.exp().to(s.dtype)[:, None, None]
+            factor = factor * self.log_temperature.exp().to(query.dtype)[:, None, None]
+        s = scores(query * factor, key).masked_fill(~allowed, float("-inf"))
+        c = 0
         if self.shift == "max":
-            largest = s.masked_fill(~allowed, float("-inf")).amax(-1, keepdim=True)
-            s = s - largest.clamp(min=torch.finfo(s.dtype).min)  # a row that may attend to nothing has no maximum
-        a = torch.relu(1 + s).masked_fill(~allowed, 0)
+            # A row that may attend to nothing has no maximum.
+            c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
+        a = torch.relu(s - (c - 1))
         for _ in range(self.p.bit_length() - 1):
             a = a * a
         total = a.sum(-1, keepdim=True)

@@ -29,5 +29,5 @@ class Sigmoid(ScoreAttention):
 
     def weights(self, query, key, allowed, scaling):
         count = allowed.sum(-1, keepdim=True).clamp(min=1).to(query.dtype)
-        s = scores(query, key) * scaling - count.log() + self.offset.to(query.dtype)[:, None, None]
+        s = scores(query * scaling, key) - count.log() + self.offset.to(query.dtype)[:, None, None]
         return torch.sigmoid(s).masked_fill(~allowed, 0)

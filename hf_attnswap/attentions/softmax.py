@@ -24,7 +24,7 @@ class Softmax(Attention):
     dense_masks = True
 
     def weights(self, query, key, allowed, scaling):
-        s = (scores(query, key) * scaling).masked_fill(~allowed, float("-inf"))
+        s = scores(query * scaling, key).masked_fill(~allowed, float("-inf"))
         return torch.softmax(s, dim=-1).nan_to_num(0.0)
 
     def forward(self, query, key, value, mask, scaling, state=None):

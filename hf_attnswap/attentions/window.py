@@ -39,7 +39,7 @@ class Window(Attention):
     sinks = Option(4, "first tokens of the text always attended to", minimum=0)
 
     def weights(self, query, key, allowed, scaling):
-        s = scores(query, key) * scaling
+        s = scores(query * scaling, key)
         s = s.masked_fill(~near(allowed, self.window, self.sinks), float("-inf"))
         return torch.softmax(s, dim=-1).nan_to_num(0.0)
 
