@@ -9,13 +9,19 @@ Softmax and the new attention share one forward pass; only the new attention's o
 from collections.abc import Sequence
 
 from accelerate.utils import DistributedType
-from common import run, save, start, swap_as_asked, training_parser
+from common import read_text, run, save, start, swap_as_asked, training_parser
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.loading import load
 from hf_attnswap.patching import describe, swapped_modules
-from hf_attnswap.training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, trainable_parameters
+from hf_attnswap.training.align import (
+    DEFAULT_LEARNING_RATE,
+    aligning,
+    alignment_loss,
+    calibrate,
+    trainable_parameters,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # FSDP gathers a layer's parameters for the backward pass of its output; these losses arise inside the layer.
         raise UsageError("alignment does not work under FSDP, and trains few parameters: use multi_gpu.yaml")
     model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
+    blocks = read_text(args, accelerator, tokenizer)
     if not swapped_modules(model) or args.attention or args.layers or args.option:
         swap_as_asked(model, args, args.attention or "hedgehog+window")
+        calibrate(model, blocks[:2])
     trainable_parameters(model)
     with aligning(model) as losses:
-        history = run(args, accelerator, model, tokenizer, lambda model, batch: alignment_loss(model, batch, losses))
+        history = run(args, accelerator, model, blocks, lambda model, batch: alignment_loss(model, batch, losses))
     folder = save(args, accelerator, model, tokenizer)
     accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, LoggerType, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, parse_flag_from_env, set_seed
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -86,14 +87,18 @@ def _positive(text: str) -> int:
     return value
 
 
-def build_accelerator(**arguments: Any) -> Accelerator:
+def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) -> Accelerator:
     """An Accelerator, on the CPU where there is no other device.
 
     Raises:
         UsageError: it does not run as the launcher was asked to. Processes that do not know of each other would each
             train alone, and write over one another.
     """
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **arguments)
+    # The plugin, because Accelerator(gradient_accumulation_steps=) fails on the "auto" of a DeepSpeed config.
+    plugin = GradientAccumulationPlugin(num_steps=gradient_accumulation_steps, sync_with_dataloader=False)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), gradient_accumulation_plugin=plugin, **arguments
+    )
     environment, processes = os.environ, accelerator.num_processes
     asked = environment.get("WORLD_SIZE", "1")
     if "WORLD_SIZE" not in environment and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys():
@@ -108,7 +113,7 @@ def build_accelerator(**arguments: Any) -> Accelerator:
         wanted = parse_flag_from_env(f"ACCELERATE_USE_{kind.value}")
         if wanted and accelerator.distributed_type != kind:
             raise UsageError(
-                f"the launcher was asked for {kind.value}, and this runs as {accelerator.distributed_type}"
+                f"the launcher was asked for {kind.value}, and this runs as {accelerator.distributed_type.value}"
             )
     if not accelerator.is_main_process:
         disable_progress_bar()
@@ -136,28 +141,34 @@ def swap_as_asked(model: PreTrainedModel, args: argparse.Namespace, attention: s
     swap(model, attention, layers=layers, **parse_options(args.option or []))
 
 
-def run(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    step_loss: Step,
-) -> list[float]:
-    """Train what requires a gradient, with a progress bar; the loss of each step."""
+def count_steps(args: argparse.Namespace, accelerator: Accelerator) -> tuple[int, int]:
+    """How many optimiser steps, and of how many tokens each."""
     tokens = args.per_device_train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     tokens *= args.block_size
-    steps = args.max_train_steps or max(1, args.max_train_tokens // tokens)
+    return args.max_train_steps or max(1, args.max_train_tokens // tokens), tokens
+
+
+def read_text(args: argparse.Namespace, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The blocks to train on, `[N, block_size]`, no more than the steps take."""
+    steps, tokens = count_steps(args, accelerator)
     source = TextSource(
         args.train_file or args.dataset_name, config_name=args.dataset_config_name, column=args.text_column
     )
-    blocks = token_blocks(source, tokenizer, args.block_size, max_tokens=steps * tokens)
+    return token_blocks(source, tokenizer, args.block_size, max_tokens=steps * tokens)
+
+
+def run(
+    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, blocks: Tensor, step_loss: Step
+) -> list[float]:
+    """Train what requires a gradient, with a progress bar; the loss of each step."""
+    steps, tokens = count_steps(args, accelerator)
     parameters = [p for p in model.parameters() if p.requires_grad]
     count, total = (sum(p.numel() for p in group) for group in (parameters, model.parameters()))
-    _say(accelerator, f"{count:,} of {total:,} parameters train on {blocks.numel():,} tokens of {source.name}")
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
+    _say(accelerator, f"{count:,} of {total:,} parameters train, on a text of {blocks.numel():,} tokens")
+    for dtype in {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
         _say(
             accelerator,
-            f"the weights that train are {args.dtype}, which loses updates below a few thousandths of a weight: leave "
+            f"the weights that train are {str(dtype).removeprefix('torch.')}, which loses updates below a few thousandths of a weight: leave "
             "--dtype at float32, and pass --mixed_precision bf16 to accelerate launch to compute in bfloat16",
         )
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -167,7 +178,7 @@ def run(
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers("hf_attnswap", config=plain)
     with progress_bar(accelerator, steps, tokens) as progress:
-        losses = train(
+        return train(
             accelerator,
             model,
             batches(blocks, args.per_device_train_batch_size, args.seed),
@@ -185,7 +196,6 @@ def run(
             },
             progress=progress,
         )
-    return losses
 
 
 def save(

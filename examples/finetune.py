@@ -1,7 +1,8 @@
 """Fine-tune a model on the next token, swapped or not: all weights, or LoRA on the attention's projections.
 
-Train the softmax model in the same way for a control. With LoRA, the swapped attention's own parameters train in
-full, and the saved model is a plain one: the LoRA weights are merged into it.
+Train the softmax model in the same way for a control. There is no dropout but that of LoRA: the swapped attention has
+none. With LoRA, the swapped attention's own parameters train in full, and the saved model is a plain one: the LoRA
+weights are merged into it.
 
     accelerate launch examples/finetune.py --model_name_or_path aligned/model --use_lora \\
         --train_file book.txt --max_train_tokens 500000 --learning_rate 1e-4 --output_dir finetuned
@@ -11,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 
 from accelerate.utils import DistributedType
-from common import run, save, start, swap_as_asked, training_parser
+from common import read_text, run, save, start, swap_as_asked, training_parser
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -39,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.layers or args.option:
         raise UsageError("--layers and --option belong to --attention, which is missing")
     trained = with_lora(model, args) if args.use_lora else model
-    trained.train()
-    history = run(args, accelerator, trained, tokenizer, next_token_loss)
+    history = run(args, accelerator, trained, read_text(args, accelerator, tokenizer), next_token_loss)
     model = trained.merge_and_unload() if args.use_lora else model
     folder = save(args, accelerator, model, tokenizer)
     accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")
@@ -65,7 +65,7 @@ def with_lora(model: PreTrainedModel, args: argparse.Namespace) -> nn.Module:
         target_modules=projections,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)  # its dropout is on, that of the loaded model is off
     for variant in swapped_modules(wrapped).values():
         variant.requires_grad_(True)
     return wrapped

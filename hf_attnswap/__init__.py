@@ -4,6 +4,7 @@ import hf_attnswap
 model = hf_attnswap.swap(model, "hedgehog+window", window=64, sinks=4)
 """
 
+from . import cache as _cache
 from . import dispatch as _dispatch
 from . import patching as _patching
 from .attentions import get as _get
@@ -22,4 +23,5 @@ def available() -> list[type]:
 
 
 _dispatch.register()
+_cache.make_state_layers_up_front()
 _patching.hook_into_transformers()

@@ -1,8 +1,19 @@
 """The cache layer of a swapped attention: a state of constant size in place of keys and values."""
 
+import functools
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+from . import attentions
 
 
 class StateLayer(CacheLayerMixin):
@@ -12,6 +23,7 @@ class StateLayer(CacheLayerMixin):
     transformers makes from `get_mask_sizes` covers all tokens seen, as for a layer that keeps them.
     """
 
+    _layer_type = "attnswap"  # the name under which transformers finds this class for a layer of the config
     is_sliding = False
     is_compileable = False
     is_croppable = False
@@ -21,6 +33,7 @@ class StateLayer(CacheLayerMixin):
         super().__init__()
         self.state: dict[str, Tensor] = {}
         self.seen = 0
+        self.served = 0  # tokens that the variant has taken in, of those seen
         self.packed = False  # several texts in one row went through; their states are gone
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -50,7 +63,7 @@ class StateLayer(CacheLayerMixin):
         self.state = {name: change(t) for name, t in self.state.items()}
 
     def reset(self) -> None:
-        self.state, self.seen, self.packed = {}, 0, False
+        self.state, self.seen, self.served, self.packed = {}, 0, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -96,7 +109,7 @@ def state_layer(cache: Cache | None, layer: int) -> StateLayer | None:
     found = cache.layers[layer]
     if isinstance(found, StateLayer):
         return found
-    if not isinstance(found, DynamicLayer):
+    if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise NotImplementedError(
             f"layer {layer} is swapped and cannot generate with a {type(found).__name__}: "
             "use the default (dynamic) cache"
@@ -119,3 +132,27 @@ def cache_nbytes(cache: Cache) -> int:
         else:
             total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if torch.is_tensor(t))
     return total
+
+
+def _no_static_state(**kwargs):
+    raise NotImplementedError("swapped layers cannot generate with a static cache: use the default (dynamic) cache")
+
+
+def make_state_layers_up_front() -> None:
+    """Let transformers build caches with a `StateLayer` where the config has a stateful variant, so that what such a
+    layer cannot do is refused before the first token; done once, when the package is imported."""
+    original = cache_utils.get_layer_types_and_kwargs
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def with_state_layers(config):
+        types, arguments = original(config)
+        for group in (getattr(config, "attnswap", None) or {}).get("swapped", ()):
+            if attentions.get(group["attention"]).stateful:
+                for index in group["layers"]:
+                    types[index], arguments[index] = StateLayer._layer_type, {}
+        return types, arguments
+
+    cache_utils.get_layer_types_and_kwargs = with_state_layers
+    cache_utils.STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = _no_static_state

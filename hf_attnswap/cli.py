@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +20,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Replace the softmax attention of pretrained transformers models, and measure what it costs.",
 )
+
+# typer may bring a click of its own, so the base of its errors is found from one that it names.
+_ClickException = typer.BadParameter.__base__.__base__
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hub id, a folder, or a .gguf file")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -47,14 +49,15 @@ def main() -> None:
     """Run the command line and exit: 0 on success, 2 on wrong use, 1 on failure, 130 when interrupted."""
     try:
         code = app(standalone_mode=False, prog_name="attnswap")
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = 2
-    except click.ClickException as error:
-        code = _fail(error.format_message(), 2)
+    except _ClickException as error:
+        if len(sys.argv) < 2:
+            error.show()
+            code = 2
+        else:
+            code = _fail(error.format_message(), 2)
     except UsageError as error:
         code = _fail(str(error), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; the same command goes on where it was", 130)
     except Exception as error:
         if os.environ.get("ATTNSWAP_DEBUG"):
@@ -175,7 +178,9 @@ def evaluate(
     dataset_config_name: DatasetConfig = None,
     split: Annotated[str, typer.Option("--split", help="of the dataset")] = "test",
     text_column: TextColumn = "text",
-    context_lengths: Annotated[list[int] | None, typer.Option("--context_length", help="may be repeated")] = None,
+    context_lengths: Annotated[
+        list[int] | None, typer.Option("--context_length", min=2, help="may be repeated")
+    ] = None,
     max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1)] = 16384,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -224,10 +229,12 @@ def evaluate(
 def bench(
     model: Model,
     attention: Annotated[list[str] | None, typer.Option("--attention", help="may be repeated; all by default")] = None,
-    lengths: Annotated[list[int] | None, typer.Option("--length", help="may be repeated")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="may be repeated")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
     batch_size: Annotated[int, typer.Option("--batch_size", min=1)] = 1,
-    threads: Annotated[int | None, typer.Option("--threads", help="of the CPU; torch's choice by default")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="of the CPU; torch's choice by default")
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = None,
     as_json: Json = False,
@@ -241,7 +248,7 @@ def bench(
     from . import available, inspect
     from .attentions import get
     from .benchmark.attention import bench as measure
-    from .loading import architecture, find_device
+    from .loading import architecture, find_device, find_dtype
     from .patching import head_shape
 
     if threads:
@@ -249,15 +256,15 @@ def bench(
     built = architecture(model)
     heads = head_shape(built, inspect(built))
     names = attention or [cls.name for cls in available() if cls.name != "softmax"]
-    where = find_device(device)
-    variants = {name: _checked(get, name)(heads).to(where, getattr(torch, dtype)) for name in names}
+    where, kind = find_device(device), find_dtype(dtype)
+    variants = {name: _checked(get, name)(heads).to(where, kind) for name in names}
     rows = measure(
         variants,
         heads,
         lengths or [512, 1024, 2048, 4096],
         batch_size=batch_size,
         rounds=rounds,
-        dtype=getattr(torch, dtype),
+        dtype=kind,
         device=where,
     )
     table = Table(
@@ -295,10 +302,10 @@ def tradeoff(
         typer.Option("--arm", help="a variant, options after a colon: relu_power:p=8; may be repeated"),
     ] = None,
     context_lengths: Annotated[
-        list[int] | None, typer.Option("--context_length", help="of perplexity; may be repeated")
+        list[int] | None, typer.Option("--context_length", min=2, help="of perplexity; may be repeated")
     ] = None,
     max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 8192,
-    lengths: Annotated[list[int] | None, typer.Option("--length", help="of speed; may be repeated")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--length", min=33, help="of speed; may be repeated")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="of speed, arms taking turns")] = 3,
     decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 8,
     align_tokens: Annotated[int, typer.Option("--align_tokens", min=0, help="0 leaves the arms untrained")] = 20480,

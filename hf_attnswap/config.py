@@ -33,6 +33,8 @@ class SwapConfig:
             UsageError: an unknown variant, option or layer, or a layer named twice.
         """
         if isinstance(self.layers, Mapping):
+            if not self.layers:
+                raise UsageError("layers is empty; leave it out to swap all layers")
             choices = [(layers, *self._choice(given)) for layers, given in self.layers.items()]
         else:
             choices = [(self.layers, self.attention, self.options)]
@@ -61,6 +63,10 @@ class SwapConfig:
     def _choice(self, given: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if isinstance(given, str):
             return given, self.options
+        if not isinstance(given, Mapping):
+            raise UsageError(
+                f"layers gives {given!r} for a layer; expected a name or a dict with attention and options"
+            )
         own = {n: v for n, v in given.items() if n != "attention"}
         name = given.get("attention", self.attention)
         unknown = set(own) - set(_get(name).options())
@@ -93,7 +99,7 @@ class SwapConfig:
             UsageError: a newer format, or something that this package did not write.
         """
         version = saved.get("format_version") if isinstance(saved, Mapping) else None
-        if not isinstance(version, int):
+        if type(version) is not int or version < 1:
             raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise UsageError(
@@ -106,6 +112,8 @@ class SwapConfig:
                 for group in saved["swapped"]
                 for index in group["layers"]
             }
+            if not layers:
+                raise ValueError("no layer is swapped")
             if saved["kept"] not in ("sdpa", "eager"):
                 raise ValueError(f"kept is {saved['kept']!r}")
         except (KeyError, TypeError, ValueError) as error:
@@ -133,6 +141,8 @@ def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> 
     chosen = []
     for layer in [layers] if isinstance(layers, int | str) else layers:
         try:
+            if isinstance(layer, bool | float):
+                raise TypeError
             index = int(layer)
         except (TypeError, ValueError):
             raise UsageError(f"layers has {layer!r}; expected an index or a slice such as '1::2'") from None

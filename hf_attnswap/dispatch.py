@@ -64,6 +64,8 @@ def attnswap_attention(
     where = f"layer {module.layer_idx} ({attention.name})"
     layer = kwargs.pop("attnswap_state", None)
     _check_keywords(where, dropout, kwargs)
+    _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
+    _check_heads(where, attention, query, key)
     try:
         out = attend(attention, query, key, value, attention_mask, scaling, layer)
     except NotImplementedError as error:
@@ -80,6 +82,10 @@ def attend(attention: Attention, query, key, value, attention_mask, scaling, lay
     stateful = attention.stateful and layer is not None
     seen = layer.seen if stateful else key.shape[2]
     mask = parse(attention_mask, query.shape[2], seen)
+    if stateful:
+        if layer.served == seen:
+            raise NotImplementedError("its module calls its attention twice per token, and the state takes each once")
+        layer.served = seen
     if stateful and layer.packed:
         raise NotImplementedError("the cache holds packed texts, which cannot be continued: start from a new cache")
     if isinstance(mask, Packed):
@@ -121,8 +127,31 @@ def _check_keywords(where: str, dropout: float, kwargs: dict) -> None:
         raise NotImplementedError(f"{where}: the model passes {name} ({reason}), which would be lost")
 
 
+def _check_window(where: str, attention: Attention, sliding_window: int | None, length: int) -> None:
+    # In a mask for one new token, a window over the past looks like padding in it.
+    if sliding_window is not None and length > sliding_window and not attention.dense_masks:
+        raise NotImplementedError(
+            f"{where}: cannot honour the model's sliding window of {sliding_window} over {length} tokens: "
+            "relu, relu_norm, relu_power and sigmoid take any mask"
+        )
+
+
+def _check_heads(where: str, attention: Attention, query: Tensor, key: Tensor) -> None:
+    heads = attention.heads
+    found = (query.shape[1], key.shape[1], query.shape[3])
+    if (
+        found != (heads.num_attention_heads, heads.num_key_value_heads, heads.head_dim)
+        and next(attention.parameters(), None) is not None
+    ):
+        raise NotImplementedError(
+            f"{where}: its query heads, key/value heads and head_dim are {found}, but its parameters were made for {heads}"
+        )
+
+
 def _kept(module, query, key, value, attention_mask, **kwargs):
     """A layer that keeps softmax, in the implementation that the model had before."""
+    if not getattr(module.config, NAME, None):
+        raise RuntimeError("attn_implementation is 'attnswap' on a model that is not swapped: call hf_attnswap.swap")
     if module.layer_idx in swapped_layers(module.config):
         raise RuntimeError(
             f"config.json says that layer {module.layer_idx} is swapped, but the module carries no variant: load the "

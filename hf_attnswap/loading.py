@@ -24,8 +24,8 @@ def load(
         UsageError: no such model, a file that is not a GGUF, or a device that is not there.
     """
     device = find_device(device)
-    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype) and dtype != "auto":
-        raise UsageError(f"dtype is {dtype!r}; expected float32, bfloat16, float16 or auto")
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = find_dtype(dtype)
     source, where = _source(model_name_or_path)
     where |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
@@ -51,6 +51,14 @@ def find_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {str(device)!r} is not there: {str(error).splitlines()[0]}") from None
     return device
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """The floating dtype of that name; UsageError where there is none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype is {name!r}; expected float32, bfloat16 or float16")
+    return dtype
 
 
 def _source(name: str) -> tuple[str, dict]:

@@ -95,9 +95,11 @@ def parse(attention_mask: Tensor | None, query_length: int, key_length: int) -> 
     if attention_mask.dim() != 4:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected 2 or 4 dimensions")
     # All layers of one forward pass receive the same tensor: look at its n x n entries once.
-    parsed = _parsed.get(attention_mask)
-    if parsed is None:
-        parsed = _parsed[attention_mask] = _parse_matrix(as_bool(attention_mask))
+    version = 0 if attention_mask.is_inference() else attention_mask._version
+    known, parsed = _parsed.get(attention_mask, (None, None))
+    if known != version:
+        parsed = _parse_matrix(as_bool(attention_mask))
+        _parsed[attention_mask] = version, parsed
     if isinstance(parsed, Mask) and (parsed.query_length, parsed.key_length) != (query_length, key_length):
         dense = as_bool(attention_mask)[..., :key_length]
         return Mask(query_length, key_length, dense=dense)
@@ -131,8 +133,7 @@ def _parse_matrix(dense: Tensor) -> Mask | Packed:
     matrix = dense[:, 0]
     valid = torch.cat([matrix[:, 0, :offset], matrix[:, :, offset:].diagonal(dim1=1, dim2=2)], dim=1)
     candidate = Mask(query_length, key_length, valid=valid)
-    agrees = (candidate.matrix(dense.device)[:, 0] == matrix) | ~valid[:, offset:, None]
-    if not agrees.all():
+    if not (candidate.matrix(dense.device)[:, 0] == matrix).all() or not valid[:, offset:].all():
         return explicit
     return Mask(query_length, key_length) if valid.all() else candidate
 
@@ -154,7 +155,8 @@ def find_segments(rows_of_matrix: Callable[[int, int], Tensor], length: int, blo
 
     Returns:
         int32 `[B, length]`: 0 for padding, the same number for the tokens of one text; None where the mask is
-        something else than causal attention inside texts. Rows of padding may attend to anything: nobody reads them.
+        something else than causal attention inside texts. Tokens that do not see themselves are padding, and may attend
+        to anything: nobody reads them.
     """
     blocks = [(start, min(start + block, length)) for start in range(0, length, block)]
     columns = []
@@ -164,6 +166,8 @@ def find_segments(rows_of_matrix: Callable[[int, int], Tensor], length: int, blo
         # All tokens of a text see the same first token, and tokens of two texts never do.
         columns.append(torch.where(valid, rows.int().argmax(-1) + 1, 0))
     segments = torch.cat(columns, dim=1).to(torch.int32)
+    if not segments.any(dim=1).all():
+        return None
     position = torch.arange(length, device=segments.device)
     for start, stop in blocks:
         own = segments[:, start:stop, None]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import attentions
@@ -87,7 +87,9 @@ def swap(
     elif attention is None and not isinstance(layers, Mapping):
         raise UsageError("swap needs the name of an attention, for example swap(model, 'hedgehog+window')")
     else:
-        config = SwapConfig(attention or SwapConfig.attention, layers, options)
+        config = SwapConfig(SwapConfig.attention if attention is None else attention, layers, options)
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(f"a {type(model).__name__} cannot be swapped: it is not a transformers model")
     if getattr(model.config, NAME, None):
         raise UsageError(f"the model is already swapped ({describe(model)}): call hf_attnswap.restore(model) first")
     modules = _swappable(model)
@@ -202,11 +204,16 @@ def _module_refusal(module: nn.Module) -> str | None:
 
 def _heads(module: nn.Module) -> Heads | None:
     config = getattr(module, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    except Exception:  # configs whose layers differ raise kinds of their own
+        return None
     if not isinstance(heads, int):
         return None
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Multi-head latent attention has another width for keys than for values.
+    head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
+    head_dim = head_dim or getattr(config, "head_dim", None) or config.hidden_size // heads
     for name, count in (("q_proj", heads), ("k_proj", kv_heads)):
         projection = getattr(module, name, None)
         if isinstance(projection, nn.Linear) and projection.out_features != count * head_dim:
@@ -248,9 +255,10 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             "which would run softmax: call hf_attnswap.restore(model) for softmax, or set it to 'attnswap'"
         )
     if getattr(module, NAME).stateful:
-        layer = state_layer(kwargs.get("past_key_values"), module.layer_idx)
-        if layer is not None:
-            kwargs = {**kwargs, "attnswap_state": layer}
+        # Its name differs between models: past_key_values, layer_past, ...
+        cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
+        if cache is not None:
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx)}
     return args, kwargs
 
 
@@ -274,8 +282,13 @@ def _mark(model: PreTrainedModel, saved: dict[str, Any]) -> None:
 def _inject(model: PreTrainedModel) -> None:
     """Put the variants that a loaded config asks for on a model that is being built."""
     saved = getattr(model.config, NAME, None)
-    if not saved:
+    if saved is None and model.config._attn_implementation != NAME:
         return
+    if not saved:
+        raise UsageError(
+            f"attn_implementation is 'attnswap', but the config says {saved!r} of what is swapped: load the model "
+            "without it and call hf_attnswap.swap, or repair config.json"
+        )
     if model.config._attn_implementation != NAME:
         raise UsageError(
             f"the checkpoint is a conversion by hf_attnswap, and attn_implementation="

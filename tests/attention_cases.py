@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_attnswap import attentions
 from hf_attnswap.attentions import Attention, Heads, Option
@@ -107,3 +109,15 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -
     largest = expected.abs().max().clamp(min=1e-30) if expected.numel() else torch.ones(())
     error = (actual.double() - expected.double()).abs().max() / largest if expected.numel() else torch.zeros(())
     assert error <= tolerance, f"{what}: error {error:.2e} of the largest value, allowed {tolerance:.0e}"
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if torch.is_tensor(t)]
+        self.elements = max(self.elements, *sizes) if sizes else self.elements
+        return result

@@ -1,6 +1,7 @@
 """What a variant is: its description, its definition, its parameters, and its fast form."""
 
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,8 +50,8 @@ class Option:
             )
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{attention}: {name} is {value!r}; expected one of {', '.join(map(str, self.choices))}")
-        if self.minimum is not None and not value >= self.minimum:
-            raise ValueError(f"{attention}: {name} is {value!r}; expected at least {self.minimum}")
+        if self.minimum is not None and not self.minimum <= value < math.inf:
+            raise ValueError(f"{attention}: {name} is {value!r}; expected a number of at least {self.minimum}")
         return value
 
 
@@ -253,4 +254,6 @@ class LinearAttention(Attention):
         batch, _, length, _ = query.shape
         ones = query.new_ones(batch, length, dtype=torch.long) if valid is None else valid.long()
         counts = ones.cumsum(1) + (state["count"][:, None] if state else 0)
-        return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), counts[:, -1]
+        return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), counts[
+            :, -1
+        ].clone()  # not a view of all counts

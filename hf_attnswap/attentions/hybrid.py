@@ -42,17 +42,17 @@ class Hybrid(Attention):
     def weights(self, query, key, allowed, scaling):
         inside, outside, _ = self._terms(query, key, allowed, scaling)
         total = inside + outside
-        return total / total.sum(-1, keepdim=True).clamp(min=torch.finfo(total.dtype).tiny)
+        return total / _one_for_zero(total.sum(-1, keepdim=True))
 
     def _terms(self, query, key, allowed, scaling):
-        """The two sums term by term, `[B, H, T, S]`, both times e^{-c}; and c `[B, H, T, 1]`. O(n^2)."""
+        """The two sums term by term, `[B, H, T, S]`, both times e^{-c}, c the largest log; and c `[B, H, T, 1]`. O(n^2)."""
         window = near(allowed, self.window, self.sinks)
         s = (scores(query, key) * scaling).masked_fill(~window, float("-inf"))
         scale = self._log_scale(query)
-        c = torch.maximum(s.amax(-1, keepdim=True), scale)
         kernel = scores(self.linear.map_query_beside_softmax(query), self.linear.map_key(key))
-        outside = kernel.masked_fill(~(allowed & ~window), 0) * (scale - c).exp()
-        return torch.exp(s - c), outside, c
+        kernel = kernel.masked_fill(~(allowed & ~window), 0)
+        c = _largest(s.amax(-1, keepdim=True), scale, kernel.amax(-1, keepdim=True))
+        return torch.exp(s - c), kernel * (scale - c).clamp(max=_MAX_EXPONENT).exp(), c
 
     def _log_scale(self, query):
         """Log of the factor of the linear term in each row, `[B, H, T, 1]`."""
@@ -89,15 +89,33 @@ class Hybrid(Attention):
             state=state["S"] if state else None,
             eps=None,
         )
-        # One maximum for both terms, so that neither factor can overflow.
         scale = self._log_scale(at.query.to(c.dtype))
-        largest = torch.maximum(c, scale)
-        inside, outside = (c - largest).exp(), (scale - largest).exp()
+        largest = _largest(c, scale, linear_denominator[..., None])
+        inside, outside = (c - largest).exp(), (scale - largest).clamp(max=_MAX_EXPONENT).exp()
         numerator = inside * numerator + outside * linear_numerator
         denominator = inside * denominator + outside * linear_denominator[..., None]
         if state is not None:
             state.update(vars(at.state()), S=after)
-        return at.unalign(numerator / denominator.clamp(min=torch.finfo(c.dtype).tiny)).to(query.dtype)
+        return at.unalign(numerator / _one_for_zero(denominator)).to(query.dtype)
+
+
+# A linear term so small that its factor would need more is lost beside any other; e^80 is finite in float32.
+_MAX_EXPONENT = 80.0
+
+
+@torch.no_grad()
+def _largest(c, scale, linear):
+    """The one maximum that both terms are divided by: log of the larger of e^c and e^scale linear.
+
+    The result does not depend on it, so it is a constant to the gradient.
+    """
+    largest = torch.maximum(c, scale + linear.clamp(min=0).log())
+    return largest.clamp(min=torch.finfo(c.dtype).min)
+
+
+def _one_for_zero(denominator):
+    """Rows of padding may see nothing: 0 / 1, not 0 / 0."""
+    return torch.where(denominator > 0, denominator, 1)
 
 
 @cache

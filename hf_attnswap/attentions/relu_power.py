@@ -47,6 +47,8 @@ class ReluPower(ScoreAttention):
             # A row that may attend to nothing has no maximum.
             c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
         a = torch.relu(s - (c - 1))
+        if self.shift == "none":  # the largest is 1 with the other shift; a factor of the row cancels
+            a = a / a.amax(-1, keepdim=True).detach().clamp(min=torch.finfo(a.dtype).tiny)
         for _ in range(self.p.bit_length() - 1):
             a = a * a
         total = a.sum(-1, keepdim=True)

@@ -1,5 +1,7 @@
 """Products of query heads with the key/value heads that they share (grouped-query attention)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,3 +36,8 @@ def mix(weights: Tensor, value: Tensor) -> Tensor:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are accumulated: float32, or float64 where the inputs are float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def cast_like(gradients: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients that were added up in `compute_dtype`, in the dtypes of their parameters."""
+    return [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]

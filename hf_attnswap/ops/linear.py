@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .heads import compute_dtype
+from .heads import cast_like, compute_dtype
 
 FeatureMap = Callable[[Tensor], Tensor]
 
@@ -151,7 +151,7 @@ class _CausalLinear(torch.autograd.Function):
         kv_heads, value_dim = value.shape[1], value.shape[-1]
         rows, dtype, scale = batch * kv_heads, compute_dtype(query.dtype), ctx.scale
         grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
-        grad_parameters = [torch.zeros_like(p) for p in parameters]
+        grad_parameters = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in parameters]
         ones = value.new_ones(rows, min(ctx.chunk, length), value_dim + 1, dtype=dtype)
         grads = value.new_empty(batch, heads, min(ctx.chunk, length), value_dim + 1, dtype=dtype)
         R = torch.zeros_like(states[0])
@@ -182,7 +182,7 @@ class _CausalLinear(torch.autograd.Function):
                 leaf_grad = _map_backward(leaf, mapped, grad.view_as(mapped), parameters, grad_parameters)
                 torch.mul(leaf_grad, scale, out=leaf_grad)
                 target[:, :, part] = leaf_grad
-        return grad_query, grad_key, grad_value, *[None] * 7, *grad_parameters
+        return grad_query, grad_key, grad_value, *[None] * 7, *cast_like(grad_parameters, parameters)
 
 
 def _numerator_grad(buffer, grad_out, grad_den, out, den, eps):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .heads import cast_like, compute_dtype
+
 # Elements of one tile of scores: with a few temporaries of that size a tile stays in a core's cache.
 TILE_ELEMENTS = 1 << 19
 
@@ -85,7 +87,7 @@ class _ByRows(torch.autograd.Function):
         grad_key, grad_value = (
             torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value)
         )
-        grad_parameters = [torch.zeros_like(p) for p in parameters]
+        grad_parameters = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in parameters]
         for tile in ctx.tiles:
             with torch.enable_grad():
                 leaves = [
@@ -107,4 +109,11 @@ class _ByRows(torch.autograd.Function):
             for i, grad in zip(wanted, grads[3:], strict=True):
                 if grad is not None:
                     grad_parameters[i] += grad
-        return None, None, grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *grad_parameters
+        return (
+            None,
+            None,
+            grad_query,
+            grad_key.to(key.dtype),
+            grad_value.to(value.dtype),
+            *cast_like(grad_parameters, parameters),
+        )

@@ -10,6 +10,7 @@ from attention_cases import (
     SCALING,
     WITH_OPTIONS,
     Inputs,
+    Largest,
     assert_near,
     build,
     case_id,
@@ -20,8 +21,6 @@ from attention_cases import (
     small_options,
     valid_keys,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops.linear import causal_linear
@@ -88,6 +87,19 @@ def test_long_text(name):
     with torch.no_grad():
         out = attention(*given, causal(1000), SCALING)
         assert_near(out, attention.reference(*given, causal(1000), SCALING), 1e-9, "output")
+
+
+@pytest.mark.parametrize("sign", (-1, 1), ids=("below", "above"))
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_far_from_zero(name, sign):
+    """All scores near -160 or 160, where exp of the score itself would underflow or overflow in float32."""
+    attention, given = build(name, 6, 2, torch.float32, **small_options(name)), inputs(40, 6, 2)
+    query, key = (sign * 10 + given.query * 0.1).float(), (5 + given.key * 0.1).float()
+    exact = copy.deepcopy(attention).double()
+    with torch.no_grad():
+        out = attention(query, key, given.value.float(), causal(40), SCALING)
+        expected = exact.reference(query.double(), key.double(), given.value, causal(40), SCALING)
+    assert_near(out, expected, 1e-3, "output")
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -185,18 +197,6 @@ def test_state_does_not_grow(name):
             # A view would keep all the keys that it is a part of.
             assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in state.values())
     assert len(sizes) == 1
-
-
-class Largest(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(result) if torch.is_tensor(t)]
-        self.elements = max(self.elements, *sizes) if sizes else self.elements
-        return result
 
 
 @pytest.mark.parametrize("padding", (False, True), ids=("whole", "padded"))

@@ -1,0 +1,177 @@
+"""Names, options and descriptions of the variants, and a variant that is one new file."""
+
+import json
+import sys
+
+import pytest
+import torch
+from attention_cases import NAMES, SCALING, build, causal, inputs
+
+import hf_attnswap
+from hf_attnswap import attentions, cli
+from hf_attnswap.attentions import Heads, registry
+
+VARIANT = '''
+import torch
+
+from .base import LinearAttention, Option
+from .registry import register
+
+
+@register
+class Squares(LinearAttention):
+    """phi(x) = x^2 + floor."""
+
+    name = "squares"
+    formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = x^2 + floor"
+    cost = "O(n d^2)"
+    source = "this test"
+    floor = Option(0.5, "added to the squares", minimum=0.0)
+
+    def feature_map(self, x):
+        return x.square() + self.floor
+'''
+
+
+@pytest.fixture
+def new_file(tmp_path, monkeypatch):
+    """A folder beside the variants with one file more; the registry forgets it afterwards."""
+    (tmp_path / "squares.py").write_text(VARIANT)
+    monkeypatch.setattr(attentions, "__path__", [*attentions.__path__, str(tmp_path)])
+    yield tmp_path
+    registry._registered.pop("squares", None)
+    sys.modules.pop("hf_attnswap.attentions.squares", None)
+    vars(attentions).pop("squares", None)
+
+
+def test_a_new_file_is_a_new_variant(new_file, monkeypatch, capsys):
+    assert "squares" not in NAMES
+    assert {"squares", "squares+window"} <= {cls.name for cls in hf_attnswap.available()}
+    for arguments in (["ls"], ["ls", "--json"]):
+        monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setattr(sys, "argv", ["attnswap", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code in (0, None)
+        assert "phi = x^2 + floor" in capsys.readouterr().out
+    for name in ("squares", "squares+window"):
+        attention, given = build(name, floor=0.25), inputs(70)
+        torch.testing.assert_close(
+            attention(*given, causal(70), SCALING), attention.reference(*given, causal(70), SCALING)
+        )
+
+
+def test_a_new_file_swaps_and_saves(new_file, llama, tmp_path):
+    ids = torch.arange(20)[None]
+    hf_attnswap.swap(llama, "squares", layers="::2", floor=0.25)
+    expected = llama(ids).logits
+    llama.save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())["attnswap"]["swapped"]
+    assert saved == [{"attention": "squares", "options": {"floor": 0.25}, "layers": [0, 2]}]
+    torch.testing.assert_close(type(llama).from_pretrained(tmp_path / "model").eval()(ids).logits, expected)
+
+
+def test_the_new_file_is_forgotten():
+    assert attentions.names() == NAMES
+
+
+def test_duplicate_name_raises():
+    class Other(attentions.get("elu")):
+        pass
+
+    with pytest.raises(ValueError, match="'elu' is already registered by hf_attnswap.attentions.elu"):
+        attentions.register(Other)
+    assert attentions.get("elu") is not Other
+
+
+def test_a_plain_variant_may_not_take_the_name_of_a_hybrid(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+
+    class Fake(attentions.Attention):
+        name = "elu+window"
+        cost_class = "linear"
+
+    with pytest.raises(ValueError, match="already"):
+        attentions.register(Fake)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), (("hedghog", "hedgehog"), ("sofmax", "softmax"), ("hedgehog+windw", "hedgehog+window"))
+)
+def test_unknown_name_suggests(wrong, right):
+    with pytest.raises(ValueError) as error:
+        attentions.get(wrong)
+    assert f"Unknown attention {wrong!r}. Did you mean {right!r}? Available: " in str(error.value)
+    assert all(name in str(error.value) for name in NAMES)
+
+
+@pytest.mark.parametrize("wrong", ("zzzzzz", "", "softmax+window", "identity+window"))
+def test_unknown_name_with_nothing_near_it(wrong):
+    with pytest.raises(ValueError, match="Unknown attention"):
+        attentions.get(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    (
+        ("window", {"windw": 8}, "window has no option 'windw'. Did you mean 'window'? Its options: window, sinks"),
+        ("elu", {"window": 8}, "elu has no option 'window'. Its options: none"),
+        ("window", {"window": 0}, "window: window is 0; expected at least 1"),
+        ("elu+window", {"sinks": -1}, "elu+window: sinks is -1; expected at least 0"),
+        ("window", {"window": "8"}, "window: window is '8'; expected int, for example 64"),
+        ("window", {"window": 8.0}, "window: window is 8.0; expected int, for example 64"),
+        ("window", {"window": True}, "window: window is True; expected int, for example 64"),
+        ("window", {"window": None}, "window: window is None; expected int, for example 64"),
+        ("relu_power", {"p": 3}, "relu_power: p is 3; expected one of 1, 2, 4"),
+        ("relu_power", {"shift": "mean"}, "relu_power: shift is 'mean'; expected one of max, none"),
+        ("relu", {"gain": 1}, "relu: gain is 1; expected bool, for example False"),
+        ("relu", {"alpha": -0.5}, "relu: alpha is -0.5; expected at least 0.0"),
+        ("relu", {"alpha": float("nan")}, "relu: alpha is nan; expected at least 0.0"),
+        ("relu", {"alpha": float("inf")}, "relu: alpha is inf; expected"),
+    ),
+)
+def test_unfit_option(name, options, says):
+    with pytest.raises(ValueError) as error:
+        attentions.get(name)(Heads(4, 2, 8), **options)
+    assert says in str(error.value)
+
+
+def test_an_int_is_taken_for_a_float():
+    made = attentions.get("relu")(Heads(4, 2, 8), alpha=0)
+    assert type(made.alpha) is float and made.option_values() == {"alpha": 0.0, "gain": False}
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="num_attention_heads 4 is not a multiple of num_key_value_heads 3"):
+        Heads(4, 3, 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_description_is_complete(name):
+    cls = attentions.get(name)
+    assert cls.name == name and cls.__doc__
+    assert cls.cost_class in ("quadratic", "linear", "constant")
+    for text in (cls.formula, cls.cost, cls.source):
+        assert isinstance(text, str) and text.strip() and "\n" not in text
+    assert cls.cost == "0" or (cls.cost.startswith("O(") and cls.cost.count("(") == cls.cost.count(")"))
+    assert ("n^2" in cls.cost) == (cls.cost_class == "quadratic")
+    for option, described in cls.options().items():
+        assert option.isidentifier() and described.help
+        assert described.check(name, option, described.default) == described.default
+    assert cls.options().keys() == cls(Heads(4, 2, 8)).option_values().keys()
+
+
+def test_names_are_unique_and_controls_come_first():
+    assert len(set(NAMES)) == len(NAMES)
+    controls = [attentions.get(name).control for name in NAMES]
+    assert controls == sorted(controls, reverse=True)
+    assert {"softmax", "window", "none"} == {name for name in NAMES if attentions.get(name).control}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_parameter_is_dead(name):
+    """Every parameter gets a gradient, so that training under DDP finds none that is unused."""
+    attention, given = build(name), inputs(150)
+    attention(*given, causal(150), SCALING).square().sum().backward()
+    for parameter, tensor in attention.named_parameters():
+        assert tensor.grad is not None and (tensor.grad != 0).any(), parameter

@@ -1,0 +1,87 @@
+"""A tiny checkpoint with a tokenizer, a text, and the example scripts as modules or as processes."""
+
+import importlib
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from tiny_models import tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """As the processes that the tests start: their numbers are compared bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def save_tiny(tmp_path_factory):
+    """`save_tiny("gpt2")` is the folder of a tiny model whose tokens are letters."""
+    vocabulary = {letter: i for i, letter in enumerate(["?", "Ġ", "Ċ", *string.ascii_letters, *".,:`'()"])}
+    letters = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+
+    def save(family: str, **config) -> str:
+        folder = tmp_path_factory.mktemp(family)
+        tiny(family, **config).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def checkpoint(save_tiny) -> str:
+    return save_tiny("llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(topics.values())[:6000])
+    return str(path)
+
+
+@pytest.fixture
+def script():
+    """`script("finetune")` is that example as a module; `.main([...])` runs it in this process."""
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module
+    sys.path.remove(str(EXAMPLES))
+    for path in EXAMPLES.glob("*.py"):  # `evaluate` is also the name of a package
+        sys.modules.pop(path.stem, None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def process():
+    """`process("-m", "accelerate.commands.launch", ...)` starts Python in the repository's root, one thread each."""
+
+    def start(*arguments) -> subprocess.Popen:
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

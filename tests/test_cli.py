@@ -1,0 +1,337 @@
+"""The command line: what it prints, its exit codes, and that nothing half-made is left behind."""
+
+import json
+import logging
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets  # noqa: F401 (its log must not go to the stderr of one test)
+import pytest
+import torch
+import typer
+from attention_cases import NAMES
+from tiny_models import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import hf_attnswap
+from hf_attnswap import cli
+from hf_attnswap.evaluation.perplexity import perplexity
+
+COMMANDS = typer.main.get_command(cli.app).commands
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,\n"
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def attnswap(monkeypatch, capsys):
+    """Runs the command in this process; what libraries log and draw is left out of what it prints to stderr."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # their handlers keep the stream of the first test
+    monkeypatch.delenv("ATTNSWAP_DEBUG", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments) -> Result:
+        monkeypatch.setattr(sys, "argv", ["attnswap", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        lines = [line for line in re.split("[\r\n]", printed.err) if line.strip() and "it/s]" not in line]
+        return Result(stop.value.code or 0, printed.out, "\n".join(lines))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def models_folder(tmp_path_factory) -> Path:
+    """`llama`, a tiny model with a tokenizer of letters, and folders and files that are no such thing."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, **{c: i + 1 for i, c in enumerate(LETTERS)}}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+    for name, model in (("llama", tiny()), ("converted", hf_attnswap.swap(tiny(), "relu"))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    bert = AutoConfig.for_model("bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    AutoModel.from_config(bert).save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    (folder / "empty").mkdir()
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "config.json").write_text("{")
+    (folder / "half").mkdir()
+    for file in (folder / "llama").iterdir():
+        (folder / "half" / file.name).write_bytes(file.read_bytes()[: 3000 if file.suffix == ".safetensors" else None])
+    (folder / "not.gguf").write_text("not a model")
+    (folder / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (folder / "notes.txt").write_text("not a model")
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path, models_folder) -> dict[str, str]:
+    """What the arguments of the tests may name."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "damaged.jsonl").write_text("{")
+    (tmp_path / "other.jsonl").write_text('{"body": "a b c"}\n')
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"The cat number {i % 7} sat on the mat, and so on." for i in range(60))
+    )
+    given = {path.stem: str(path) for path in tmp_path.iterdir()} | {"other": str(tmp_path / "other.jsonl")}
+    given |= {"empty_text": str(tmp_path / "empty.txt"), "out": str(tmp_path / "out"), "tmp": str(tmp_path)}
+    given |= {path.name.replace(".", "_"): str(path) for path in models_folder.iterdir()}
+    return given | {"damaged_text": str(tmp_path / "damaged.jsonl")}
+
+
+def arguments(line: str, files: dict[str, str]) -> list[str]:
+    return [part.format(**files) for part in shlex.split(line)]
+
+
+CONVERT = "convert {llama} --output_dir {out} "
+EVALUATE = "evaluate {llama} --validation_file {text} "
+TRADEOFF = "tradeoff {llama} --output_dir {full} --train_file {text} "
+WRONG = {
+    CONVERT + "--attention hedghog": "Unknown attention 'hedghog'. Did you mean 'hedgehog'?",
+    CONVERT + "--attention ''": "Unknown attention ''",
+    CONVERT + "--attention window --option windw=8": "window has no option 'windw'. Did you mean 'window'?",
+    CONVERT + "--attention window --option window": "option 'window' has no value; expected name=value",
+    CONVERT + "--attention window --option window=0": "window: window is 0; expected at least 1",
+    CONVERT + "--attention window --option window=many": "window: window is 'many'; expected int",
+    CONVERT + "--attention relu_power --option p=3": "relu_power: p is 3; expected one of",
+    CONVERT + "--attention relu --option =3": "''",
+    CONVERT + "--attention relu --layers 7": "layers has 7, but the model's attention layers are 0 to 2",
+    CONVERT + "--attention relu --layers 0,x": "layers has 'x'; expected an index",
+    CONVERT + "--attention relu --layers 5:": "layers '5:' selects none of the 3 layers",
+    CONVERT + "--attention relu --layers ''": "layers",
+    CONVERT + "--dtype float7": "dtype is 'float7'; expected float32",
+    CONVERT + "--dtype int8": "int8",
+    "convert {tmp}/nowhere --output_dir {out}": "cannot load the model",
+    "convert {empty} --output_dir {out}": "has no config.json",
+    "convert {damaged} --output_dir {out}": "cannot load the model",
+    "convert {half} --output_dir {out}": "cannot load the model",
+    "convert {bert} --output_dir {out}": "cannot be swapped",
+    "convert {converted} --output_dir {out}": "already swapped",
+    "convert {not_gguf} --output_dir {out}": "is not a GGUF file: it starts with b'not '",
+    "convert {cut_gguf} --output_dir {out}": "cannot load the model",
+    "convert {tmp}/nowhere.gguf --output_dir {out}": "does not exist",
+    "convert {notes_txt} --output_dir {out}": "is a file; expected a Hub id, a folder or a .gguf file",
+    "convert {llama} --output_dir {full}": "is not empty: name another one, or empty it",
+    "convert {llama} --output_dir {file}": "is a file",
+    "convert {llama}": "output_dir",
+    "convert --output_dir {out}": "missing",
+    CONVERT + "--atention relu": "--atention",
+    EVALUATE + "--device cuda": "device 'cuda' is not there",
+    EVALUATE + "--device abacus": "device 'abacus' is not there",
+    EVALUATE + "--context_length 100000": "less than one block of 100000",
+    EVALUATE + "--context_length 0": "context_length",
+    EVALUATE + "--context_length 1": "context_length",
+    EVALUATE + "--context_length -5": "context_length",
+    EVALUATE + "--context_length many": "context_length",
+    EVALUATE + "--max_eval_tokens 0": "max_eval_tokens",
+    EVALUATE + "--dataset_name wikitext": "either a file or --dataset_name",
+    "evaluate {llama}": "either a file or --dataset_name",
+    "evaluate {llama} --validation_file {short}": "less than one block of 512",
+    "evaluate {llama} --validation_file {tmp}/no.txt": "does not exist",
+    "evaluate {llama} --validation_file {empty_text}": "is empty",
+    "evaluate {llama} --validation_file {damaged_text}": "cannot read text from",
+    "evaluate {llama} --validation_file {other}": "has no column 'text'; it has body",
+    "evaluate {llama} --validation_file {file}": "file",
+    "evaluate {tmp}/nowhere --validation_file {text}": "cannot load the model",
+    "bench {llama} --attention hedghog": "Did you mean 'hedgehog'?",
+    "bench {llama} --dtype float7 --attention elu": "float7",
+    "bench {llama} --device cuda --attention elu": "device 'cuda' is not there",
+    "bench {llama} --length 0 --attention elu --rounds 1": "length",
+    "bench {llama} --threads -1 --attention elu": "threads",
+    "bench {bert}": "cannot be swapped",
+    "bench {not_gguf}": "is not a GGUF file",
+    "inspect {tmp}/nowhere": "cannot read the model",
+    "inspect {empty}": "has no config.json",
+    "inspect {not_gguf}": "is not a GGUF file",
+    "tradeoff {llama} --output_dir {out} --train_file {text} --arm hedghog": "Did you mean 'hedgehog'?",
+    "tradeoff {llama} --output_dir {out} --train_file {text} --arm relu_power:q=3": "relu_power has no option 'q'",
+    "tradeoff {llama} --output_dir {out} --train_file {text} --arm relu_power:p": "option 'p' has no value",
+    "tradeoff {llama} --output_dir {out} --train_file {short}": "give more text or",
+    TRADEOFF + "--context_length 32 --block_size 32 --length 32": "is not empty",
+    "tradeoff {llama} --output_dir {out}": "either a file or --dataset_name",
+    "nonsense": "nonsense",
+    "ls --jsn": "--jsn",
+}  # fmt: skip
+NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [pytest.param(line, says, marks=NEEDS_NO_GPU if "cuda" in line else ()) for line, says in WRONG.items()],
+)
+def test_wrong_use_is_one_line_and_leaves_nothing(attnswap, files, line, says):
+    before = sorted(Path(files["tmp"]).rglob("*"))
+    result = attnswap(*arguments(line, files))
+    assert result.err.startswith("attnswap: ") and len(result.err.splitlines()) == 1, result.err
+    assert says.lower() in result.err.lower()
+    assert result.out == ""
+    assert result.code == 2
+    assert sorted(Path(files["tmp"]).rglob("*")) == before
+    assert Path(files["full"], "mine").read_text() == Path(files["file"]).read_text() == "keep"
+
+
+def test_no_command_shows_the_help(attnswap):
+    result = attnswap()
+    assert result.code == 2
+    assert all(name in result.out + result.err for name in COMMANDS)
+
+
+def test_debug_shows_the_traceback(attnswap, files, monkeypatch):
+    monkeypatch.setenv("ATTNSWAP_DEBUG", "1")
+    result = attnswap(*arguments(CONVERT + "--attention hedghog", files))
+    assert result.code == 2
+    assert "Traceback (most recent call last)" in result.err
+    assert result.err.splitlines()[-1].startswith("attnswap: Unknown attention 'hedghog'")
+
+
+def fails(*args, **kwargs):
+    raise OSError("no space left on the device\nand more")
+
+
+def test_failure_is_one_line_and_leaves_nothing(attnswap, files, monkeypatch):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fails)
+    result = attnswap(*arguments(CONVERT + "--attention relu", files))
+    assert result == Result(1, "", "attnswap: no space left on the device")
+    assert not Path(files["out"]).exists() and not list(Path(files["tmp"]).glob(".*"))
+
+
+def test_debug_shows_the_traceback_of_a_failure(files, monkeypatch):
+    monkeypatch.setenv("ATTNSWAP_DEBUG", "1")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fails)
+    monkeypatch.setattr(sys, "argv", ["attnswap", *arguments(CONVERT + "--attention relu", files)])
+    with pytest.raises(OSError, match="no space left"):
+        cli.main()
+    assert not Path(files["out"]).exists() and not list(Path(files["tmp"]).glob(".*"))
+
+
+def test_interrupted(attnswap, files, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupt)
+    result = attnswap(*arguments(CONVERT + "--attention relu", files))
+    assert result.code == 130 and result.err.startswith("attnswap: interrupted")
+    assert not Path(files["out"]).exists() and not list(Path(files["tmp"]).glob(".*"))
+
+
+def test_ls(attnswap):
+    result = attnswap("ls")
+    assert result.code == 0 and result.err == ""
+    assert all(name in result.out for name in NAMES)
+    entries = json.loads(attnswap("ls", "--json").out)
+    assert [entry["name"] for entry in entries] == NAMES
+    for entry in entries:
+        assert set(entry) >= {"formula", "cost", "cost_class", "source", "options", "masks", "constant_state"}
+    window = next(entry for entry in entries if entry["name"] == "window")
+    assert window["options"]["window"]["default"] == 64
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_parses(attnswap, command):
+    result = attnswap(command, "--help")
+    assert result.code == 0 and result.err == ""
+    found = re.search(r"Example: attnswap ((?:.+\n?)+)", result.out)
+    assert found, result.out
+    words = shlex.split(found[1])
+    assert words[0] == command
+    assert COMMANDS[command].make_context(command, words[1:]).params
+
+
+@pytest.mark.parametrize("model", ("llama", "converted"))
+def test_inspect(attnswap, files, model):
+    found = json.loads(attnswap("inspect", files[model], "--json").out)
+    assert [entry["layer"] for entry in found] == [0, 1, 2]
+    assert {entry["swapped"] for entry in found} == {"relu" if model == "converted" else None}
+    assert {entry["reason"] for entry in found} == {None}
+    assert "LlamaAttention" in attnswap("inspect", files[model]).out
+
+
+def test_inspect_says_why_not(attnswap, files):
+    result = attnswap("inspect", files["bert"])
+    assert result.code == 0 and "no: " in result.out
+
+
+def test_convert_and_evaluate(attnswap, files):
+    line = CONVERT + "--attention relu_power --option p=2 --option shift=none --layers 1::2"
+    result = attnswap(*arguments(line, files))
+    assert result == Result(0, f"{files['out']}: relu_power in 1 layers, not trained\n", "")
+    assert not list(Path(files["tmp"]).glob(".*"))
+    model = AutoModelForCausalLM.from_pretrained(files["out"])
+    assert model.config.attnswap["swapped"] == [
+        {"attention": "relu_power", "options": {"p": 2, "shift": "none", "temperature": False}, "layers": [1]}
+    ]
+    line = (
+        "evaluate {out} --validation_file {text} --context_length 32 --context_length 64 --max_eval_tokens 512 --json"
+    )
+    result = attnswap(*arguments(line, files))
+    assert result.code == 0 and result.err == ""
+    short, long = json.loads(result.out)
+    assert (short["context"], short["tokens"]) == (32, 16 * 31) and (long["context"], long["tokens"]) == (64, 8 * 63)
+    text = Path(files["text"]).read_text()
+    ids = torch.tensor([[LETTERS.find(c) + 1 for c in text]])[:, :512]
+    for row in (short, long):
+        with torch.no_grad():
+            blocks = ids.view(-1, row["context"])
+            expected = torch.nn.functional.cross_entropy(
+                model(blocks).logits[:, :-1].flatten(0, 1), blocks[:, 1:].flatten()
+            )
+        assert row["nll"] == pytest.approx(expected.item(), rel=1e-4)
+        assert row["perplexity"] == pytest.approx(expected.exp().item(), rel=1e-3)
+        assert row["standard_error"] > 0
+    table = attnswap(*arguments(line.removesuffix(" --json"), files)).out
+    assert "relu_power in 1 layers" in table and f"{short['perplexity']:.4g}" in table
+
+
+def test_evaluate_an_unswapped_model(attnswap, files):
+    line = EVALUATE + "--context_length 64 --max_eval_tokens 256 --json"
+    (row,) = json.loads(attnswap(*arguments(line, files)).out)
+    text = Path(files["text"]).read_text()
+    ids = torch.tensor([LETTERS.find(c) + 1 for c in text])[:256]
+    assert row["perplexity"] == pytest.approx(perplexity(tiny(), ids, 64).perplexity, rel=1e-5)
+
+
+def test_convert_into_an_empty_folder(attnswap, files):
+    Path(files["out"]).mkdir()
+    assert attnswap(*arguments(CONVERT + "--attention softmax", files)).code == 0
+    assert Path(files["out"], "config.json").is_file() and Path(files["out"], "tokenizer.json").is_file()
+
+
+def test_convert_and_evaluate_a_trained_model(attnswap, stories260k, tmp_path):
+    """Close to softmax at p = 16, and far from it where nothing is attended to."""
+    story = "Once upon a time there was a little girl named Lily. She loved to play outside in the park with her dog. "
+    text = tmp_path / "text.txt"
+    text.write_text(story * 20)
+    found = {}
+    for name in ("softmax", "relu_power", "none"):
+        assert attnswap("convert", stories260k, "--attention", name, "--output_dir", tmp_path / name).code == 0
+        result = attnswap("evaluate", tmp_path / name, "--validation_file", text, "--context_length", 64, "--json")
+        (found[name],) = (row["perplexity"] for row in json.loads(result.out))
+    assert found["relu_power"] == pytest.approx(found["softmax"], rel=0.2)
+    assert found["none"] > 3 * found["softmax"]
+
+
+def test_as_a_module(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "hf_attnswap", "convert", "nowhere/at-all", "--output_dir", "out"],
+        capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(hf_attnswap.__file__).parents[1]), "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("attnswap: cannot load the model 'nowhere/at-all'") and run.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,248 @@
+"""What masks of models become, and that they take O(n) memory."""
+
+import pytest
+import torch
+from attention_cases import Largest, build, inputs
+
+from hf_attnswap.dispatch import attnswap_mask
+from hf_attnswap.masks import Mask, Packed, as_bool, find_segments, from_segments, parse
+from hf_attnswap.packing import unpack_rows
+
+N = 12
+CAUSAL = torch.ones(1, 1, N, N, dtype=torch.bool).tril()
+LEFT = torch.arange(N)[None] >= torch.tensor([[0], [5]])
+MIDDLE = torch.ones(2, N, dtype=torch.bool)
+MIDDLE[1, 3:6] = False
+SEGMENTS = torch.tensor([[1] * 4 + [5] * 3 + [8] * 5, [0] * 2 + [3] * 10])
+
+
+def padded(valid):
+    """The 4D mask of causal attention with padding, as transformers makes it."""
+    return CAUSAL & valid[:, None, None, :]
+
+
+def packed(segments):
+    return CAUSAL & (segments[:, None, :, None] == segments[:, None, None, :]) & (segments > 0)[:, None, None, :]
+
+
+def additive(dense, dtype=torch.float32, lowest=None):
+    return torch.zeros(dense.shape, dtype=dtype).masked_fill(~dense, lowest or torch.finfo(dtype).min)
+
+
+def segments_matrix(segments):
+    """Which token shares a text with which; how the texts are numbered is nobody's business."""
+    return (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
+
+
+def test_no_mask_is_causal():
+    assert parse(None, 3, 5) == Mask(3, 5)
+    expected = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    assert torch.equal(parse(None, 3, 5).matrix()[0, 0], expected)
+
+
+def test_2d_bool_is_padding():
+    mask = parse(LEFT, N, N)
+    assert mask.valid is not None and mask.dense is None
+    assert torch.equal(mask.matrix(), padded(LEFT))
+    assert torch.equal(mask.new_tokens(), LEFT)
+
+
+def test_2d_bool_of_a_longer_cache_is_cut():
+    longer = torch.cat([LEFT, torch.zeros(2, 4, dtype=torch.bool)], 1)
+    mask = parse(longer, 1, N)
+    assert torch.equal(mask.valid, LEFT)
+    assert torch.equal(mask.new_tokens(), LEFT[:, -1:])
+
+
+def test_2d_int_is_packed():
+    mask = parse(SEGMENTS, N, N)
+    assert isinstance(mask, Packed) and torch.equal(mask.segments, SEGMENTS)
+
+
+@pytest.mark.parametrize(
+    "form", (lambda m: m, additive, lambda m: additive(m, torch.bfloat16)), ids=("bool", "f", "bf")
+)
+class Test4D:
+    def test_causal(self, form):
+        assert parse(form(CAUSAL), N, N) == Mask(N, N)
+
+    @pytest.mark.parametrize("valid", (LEFT, ~LEFT | LEFT[:1], MIDDLE), ids=("left", "none", "middle"))
+    def test_padding(self, form, valid):
+        mask = parse(form(padded(valid)), N, N)
+        assert isinstance(mask, Mask) and mask.dense is None
+        rows = valid[:, None, :, None]
+        assert torch.equal(mask.matrix() & rows, padded(valid) & rows)
+
+    def test_right_padding(self, form):
+        valid = LEFT.flip(1)
+        mask = parse(form(padded(valid)), N, N)
+        assert mask.dense is None and torch.equal(mask.valid, valid)
+
+    def test_packed(self, form):
+        mask = parse(form(packed(SEGMENTS)), N, N)
+        assert isinstance(mask, Packed)
+        assert torch.equal(segments_matrix(mask.segments), segments_matrix(SEGMENTS))
+
+    @pytest.mark.parametrize("custom", ("bidirectional", "window", "random", "prefix"))
+    def test_custom(self, form, custom):
+        dense = {
+            "bidirectional": torch.ones(1, 1, N, N, dtype=torch.bool),
+            "window": CAUSAL & ~CAUSAL.tril(-3),
+            "random": CAUSAL & (torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(0)) < 0.5),
+            "prefix": CAUSAL | (torch.arange(N) < 4),
+        }[custom]
+        assert torch.equal(parse(form(dense), N, N).dense, dense)
+
+    def test_with_a_past(self, form):
+        dense = padded(LEFT)[:, :, -4:]
+        mask = parse(form(dense), 4, N)
+        assert mask.dense is None and torch.equal(mask.matrix(), dense)
+        assert torch.equal(mask.new_tokens(), LEFT[:, -4:])
+
+    def test_one_row_with_a_past(self, form):
+        assert parse(form(CAUSAL[:, :, -1:]), 1, N) == Mask(1, N)
+        hole = CAUSAL[:, :, -1:].clone()
+        hole[..., 3] = False
+        assert torch.equal(parse(form(hole), 1, N).matrix(), hole)
+
+    def test_per_head(self, form):
+        dense = CAUSAL.expand(1, 2, N, N).clone()
+        dense[:, 1, :, 3] = False
+        assert torch.equal(parse(form(dense), N, N).dense, dense)
+
+
+@pytest.mark.parametrize("lowest", (float("-inf"), torch.finfo(torch.float32).min))
+def test_additive_lows(lowest):
+    assert parse(additive(CAUSAL, lowest=lowest), N, N) == Mask(N, N)
+
+
+@pytest.mark.parametrize("value", (-1.0, 0.5, -1e4, float("nan")))
+def test_additive_bias_is_refused(value):
+    bias = additive(CAUSAL)
+    bias[0, 0, 5, 2] = value
+    for call in (lambda: parse(bias, N, N), lambda: as_bool(bias)):
+        with pytest.raises(
+            NotImplementedError, match="adds a bias .* hf_attnswap takes masks that only allow or forbid"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("shape", ((N,), (1, N, N), (1, 1, 1, N, N)))
+def test_other_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match="expected 2 or 4 dimensions"):
+        parse(torch.ones(shape, dtype=torch.bool), N, N)
+
+
+def test_a_mask_changed_in_place_is_read_again():
+    """A mask is parsed once for all layers of a forward pass, but not once and for all."""
+    dense = CAUSAL.clone()
+    assert parse(dense, N, N) == Mask(N, N)
+    dense[:, :, 8:, :4] = False
+    found = parse(dense, N, N)
+    assert not isinstance(found, Mask) or torch.equal(found.matrix(), dense)
+
+
+def test_tiles_cover_every_row_once():
+    for mask in (Mask(N, N), Mask(5, N), Mask(N, N, valid=LEFT), Mask(N, N, dense=padded(LEFT))):
+        rows = torch.zeros(mask.query_length, dtype=torch.long)
+        for tile in mask.tiles(4):
+            rows[tile.rows] += 1
+            assert torch.equal(tile.allowed, mask.matrix()[:, :, tile.rows, tile.columns])
+            assert not mask.matrix()[:, :, tile.rows, tile.columns.stop :].any()
+        assert (rows == 1).all()
+
+
+@pytest.mark.parametrize("length", (N, 300))
+def test_find_segments_over_several_blocks(length):
+    torch.manual_seed(0)
+    segments = (torch.rand(3, length) < 0.1).long().cumsum(1) + 1
+    segments[0, :3] = 0
+    segments[1, -4:] = 0
+    dense = (segments[:, None, :, None] == segments[:, None, None, :]).tril() & (segments > 0)[:, None, None]
+    found = find_segments(lambda start, stop: dense[:, :, start:stop], length, block=64)
+    assert torch.equal(segments_matrix(found), segments_matrix(segments))
+    dense[2, 0, length - 1] = ~dense[2, 0, length - 1]
+    dense[2, 0, length - 1, length - 1] = True
+    assert find_segments(lambda start, stop: dense[:, :, start:stop], length, block=64) is None
+
+
+def test_segments_of_one_text_are_a_plain_mask():
+    assert from_segments(torch.full((2, N), 3)) == Mask(N, N)
+    assert torch.equal(from_segments(SEGMENTS[1:]).valid, SEGMENTS[1:] > 0)
+    assert isinstance(from_segments(SEGMENTS), Packed)
+
+
+@pytest.mark.parametrize("name", ("softmax", "elu", "relu"))
+def test_unpacked_rows_are_texts_alone(name):
+    attention, given = build(name), [t.detach() for t in inputs(N)]
+
+    def attend(q, k, v):
+        return attention(q, k, v, Mask(q.shape[2], k.shape[2]), 0.4)
+
+    out = unpack_rows(attend, *given, SEGMENTS)
+    assert (out[1, :, :2] == 0).all()
+    for row, text in ((0, slice(0, 4)), (0, slice(4, 7)), (0, slice(7, 12)), (1, slice(2, 12))):
+        alone = attend(*(t[row : row + 1, :, text] for t in given))
+        torch.testing.assert_close(out[row : row + 1, :, text], alone)
+
+
+def mask_of_transformers(position_ids=None, attention_mask=None, length=N, past=0, **kwargs):
+    """`attnswap_mask` called as transformers' `create_causal_mask` calls it."""
+    from transformers import DynamicCache, LlamaConfig
+    from transformers.masking_utils import create_causal_mask
+
+    config = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+    config._attn_implementation = "attnswap"
+    cache = None
+    if past:
+        cache = DynamicCache(config=config)
+        cache.update(torch.zeros(1, 1, past, 8), torch.zeros(1, 1, past, 8), 0)
+    batch = 1 if attention_mask is None else attention_mask.shape[0]
+    return create_causal_mask(
+        config,
+        torch.zeros(batch, length, 8),
+        attention_mask,
+        past_key_values=cache,
+        position_ids=position_ids,
+        **kwargs,
+    )
+
+
+def test_mask_function_plain_is_none():
+    assert mask_of_transformers() is None
+    assert mask_of_transformers(attention_mask=torch.ones(2, N, dtype=torch.long)) is None
+    assert mask_of_transformers(length=1, past=N) is None
+    assert mask_of_transformers(length=4, past=N) is None
+
+
+def test_mask_function_padding_is_2d():
+    found = mask_of_transformers(attention_mask=LEFT.long())
+    assert found.dtype == torch.bool and torch.equal(found, LEFT)
+    found = mask_of_transformers(attention_mask=LEFT.long(), length=4, past=8)
+    assert torch.equal(found, LEFT)
+
+
+def test_mask_function_passes_a_4d_mask_on():
+    dense = packed(SEGMENTS)
+    assert torch.equal(mask_of_transformers(attention_mask=dense), dense)
+
+
+def test_mask_function_of_another_rule_is_4d():
+    found = mask_of_transformers(and_mask_function=lambda b, h, q, k: q - k < 3)
+    assert torch.equal(found, CAUSAL & ~CAUSAL.tril(-3))
+
+
+def test_mask_function_of_packed_texts_is_one_int_per_token():
+    n = 2048
+    position_ids = torch.cat([torch.arange(700), torch.arange(1000), torch.arange(n - 1700)])[None]
+    with Largest() as largest:
+        found = mask_of_transformers(position_ids, length=n)
+    assert found.dtype == torch.int32 and found.shape == (1, n)
+    _, counts = found.unique_consecutive(return_counts=True)
+    assert counts.tolist() == [700, 1000, 348]
+    assert largest.elements < n * n // 4
+
+
+def test_mask_function_in_use_is_attnswaps():
+    found = attnswap_mask(2, N, N, attention_mask=LEFT)
+    assert torch.equal(found, LEFT)

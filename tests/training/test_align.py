@@ -1,0 +1,103 @@
+"""Alignment: new parameters alone learn, layer by layer, from the softmax that flows on."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_models import randomise, tiny, tokens
+
+from hf_attnswap import UsageError, restore, swap
+from hf_attnswap.patching import swapped_modules
+from hf_attnswap.training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, trainable_parameters
+from hf_attnswap.training.loop import batches, train
+
+
+def swapped(attention, layers=None):
+    return swap(tiny(), attention, layers=layers, **({"window": 4, "sinks": 1} if "window" in attention else {}))
+
+
+def layer_losses(model, text):
+    with torch.no_grad(), aligning(model) as losses:
+        alignment_loss(model, text, losses)
+        return {layer: loss.item() for layer, loss in losses.items()}
+
+
+# A map of 8 x 8 numbers per head has more to learn than one number per head.
+@pytest.mark.parametrize(
+    "attention, share", [("hedgehog", 0.95), ("hedgehog+window", 0.95), ("elu+window", 1), ("sigmoid", 1)]
+)
+def test_every_layer_comes_closer_to_softmax_and_only_new_parameters_change(attention, share):
+    model = randomise(swapped(attention))
+    text = tokens(48, batch=8)
+    before, weights = layer_losses(model, text), copy.deepcopy(model.state_dict())
+    parameters = trainable_parameters(model)
+    with aligning(model) as losses:
+        train(
+            Accelerator(cpu=True),
+            model,
+            batches(text, 4, seed=0),
+            lambda model, batch: alignment_loss(model, batch, losses),
+            parameters=parameters,
+            learning_rate=DEFAULT_LEARNING_RATE,
+            steps=60,
+        )
+    after = layer_losses(model, text)
+    assert before.keys() == after.keys() == {0, 1, 2}
+    assert all(after[layer] < share * before[layer] for layer in after), (before, after)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])}
+    assert changed == {name for name in weights if ".attnswap." in name}
+
+
+@pytest.mark.parametrize("attention", ["hedgehog", "hedgehog+window", "elu+window", "relu_power"])
+def test_softmax_flows_on_while_aligning(attention):
+    text = tokens(48)
+    with torch.no_grad():
+        expected = tiny()(input_ids=text).logits
+        model = randomise(swapped(attention))
+        own = model(input_ids=text).logits
+        with aligning(model):
+            seen = model(input_ids=text).logits
+        after = model(input_ids=text).logits
+    torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
+    assert (own - expected).abs().max() > 0.1
+    assert torch.equal(after, own)
+
+
+def test_layers_do_not_disturb_each_other():
+    """The loss of a layer is the same whether or not the layers before it are swapped too."""
+    text = tokens(48)
+    together = layer_losses(swapped("hedgehog+window"), text)
+    alone = layer_losses(swapped("hedgehog+window", layers=[2]), text)
+    assert alone == pytest.approx({2: together[2]}, rel=1e-4)
+
+
+def test_gradients_reach_every_new_parameter_and_nothing_else():
+    model = randomise(swapped("hedgehog+window"))
+    parameters = trainable_parameters(model)
+    with aligning(model) as losses:
+        alignment_loss(model, tokens(48), losses).backward()
+    assert parameters and all(p.grad.abs().max() > 0 for p in parameters)
+    new = {id(p) for p in parameters}
+    assert all(p.grad is None for p in model.parameters() if id(p) not in new)
+
+
+def test_softmax_itself_has_nothing_to_learn():
+    assert layer_losses(swapped("softmax"), tokens(48)) == pytest.approx({0: 0, 1: 0, 2: 0}, abs=1e-6)
+
+
+def test_the_observers_go_when_something_fails():
+    model = swapped("hedgehog")
+    with pytest.raises(ZeroDivisionError), aligning(model):
+        raise ZeroDivisionError
+    assert not any(hasattr(attention, "observer") for attention in swapped_modules(model).values())
+
+
+@pytest.mark.parametrize("attention", ["relu", "relu_power", None])
+def test_a_model_without_new_parameters_is_refused(attention):
+    model = swapped(attention or "hedgehog")
+    if attention is None:
+        restore(model)
+    with pytest.raises(UsageError, match="no parameters to align: fine-tune the model instead"):
+        trainable_parameters(model)
+    assert all(p.requires_grad for p in model.parameters())
