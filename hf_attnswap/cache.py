@@ -151,7 +151,8 @@ def make_state_layers_up_front() -> None:
         for group in (getattr(config, "attnswap", None) or {}).get("swapped", ()):
             if attentions.get(group["attention"]).stateful:
                 for index in group["layers"]:
-                    types[index], arguments[index] = StateLayer._layer_type, {}
+                    if types[index] in ("full_attention", "sliding_attention"):  # others keep more than keys and values
+                        types[index], arguments[index] = StateLayer._layer_type, {}
         return types, arguments
 
     cache_utils.get_layer_types_and_kwargs = with_state_layers

@@ -420,7 +420,7 @@ def static(model):
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    ((assisted, "assisted generation"), (looked_up, "assisted generation"), (static, "StaticLayer.*dynamic")),
+    ((assisted, "assisted generation"), (looked_up, "assisted generation"), (static, "static cache.*dynamic")),
 )
 @every_name
 def test_assistants_and_static_caches(name, kind, says):

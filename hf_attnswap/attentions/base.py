@@ -50,8 +50,10 @@ class Option:
             )
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{attention}: {name} is {value!r}; expected one of {', '.join(map(str, self.choices))}")
-        if self.minimum is not None and not self.minimum <= value < math.inf:
-            raise ValueError(f"{attention}: {name} is {value!r}; expected a number of at least {self.minimum}")
+        if self.minimum is not None and not value >= self.minimum:
+            raise ValueError(f"{attention}: {name} is {value!r}; expected at least {self.minimum}")
+        if value == math.inf:
+            raise ValueError(f"{attention}: {name} is {value!r}; expected a finite number")
         return value
 
 

@@ -40,19 +40,16 @@ class Hybrid(Attention):
         nn.init.zeros_(self.log_mix)
 
     def weights(self, query, key, allowed, scaling):
-        inside, outside, _ = self._terms(query, key, allowed, scaling)
-        total = inside + outside
-        return total / _one_for_zero(total.sum(-1, keepdim=True))
+        logs, _ = self._log_weights(query, key, allowed, scaling)
+        return torch.softmax(logs, dim=-1).nan_to_num(0.0)
 
-    def _terms(self, query, key, allowed, scaling):
-        """The two sums term by term, `[B, H, T, S]`, both times e^{-c}, c the largest log; and c `[B, H, T, 1]`. O(n^2)."""
+    def _log_weights(self, query, key, allowed, scaling):
+        """Logs of the terms of both sums, `[B, H, T, S]`, and which of them stand in the window. O(n^2)."""
         window = near(allowed, self.window, self.sinks)
-        s = (scores(query, key) * scaling).masked_fill(~window, float("-inf"))
-        scale = self._log_scale(query)
         kernel = scores(self.linear.map_query_beside_softmax(query), self.linear.map_key(key))
-        kernel = kernel.masked_fill(~(allowed & ~window), 0)
-        c = _largest(s.amax(-1, keepdim=True), scale, kernel.amax(-1, keepdim=True))
-        return torch.exp(s - c), kernel * (scale - c).clamp(max=_MAX_EXPONENT).exp(), c
+        outside = self._log_scale(query) + _log(kernel)
+        logs = torch.where(window, scores(query, key) * scaling, outside)
+        return logs.masked_fill(~allowed | (~window & (kernel <= 0)), float("-inf")), window
 
     def _log_scale(self, query):
         """Log of the factor of the linear term in each row, `[B, H, T, 1]`."""
@@ -65,14 +62,13 @@ class Hybrid(Attention):
         """Set the mix so that the linear term has, over all rows, the mass that softmax has outside the window."""
         query, key = query.float(), key.float()
         allowed = mask.matrix(query.device)
-        _, outside, c = self._terms(query, key, allowed, scaling)
-        window = near(allowed, self.window, self.sinks)
+        logs, window = self._log_weights(query, key, allowed, scaling)
         s = (scores(query, key) * scaling).masked_fill(~allowed, float("-inf"))
-        share = torch.softmax(s, -1).nan_to_num(0.0).masked_fill(window, 0).sum((0, 2, 3))
-        ours = (outside * (c - s.logsumexp(-1, keepdim=True)).exp()).nan_to_num(0.0).sum((0, 2, 3))
+        total = s.logsumexp(-1, keepdim=True)
+        softmax, ours = ((t - total).exp().nan_to_num(0.0).masked_fill(window, 0).sum((0, 2, 3)) for t in (s, logs))
         # A head of which nothing lies outside tells nothing.
-        seen = (share > 0) & (ours > 0)
-        self.log_mix += torch.where(seen, share / ours, 1).log().to(self.log_mix.dtype)
+        seen = (softmax > 0) & (ours > 0)
+        self.log_mix += torch.where(seen, softmax / ours, 1).log().to(self.log_mix.dtype)
 
     def forward(self, query, key, value, mask, scaling, state=None):
         at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
@@ -89,33 +85,27 @@ class Hybrid(Attention):
             state=state["S"] if state else None,
             eps=None,
         )
-        scale = self._log_scale(at.query.to(c.dtype))
-        largest = _largest(c, scale, linear_denominator[..., None])
-        inside, outside = (c - largest).exp(), (scale - largest).clamp(max=_MAX_EXPONENT).exp()
-        numerator = inside * numerator + outside * linear_numerator
-        denominator = inside * denominator + outside * linear_denominator[..., None]
+        # Each branch is a mean with the log of its mass; their softmax weighs them, and nothing can overflow.
+        nothing = torch.finfo(c.dtype).min
+        linear_denominator = linear_denominator[..., None]
+        window_mass = c + _log(denominator)
+        linear_mass = self._log_scale(at.query.to(c.dtype)) + _log(linear_denominator)
+        linear_mass = linear_mass.masked_fill(linear_denominator <= 0, nothing)
+        share = torch.softmax(torch.cat([window_mass, linear_mass], dim=-1), dim=-1)
+        out = share[..., :1] * numerator / _one_for_zero(denominator)
+        out = out + share[..., 1:] * linear_numerator / _one_for_zero(linear_denominator)
         if state is not None:
             state.update(vars(at.state()), S=after)
-        return at.unalign(numerator / _one_for_zero(denominator)).to(query.dtype)
+        return at.unalign(out).to(query.dtype)
 
 
-# A linear term so small that its factor would need more is lost beside any other; e^80 is finite in float32.
-_MAX_EXPONENT = 80.0
+def _one_for_zero(x):
+    return torch.where(x > 0, x, 1)
 
 
-@torch.no_grad()
-def _largest(c, scale, linear):
-    """The one maximum that both terms are divided by: log of the larger of e^c and e^scale linear.
-
-    The result does not depend on it, so it is a constant to the gradient.
-    """
-    largest = torch.maximum(c, scale + linear.clamp(min=0).log())
-    return largest.clamp(min=torch.finfo(c.dtype).min)
-
-
-def _one_for_zero(denominator):
-    """Rows of padding may see nothing: 0 / 1, not 0 / 0."""
-    return torch.where(denominator > 0, denominator, 1)
+def _log(x):
+    """log(x), and 0 where x is 0: there is nothing to weigh, and no gradient to spoil."""
+    return _one_for_zero(x).log()
 
 
 @cache

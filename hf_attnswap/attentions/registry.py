@@ -11,9 +11,7 @@ _registered: dict[str, type[Attention]] = {}
 def register(cls: type[Attention]) -> type[Attention]:
     """Class decorator: make a variant known under `cls.name`. ValueError on a name that is taken."""
     if cls.name.endswith("+window"):
-        raise ValueError(
-            f"attention {cls.name!r} cannot be registered: names with +window are made for linear variants"
-        )
+        raise ValueError(f"attention {cls.name!r} is already taken: names with +window are made from linear variants")
     if cls.name in _registered and _registered[cls.name].__qualname__ != cls.__qualname__:
         raise ValueError(f"attention {cls.name!r} is already registered by {_registered[cls.name].__module__}")
     _registered[cls.name] = cls
