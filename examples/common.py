@@ -168,8 +168,9 @@ def run(
     for dtype in {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
         _say(
             accelerator,
-            f"the weights that train are {str(dtype).removeprefix('torch.')}, which loses updates below a few thousandths of a weight: leave "
-            "--dtype at float32, and pass --mixed_precision bf16 to accelerate launch to compute in bfloat16",
+            f"the weights that train are {str(dtype).removeprefix('torch.')}, which loses updates below a few "
+            "thousandths of a weight: leave --dtype at float32, and pass --mixed_precision bf16 to accelerate launch "
+            "to compute in bfloat16",
         )
     checkpoint = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if args.resume_from_checkpoint:

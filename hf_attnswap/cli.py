@@ -1,7 +1,6 @@
 """The `attnswap` command: thin wrappers that print, and one clear line where something is wrong."""
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import UsageError
+from .errors import UsageError, one_line_errors
 
 app = typer.Typer(
     add_completion=False,
@@ -47,32 +46,17 @@ TextColumn = Annotated[str, typer.Option("--text_column", help="the column that 
 
 def main() -> None:
     """Run the command line and exit: 0 on success, 2 on wrong use, 1 on failure, 130 when interrupted."""
-    try:
-        code = app(standalone_mode=False, prog_name="attnswap")
-    except _ClickException as error:
-        if len(sys.argv) < 2:
-            error.show()
-            code = 2
-        else:
-            code = _fail(error.format_message(), 2)
-    except UsageError as error:
-        code = _fail(str(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; the same command goes on where it was", 130)
-    except Exception as error:
-        if os.environ.get("ATTNSWAP_DEBUG"):
-            raise
-        code = _fail((str(error).strip() or repr(error)).splitlines()[0], 1)
+    with one_line_errors("attnswap"):
+        try:
+            code = app(standalone_mode=False, prog_name="attnswap")
+        except _ClickException as error:
+            if len(sys.argv) < 2:
+                error.show()  # the help
+                sys.exit(2)
+            raise UsageError(error.format_message()) from error
+        if code == 130:  # typer has taken the interrupt
+            raise KeyboardInterrupt
     sys.exit(code)
-
-
-def _fail(message: str, code: int) -> int:
-    if code == 2 and os.environ.get("ATTNSWAP_DEBUG"):
-        import traceback
-
-        traceback.print_exc()
-    print(f"attnswap: {message}", file=sys.stderr)
-    return code
 
 
 def _out(as_json: bool, content: Any, *renderables: Any) -> None:
@@ -305,7 +289,7 @@ def tradeoff(
         list[int] | None, typer.Option("--context_length", min=2, help="of perplexity; may be repeated")
     ] = None,
     max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 8192,
-    lengths: Annotated[list[int] | None, typer.Option("--length", min=33, help="of speed; may be repeated")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="of speed; may be repeated")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="of speed, arms taking turns")] = 3,
     decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 8,
     align_tokens: Annotated[int, typer.Option("--align_tokens", min=0, help="0 leaves the arms untrained")] = 20480,

@@ -71,7 +71,7 @@ def token_blocks(
     total = 0
     separator = tokenizer("\n\n", add_special_tokens=False).input_ids
     for text in source.rows():
-        ids = tokenizer(text, add_special_tokens=False).input_ids + separator
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + separator
         pieces.append(ids)
         total += len(ids)
         if max_tokens is not None and total >= max_tokens:

@@ -1,5 +1,6 @@
 """The seam: one attention function and one mask function, registered with transformers under one name."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -66,8 +67,15 @@ def attnswap_attention(
     _check_keywords(where, dropout, kwargs)
     _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key)
+    device = query.device.type
+    precision = contextlib.nullcontext()
+    if torch.is_autocast_enabled(device):
+        # Models leave the three in different dtypes there; inside, each op chooses its own precision.
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+        precision = torch.autocast(device, enabled=False)
     try:
-        out = attend(attention, query, key, value, attention_mask, scaling, layer)
+        with precision:
+            out = attend(attention, query, key, value, attention_mask, scaling, layer)
     except NotImplementedError as error:
         raise NotImplementedError(f"{where}: {error}") from error
     return out.transpose(1, 2).contiguous(), None
@@ -115,7 +123,10 @@ def _observed(attention, query, key, value, mask, scaling, state):
 
 def _check_keywords(where: str, dropout: float, kwargs: dict) -> None:
     if dropout:
-        raise NotImplementedError(f"{where}: attention dropout {dropout} is not supported: set attention_dropout to 0")
+        raise NotImplementedError(
+            f"{where}: attention dropout {dropout} is not supported: set the dropout of attention in the "
+            "model's config (attention_dropout, attn_pdrop, ...) to 0"
+        )
     if kwargs.get("is_causal") is False:
         raise NotImplementedError(f"{where}: is_causal=False is not supported: the layer was swapped as a causal one")
     for name, given in kwargs.items():
@@ -144,7 +155,7 @@ def _check_heads(where: str, attention: Attention, query: Tensor, key: Tensor) -
         and next(attention.parameters(), None) is not None
     ):
         raise NotImplementedError(
-            f"{where}: its query heads, key/value heads and head_dim are {found}, but its parameters were made for {heads}"
+            f"{where}: query heads, key/value heads and head_dim are {found}, but its parameters were made for {heads}"
         )
 
 

@@ -14,8 +14,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads():
-    torch.set_num_threads(2)
+def _one_thread():
+    """Tiny tensors gain nothing from threads, and lose much where the cores are busy."""
+    torch.set_num_threads(1)
 
 
 def tiny_llama(**overrides):

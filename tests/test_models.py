@@ -259,9 +259,12 @@ def test_unusual_models_work_or_are_refused(family, name):
     ids = tokens(LENGTH)
     try:
         model = swapped(name, family)
+        whole = logits(model, ids, use_cache=False)
     except hf_attnswap.UsageError:
         return
-    whole = logits(model, ids, use_cache=False)
+    except NotImplementedError as error:
+        assert "layer" in str(error)
+        return
     changed = ids.clone()
     changed[:, 15:] = 5
     torch.testing.assert_close(logits(model, changed, use_cache=False)[:, :15], whole[:, :15], **CLOSE)

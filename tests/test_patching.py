@@ -261,7 +261,7 @@ def test_a_config_that_says_swapped_on_a_model_that_is_not_raises():
 def test_dropout_in_training_raises(name):
     model = hf_attnswap.swap(tiny(attention_dropout=0.1), name)
     model(tokens(12))
-    with pytest.raises(NotImplementedError, match=r"layer 0 .*dropout 0.1 .*set attention_dropout to 0"):
+    with pytest.raises(NotImplementedError, match=r"layer 0 .*dropout 0.1 .*attention_dropout.* to 0"):
         model.train()(tokens(12))
 
 

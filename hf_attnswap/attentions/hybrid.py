@@ -49,7 +49,7 @@ class Hybrid(Attention):
         kernel = scores(self.linear.map_query_beside_softmax(query), self.linear.map_key(key))
         outside = self._log_scale(query) + _log(kernel)
         logs = torch.where(window, scores(query, key) * scaling, outside)
-        return logs.masked_fill(~allowed | (~window & (kernel <= 0)), float("-inf")), window
+        return logs.masked_fill(~allowed | (~window & (kernel <= _NO_MASS)), float("-inf")), window
 
     def _log_scale(self, query):
         """Log of the factor of the linear term in each row, `[B, H, T, 1]`."""
@@ -90,7 +90,7 @@ class Hybrid(Attention):
         linear_denominator = linear_denominator[..., None]
         window_mass = c + _log(denominator)
         linear_mass = self._log_scale(at.query.to(c.dtype)) + _log(linear_denominator)
-        linear_mass = linear_mass.masked_fill(linear_denominator <= 0, nothing)
+        linear_mass = linear_mass.masked_fill(linear_denominator <= _NO_MASS, nothing)
         share = torch.softmax(torch.cat([window_mass, linear_mass], dim=-1), dim=-1)
         out = share[..., :1] * numerator / _one_for_zero(denominator)
         out = out + share[..., 1:] * linear_numerator / _one_for_zero(linear_denominator)
@@ -99,8 +99,12 @@ class Hybrid(Attention):
         return at.unalign(out).to(query.dtype)
 
 
+# Less mass than this counts as none: its reciprocal would overflow in the gradient.
+_NO_MASS = 1e-30
+
+
 def _one_for_zero(x):
-    return torch.where(x > 0, x, 1)
+    return torch.where(x > _NO_MASS, x, 1)
 
 
 def _log(x):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attentions import Attention, Heads, get
@@ -87,14 +86,18 @@ def calibrate(model: nn.Module, batch: Tensor) -> None:
 
 
 def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """`|student - teacher|^2 / |teacher - mean|^2` over the valid tokens: 1 for a constant guess, 0 for equality.
+    """`|student - teacher|^2 / |teacher - its mean|^2`: 1 for a constant guess, 0 for equality.
 
-    student, teacher: `[B, H, T, Dv]`; valid: bool `[B, T]`. Float32.
+    Of each text of the batch by itself, then their mean, so that it does not matter how texts are batched.
+    student, teacher: `[B, H, T, Dv]`; valid: bool `[B, T]`, or None where all tokens count. Float32.
     """
-    student, teacher = (t.transpose(1, 2).float() for t in (student, teacher))
-    if valid is not None:
-        student, teacher = student[valid], teacher[valid]
-    return F.mse_loss(student, teacher) / teacher.var(unbiased=False).clamp(min=1e-12)
+    student, teacher = student.float(), teacher.float()
+    count = torch.ones_like(teacher[:, :1, :, :1]) if valid is None else valid[:, None, :, None].float()
+    tokens = count.expand_as(teacher).sum((1, 2, 3), keepdim=True).clamp(min=1)
+    centre = (teacher * count).sum((1, 2, 3), keepdim=True) / tokens
+    error = ((student - teacher).square() * count).sum((1, 2, 3))
+    spread = ((teacher - centre).square() * count).sum((1, 2, 3))
+    return (error / spread.clamp(min=1e-12)).mean()
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -183,7 +183,6 @@ def test_weights_in_low_precision_are_warned_of(script, arguments, tmp_path, cap
     assert "loses updates" not in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="ops/linear.py mixes float32 and bfloat16 under autocast")
 @pytest.mark.parametrize("name", ["align_attention", "finetune"])
 def test_mixed_precision(script, arguments, tmp_path, monkeypatch, name):
     """What `accelerate launch --mixed_precision bf16` asks for: bfloat16 computes, float32 trains and is saved."""
