@@ -313,7 +313,7 @@ def tradeoff(
 
     settings = Settings(
         arms=tuple(arms or DEFAULT_ARMS), context_lengths=tuple(context_lengths or [512]),
-        max_eval_tokens=max_eval_tokens, lengths=tuple(lengths or [512, 1024, 2048]), rounds=rounds,
+        max_eval_tokens=max_eval_tokens, lengths=tuple(lengths or [512, 2048]), rounds=rounds,
         decode_tokens=decode_tokens, align_tokens=align_tokens, block_size=block_size,
         learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
         per_device_train_batch_size=per_device_train_batch_size, seed=seed,
