@@ -288,11 +288,11 @@ def tradeoff(
     context_lengths: Annotated[
         list[int] | None, typer.Option("--context_length", min=2, help="of perplexity; may be repeated")
     ] = None,
-    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 8192,
+    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 4096,
     lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="of speed; may be repeated")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="of speed, arms taking turns")] = 3,
     decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 8,
-    align_tokens: Annotated[int, typer.Option("--align_tokens", min=0, help="0 leaves the arms untrained")] = 20480,
+    align_tokens: Annotated[int, typer.Option("--align_tokens", min=0, help="0 leaves the arms untrained")] = 16384,
     block_size: Annotated[int, typer.Option("--block_size", min=2, help="of training")] = 512,
     learning_rate: Annotated[float | None, typer.Option("--learning_rate", help="of the alignment")] = None,
     per_device_train_batch_size: Annotated[int, typer.Option("--per_device_train_batch_size", min=1)] = 1,
@@ -313,7 +313,7 @@ def tradeoff(
 
     settings = Settings(
         arms=tuple(arms or DEFAULT_ARMS), context_lengths=tuple(context_lengths or [512]),
-        max_eval_tokens=max_eval_tokens, lengths=tuple(lengths or [512, 2048]), rounds=rounds,
+        max_eval_tokens=max_eval_tokens, lengths=tuple(lengths or [512, 1536]), rounds=rounds,
         decode_tokens=decode_tokens, align_tokens=align_tokens, block_size=block_size,
         learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
         per_device_train_batch_size=per_device_train_batch_size, seed=seed,
