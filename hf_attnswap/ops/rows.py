@@ -13,7 +13,7 @@ from torch import Tensor
 from .heads import cast_like, compute_dtype
 
 # Elements of one tile of scores: with a few temporaries of that size a tile stays in a core's cache.
-TILE_ELEMENTS = 1 << 19
+TILE_ELEMENTS = 1 << 20
 
 
 class Tile(NamedTuple):
