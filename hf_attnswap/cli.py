@@ -157,7 +157,7 @@ def convert(
 @app.command()
 def evaluate(
     model: Model,
-    train_file: Annotated[str | None, typer.Option("--validation_file", help="text, json, parquet or csv")] = None,
+    validation_file: Annotated[str | None, typer.Option("--validation_file", help="text, json, parquet or csv")] = None,
     dataset_name: DatasetName = None,
     dataset_config_name: DatasetConfig = None,
     split: Annotated[str, typer.Option("--split", help="of the dataset")] = "test",
@@ -180,7 +180,7 @@ def evaluate(
     from .loading import load
     from .patching import describe
 
-    source = _source(train_file, dataset_name, dataset_config_name, split, text_column)
+    source = _source(validation_file, dataset_name, dataset_config_name, split, text_column)
     contexts = context_lengths or [512]
     loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, max(contexts)))

@@ -3,7 +3,15 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import UsageError
 
@@ -90,12 +98,13 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights (on the meta device): enough for `inspect`."""
+    """A model of any kind without its weights (on the meta device): enough for `inspect`."""
     source, where = _source(model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
     except UsageError:
         raise
     except Exception as error:
