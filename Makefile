@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
-ARMS := softmax none window relu_norm relu_power relu_power:p=8 relu_power:p=4 relu_power:p=2 \
+ARMS := softmax none window relu_norm relu_power relu_power:p=8 relu_power:p=4 \
 	identity elu hedgehog hedgehog+window
 
 .PHONY: demo test lint clean

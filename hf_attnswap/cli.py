@@ -291,7 +291,7 @@ def tradeoff(
     max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 4096,
     lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="of speed; may be repeated")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="of speed, arms taking turns")] = 3,
-    decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 8,
+    decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 4,
     align_tokens: Annotated[int, typer.Option("--align_tokens", min=0, help="0 leaves the arms untrained")] = 16384,
     block_size: Annotated[int, typer.Option("--block_size", min=2, help="of training")] = 512,
     learning_rate: Annotated[float | None, typer.Option("--learning_rate", help="of the alignment")] = None,
