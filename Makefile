@@ -11,7 +11,8 @@ ARMS := softmax none window relu_norm relu_power relu_power:p=8 relu_power:p=4 \
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
-		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt $(ARMS:%=--arm %)
+		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt $(ARMS:%=--arm %) \
+		--length 256 --length 1536
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
