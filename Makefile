@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt $(ARMS:%=--arm %) \
-		--length 256 --length 1536
+		--length 256 --length 1536 --rounds 2
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
