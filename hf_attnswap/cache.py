@@ -148,8 +148,11 @@ def make_state_layers_up_front() -> None:
     @functools.wraps(original)
     def with_state_layers(config):
         types, arguments = original(config)
-        for group in (getattr(config, "attnswap", None) or {}).get("swapped", ()):
-            if attentions.get(group["attention"]).stateful:
+        # An encoder-decoder builds the cache of its cross-attention from the same config: those layers come later.
+        if getattr(config, "is_encoder_decoder", False):
+            return types, arguments
+        for group in (getattr(config, "attnswap", None) or {}).get("swapped") or ():
+            if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
                 for index in group["layers"]:
                     if types[index] in ("full_attention", "sliding_attention"):  # others keep more than keys and values
                         types[index], arguments[index] = StateLayer._layer_type, {}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import UsageError, one_line_errors
@@ -33,6 +34,9 @@ TrustRemoteCode = Annotated[
 ]
 AttentionName = Annotated[str, typer.Option("--attention", help="a variant, see `attnswap ls`")]
 Layers = Annotated[str | None, typer.Option("--layers", help="all, or a slice '1::2', or indices '0,3,5'")]
+Kinds = Annotated[
+    list[str] | None, typer.Option("--kind", help="causal, bidirectional or cross; may be repeated; the first two")
+]
 Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="an option of the variant")]
 Seed = Annotated[int, typer.Option("--seed", help="of the order of text")]
 TrainFile = Annotated[str | None, typer.Option("--train_file", help="text, json, parquet or csv")]
@@ -72,35 +76,53 @@ def _layers(text: str | None) -> Any:
 
 @app.command("ls")
 def list_attentions(as_json: Json = False) -> None:
-    """The variants: formula, cost, options, source.
+    """The variants: what each computes, costs, takes, refuses and learns.
 
     Example: attnswap ls
     """
     from . import available
 
-    entries = [
-        {
-            "name": cls.name, "control": cls.control, "formula": cls.formula, "cost": cls.cost,
-            "cost_class": cls.cost_class, "masks": "any" if cls.dense_masks else "causal, padding, packed",
-            "constant_state": cls.stateful, "source": cls.source,
-            "options": {n: {"default": o.default, "help": o.help} for n, o in cls.options().items()},
-        }
-        for cls in available()
-    ]  # fmt: skip
-    table = Table(title="Attention variants (control: for comparison)")
-    for column in ("name", "formula", "cost", "masks", "options", "source"):
+    entries = [_description(cls) for cls in available()]
+    table = Table(
+        title="Attention variants (control: for comparison)",
+        caption="Attention: all means causal, bidirectional and cross. Masks: any includes a bias, a soft cap and "
+        "sinks; padding, packed refuses all others. State: kept between generated tokens; constant does not grow. "
+        "None takes attention dropout.",
+    )
+    for column in ("name", "computes", "cost", "attention", "masks", "state", "learns", "options", "source"):
         table.add_column(column, overflow="fold")
     for e in entries:
-        options = ", ".join(f"{n}={o['default']}" for n, o in e["options"].items())
-        table.add_row(
+        cells = (
             e["name"] + (" (control)" if e["control"] else ""),
             e["formula"],
             e["cost"],
+            "all" if len(e["kinds"]) == 3 else ", ".join(e["kinds"]),
             e["masks"],
-            options,
+            e["state"],
+            ", ".join(e["parameters"]),
+            ", ".join(f"{n}={o['default']}" for n, o in e["options"].items()),
             e["source"],
         )
+        table.add_row(*map(escape, cells))
     _out(as_json, entries, table)
+
+
+def _description(cls: type) -> dict[str, Any]:
+    from .attentions import Heads
+
+    return {
+        "name": cls.name,
+        "control": cls.control,
+        "formula": cls.formula,
+        "cost": cls.cost,
+        "cost_class": cls.cost_class,
+        "kinds": list(cls.kinds),
+        "masks": "any" if cls.any_mask else "padding, packed",
+        "state": "constant" if cls.stateful else "keys, values",
+        "parameters": [name for name, _ in cls(Heads(1, 1, 1)).named_parameters()],
+        "options": {n: {"default": o.default, "help": o.help} for n, o in cls.options().items()},
+        "source": cls.source,
+    }
 
 
 @app.command("inspect")
@@ -114,12 +136,11 @@ def inspect_model(model: Model, as_json: Json = False, trust_remote_code: TrustR
 
     found = inspect(architecture(model, trust_remote_code))
     table = Table(title=model)
-    for column in ("layer", "module", "class", "runs", "can be swapped"):
+    for column in ("module", "class", "part", "kind", "layer", "runs", "can be swapped"):
         table.add_column(column, overflow="fold")
     for m in found:
-        table.add_row(
-            str(m.layer), m.name, m.class_name, m.swapped or "softmax", f"no: {m.reason}" if m.reason else "yes"
-        )
+        can = f"no: {m.reason}" if m.reason else "yes"
+        table.add_row(m.name, m.class_name, m.part, m.kind, str(m.layer), m.swapped or "softmax", can)
     _out(
         as_json, [vars(m) for m in found], table if found else f"{model} has no attention module that could be swapped"
     )
@@ -131,6 +152,7 @@ def convert(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="a new or empty folder")],
     attention: AttentionName = "hedgehog+window",
     layers: Layers = None,
+    kind: Kinds = None,
     option: Options = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -140,6 +162,7 @@ def convert(
 
     Example: attnswap convert HuggingFaceTB/SmolLM2-135M --attention relu_power --option p=16 --output_dir relu16
     """
+    from . import SwapConfig
     from .files import require_empty, whole_folder
     from .loading import load
     from .patching import describe, swap
@@ -147,7 +170,7 @@ def convert(
 
     require_empty(output_dir)
     loaded, tokenizer = load(model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
-    swap(loaded, attention, layers=_layers(layers), **parse_options(option or []))
+    swap(loaded, attention, layers=_layers(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
     with whole_folder(output_dir) as folder:
         loaded.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

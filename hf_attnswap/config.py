@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import attentions
+from .attentions.base import KINDS
 from .errors import UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# For each layer index: a variant and all its options.
+Plan = dict[int, tuple[str, dict[str, Any]]]
 
 
 @dataclass
@@ -20,13 +24,25 @@ class SwapConfig:
             string to an attention name or to `{"attention": name, option: value, ...}`, which leaves all other layers
             as they are.
         options: options of the variant; those that a dict in `layers` gives win.
+        kinds: which attention of these layers: "causal" (a text to its own past), "bidirectional" (to itself), "cross"
+            (to another, as decoders to their encoder).
     """
 
     attention: str = "hedgehog+window"
     layers: None | Sequence[int] | str | Mapping[int | str, Any] = None
     options: dict[str, Any] = field(default_factory=dict)
+    kinds: Sequence[str] = ("causal", "bidirectional")
 
-    def plan(self, indices: Sequence[int]) -> dict[int, tuple[str, dict[str, Any]]]:
+    def __post_init__(self):
+        if isinstance(self.kinds, str):
+            self.kinds = (self.kinds,)
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise UsageError(f"kinds has {kind!r}; expected some of {', '.join(KINDS)}")
+        if not self.kinds:
+            raise UsageError("kinds is empty; leave it out to swap all self-attention")
+
+    def plan(self, indices: Sequence[int]) -> Plan:
         """For each layer to swap, of those with these indices: the variant and all its options with their values.
 
         Raises:
@@ -38,7 +54,7 @@ class SwapConfig:
             choices = [(layers, *self._choice(given)) for layers, given in self.layers.items()]
         else:
             choices = [(self.layers, self.attention, self.options)]
-        plan: dict[int, tuple[str, dict[str, Any]]] = {}
+        plan: Plan = {}
         used: set[str] = set()
         for layers, name, given in choices:
             cls = _get(name)
@@ -74,51 +90,64 @@ class SwapConfig:
             raise UsageError(f"{name} has no option {sorted(unknown)[0]!r}")
         return name, {**self.options, **own}
 
-    @staticmethod
-    def plan_to_dict(plan: Mapping[int, tuple[str, dict[str, Any]]], kept: str) -> dict[str, Any]:
-        """What goes into config.json: groups of layers with the same attention and options, and a format version.
 
-        Args:
-            kept: the attention implementation of the layers that keep softmax.
-        """
-        groups: list[dict[str, Any]] = []
+def plans_to_dict(plans: Mapping[str, Plan], kept: str) -> dict[str, Any]:
+    """What goes into the config of one part: groups of layers with the same attention and options (None where nothing
+    is swapped in this part), and a format version.
+
+    Args:
+        plans: by kind of attention.
+        kept: the attention implementation that the model had.
+    """
+    groups: list[dict[str, Any]] = []
+    for kind, plan in plans.items():
         for index, (name, options) in sorted(plan.items()):
             for group in groups:
-                if (group["attention"], group["options"]) == (name, options):
+                if (group["kind"], group["attention"], group["options"]) == (kind, name, options):
                     group["layers"].append(index)
                     break
             else:
-                groups.append({"attention": name, "options": dict(options), "layers": [index]})
-        return {"format_version": FORMAT_VERSION, "kept": kept, "swapped": groups}
+                groups.append({"attention": name, "options": dict(options), "kind": kind, "layers": [index]})
+    return {"format_version": FORMAT_VERSION, "kept": kept, "swapped": groups or None}
 
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> "SwapConfig":
-        """Back from config.json.
 
-        Raises:
-            UsageError: a newer format, or something that this package did not write.
-        """
-        version = saved.get("format_version") if isinstance(saved, Mapping) else None
-        if type(version) is not int or version < 1:
-            raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}")
-        if version > FORMAT_VERSION:
-            raise UsageError(
-                f"attnswap in config.json has format_version {version}, this release reads up to {FORMAT_VERSION}: "
-                "upgrade hf_attnswap"
-            )
-        try:
-            layers = {
-                int(index): {"attention": group["attention"], **group["options"]}
-                for group in saved["swapped"]
-                for index in group["layers"]
-            }
-            if not layers:
-                raise ValueError("no layer is swapped")
-            if saved["kept"] not in ("sdpa", "eager"):
-                raise ValueError(f"kept is {saved['kept']!r}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"attnswap in config.json is damaged: {error!r} in {saved!r}") from None
-        return cls(layers=layers)
+def plans_from_dict(saved: Any) -> dict[str, Plan]:
+    """Back from config.json, by kind of attention.
+
+    Raises:
+        UsageError: a newer format, or something that this package did not write.
+    """
+    version = saved.get("format_version") if isinstance(saved, Mapping) else None
+    if type(version) is not int or version < 1:
+        raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}")
+    if version > FORMAT_VERSION:
+        raise UsageError(
+            f"attnswap in config.json has format_version {version}, this release reads up to {FORMAT_VERSION}: "
+            "upgrade hf_attnswap"
+        )
+    plans: dict[str, Plan] = {}
+    try:
+        if not isinstance(saved["kept"], str):
+            raise ValueError(f"kept is {saved['kept']!r}")
+        if saved["swapped"] == []:
+            raise ValueError("no layer is swapped")
+        for group in saved["swapped"] or ():
+            kind = group.get("kind", "causal")  # format 1 knew no other
+            if kind not in KINDS:
+                raise ValueError(f"kind is {kind!r}")
+            cls = _get(group["attention"])
+            options = cls.check_options(group["options"])
+            for index in group["layers"]:
+                if type(index) is not int:
+                    raise ValueError(f"layer is {index!r}")
+                if index in plans.setdefault(kind, {}):
+                    raise ValueError(f"{kind} layer {index} is there twice")
+                plans[kind][index] = (group["attention"], options)
+    except UsageError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"attnswap in config.json is damaged: {error} in {saved!r}") from None
+    return plans
 
 
 def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> list[int]:

@@ -1,8 +1,10 @@
 """Text from any `datasets` source, as one stream of tokens cut into blocks."""
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import UsageError
 
-# What `datasets` calls the readers of these files.
-_BUILDERS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# What `datasets` calls the readers of these files, and what they are told.
+_PARAGRAPHS = ("text", {"sample_by": "paragraph"})
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": _PARAGRAPHS,
+    ".md": _PARAGRAPHS,
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {"keep_default_na": False}),  # "null" is a text
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +30,7 @@ class TextSource:
     """Where text comes from.
 
     Attributes:
-        name: a file (.txt, .json, .jsonl, .parquet, .csv), or the name of a dataset on the Hub.
+        name: a file (.txt, .json, .jsonl, .parquet, .csv, .tsv), or the name of a dataset on the Hub.
         split: of the dataset. config_name: of the dataset.
         column: the column that holds the text.
     """
@@ -31,15 +42,23 @@ class TextSource:
 
     def rows(self) -> Iterator[str]:
         """The texts, in their order. UsageError where the source or the column is not there."""
+        for row in self._table(self.column):
+            yield row[self.column]
+
+    def labelled(self, label_column: str) -> Iterator[tuple[str, str]]:
+        """The texts with their labels. UsageError where the source or one of the columns is not there."""
+        for row in self._table(self.column, label_column):
+            yield row[self.column], str(row[label_column])
+
+    def _table(self, *columns: str) -> Iterable[dict[str, Any]]:
         import datasets
 
         path = Path(self.name)
-        if path.suffix in _BUILDERS:
+        if path.suffix in _READERS:
             if not path.is_file():
                 raise UsageError(f"text file {self.name!r} does not exist")
-            arguments = {"path": _BUILDERS[path.suffix], "data_files": str(path), "split": "train"}
-            if path.suffix in (".txt", ".md"):
-                arguments["sample_by"] = "paragraph"
+            reader, told = _READERS[path.suffix]
+            arguments = {"path": reader, "data_files": str(path), "split": "train", **told}
         else:
             arguments = {"path": self.name, "name": self.config_name, "split": self.split}
         try:
@@ -50,10 +69,10 @@ class TextSource:
             raise UsageError(f"cannot read text from {self.name!r}: {str(error).splitlines()[0]}") from error
         if first is None:
             raise UsageError(f"text source {self.name!r} is empty")
-        if self.column not in first:
-            raise UsageError(f"{self.name!r} has no column {self.column!r}; it has {', '.join(first)}")
-        for row in table:
-            yield row[self.column]
+        for column in columns:
+            if column not in first:
+                raise UsageError(f"{self.name!r} has no column {column!r}; it has {', '.join(first)}")
+        return table
 
 
 def token_blocks(

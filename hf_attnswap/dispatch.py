@@ -1,32 +1,37 @@
 """The seam: one attention function and one mask function, registered with transformers under one name."""
 
 import contextlib
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.utils.output_capturing import _active_collector
 
-from .attentions import Attention
-from .masks import Mask, Packed, as_bool, find_segments, from_segments, parse
+from .attentions import Attention, Heads
+from .attentions.softmax import Softmax
+from .masks import Mask, Packed, find_segments, from_segments, parse
 from .packing import unpack_rows
 
 NAME = "attnswap"
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
-# sliding_window is already in the mask, is_causal is checked when a module is swapped.
+# sliding_window is already in the mask, is_causal says what a missing mask means.
 _HARMLESS = frozenset(
     "position_ids cache_position use_cache output_hidden_states output_router_logits return_dict num_items_in_batch "
-    "is_causal sliding_window".split()
+    "is_causal sliding_window output_attentions".split()
 )
-# Keywords that change the result and that no variant honours.
+# Keywords that `read_mask` turns into a part of the mask, which the variant honours or refuses.
+_HONOURED = frozenset("position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split())
+# Keywords that change the result and that nothing here honours.
 _REFUSED = {
-    "softcap": "a soft cap on the scores",
-    "s_aux": "learned attention sinks",
-    "sinks": "learned attention sinks",
-    "position_bias": "a bias on the scores",
     "head_mask": "a mask over heads",
     "cache": "a paged cache",
 }
@@ -52,7 +57,7 @@ def attnswap_attention(
         attention_mask: what `attnswap_mask` returned, or a mask that the user made.
 
     Returns:
-        `[B, T, H, Dv]` and None (weights are not returned).
+        `[B, T, H, Dv]`, and the weights `[B, H, T, S]` where `output_attentions` asks for them, else None.
 
     Raises:
         NotImplementedError: a mask or keyword that the variant cannot honour, with the layer.
@@ -60,13 +65,20 @@ def attnswap_attention(
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention: Attention | None = getattr(module, NAME, None)
-    if attention is None:
-        return _kept(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    where = f"layer {module.layer_idx} ({attention.name})"
     layer = kwargs.pop("attnswap_state", None)
-    _check_keywords(where, dropout, kwargs)
+    if attention is None:
+        _check_keywords(type(module).__name__, kwargs)
+        out, weights = _kept(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+        return out.transpose(1, 2).contiguous(), weights
+    where = f"{attention.place} ({attention.name})"
+    _check_keywords(where, kwargs)
+    if dropout:
+        raise NotImplementedError(
+            f"{where}: attention dropout {dropout} is not supported: set the dropout of attention in the model's "
+            "config (attention_dropout, attention_probs_dropout_prob, attn_pdrop, ...) to 0 before it is loaded"
+        )
     _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
-    _check_heads(where, attention, query, key)
+    _check_heads(where, attention, query, key, value)
     device = query.device.type
     precision = contextlib.nullcontext()
     if torch.is_autocast_enabled(device):
@@ -75,42 +87,84 @@ def attnswap_attention(
         precision = torch.autocast(device, enabled=False)
     try:
         with precision:
-            out = attend(attention, query, key, value, attention_mask, scaling, layer)
+            mask = read_mask(module, attention, query, key, attention_mask, layer, kwargs)
+            out = attend(attention, query, key, value, mask, scaling, layer)
+            weights = _weights(attention, query, key, mask, scaling, layer) if _wanted(kwargs) else None
     except NotImplementedError as error:
         raise NotImplementedError(f"{where}: {error}") from error
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), weights
 
 
-def attend(attention: Attention, query, key, value, attention_mask, scaling, layer=None) -> Tensor:
-    """One variant on one call's tensors, whatever the form of the mask; `[B, H, T, Dv]`.
+def read_mask(module, attention: Attention, query, key, attention_mask, layer, kwargs) -> Mask | Packed:
+    """All that a call says of what may attend to what, in one form; NotImplementedError where the variant cannot."""
+    is_causal = kwargs.get("is_causal")
+    causal = attention.kind != "cross" and getattr(module, "is_causal", True) if is_causal is None else is_causal
+    seen = layer.seen if attention.stateful and layer is not None else key.shape[2]
+    mask = parse(attention_mask, query.shape[2], seen, bool(causal))
+    if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):
+        if attention_mask is not None:
+            raise NotImplementedError("cu_seq_lens_q packs several texts, and attention_mask says nothing of them")
+        mask = _from_lengths(kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key, causal)
+    bias, softcap, sinks = kwargs.get("position_bias"), kwargs.get("softcap"), kwargs.get("s_aux")
+    sinks = kwargs.get("sinks") if sinks is None else sinks
+    if bias is not None and not attention.any_mask and not bias.any():
+        bias = None  # T5 passes zeros where it has no bias
+    if bias is not None or softcap is not None or sinks is not None:
+        if isinstance(mask, Packed):
+            raise NotImplementedError("packed texts together with a bias, a soft cap or sinks are not supported")
+        if bias is not None:
+            bias = bias if mask.bias is None else bias + mask.bias
+        mask = replace(mask, bias=bias if bias is not None else mask.bias, softcap=softcap, sinks=sinks)
+    if isinstance(mask, Mask) and not mask.plain and not attention.any_mask:
+        raise NotImplementedError(
+            f"cannot honour {mask}: it takes causal or bidirectional masks with padding, and packed texts; "
+            f"{ANY_MASK} take any"
+        )
+    kind = attention.kind if not mask.causal and attention.kind != "causal" else None
+    kind = kind or ("causal" if mask.causal else "bidirectional")
+    if kind not in attention.kinds:
+        raise NotImplementedError(f"it is for {' and '.join(attention.kinds)} attention, and this mask is {kind}")
+    return mask
+
+
+ANY_MASK = "relu, relu_norm, relu_power, sigmoid and the other variants on the scores"
+
+
+def _from_lengths(ends_q: Tensor, ends_k: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Packed:
+    """Segments from the cumulative lengths of packed texts, `[texts + 1]`."""
+    length = query.shape[2]
+    if ends_k is not None and not torch.equal(ends_q, ends_k):
+        raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k differ, which packed texts do not")
+    if query.shape[0] != 1 or key.shape[2] != length or int(ends_q[-1]) != length:
+        raise NotImplementedError(
+            f"cu_seq_lens_q ends at {int(ends_q[-1])}, but there are {query.shape[0]} rows of {length} queries and "
+            f"{key.shape[2]} keys; expected one row of that length"
+        )
+    position = torch.arange(length, device=query.device)
+    return Packed(torch.bucketize(position, ends_q[1:].to(query.device), right=True, out_int32=True)[None] + 1, causal)
+
+
+def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling, layer=None) -> Tensor:
+    """One variant on one call's tensors; `[B, H, T, Dv]`.
 
     Args:
         layer: the `StateLayer` of a generating call, whose `state` the variant reads and fills.
     """
     stateful = attention.stateful and layer is not None
-    seen = layer.seen if stateful else key.shape[2]
-    mask = parse(attention_mask, query.shape[2], seen)
     if stateful:
-        if layer.served == seen:
+        if layer.served == layer.seen:
             raise NotImplementedError("its module calls its attention twice per token, and the state takes each once")
-        layer.served = seen
-    if stateful and layer.packed:
-        raise NotImplementedError("the cache holds packed texts, which cannot be continued: start from a new cache")
+        layer.served = layer.seen
+        if layer.packed:
+            raise NotImplementedError("the cache holds packed texts, which cannot be continued: start from a new cache")
+        layer.packed = isinstance(mask, Packed)
     if isinstance(mask, Packed):
-        if stateful:
-            layer.packed = True
-        return unpack_rows(
-            lambda q, k, v: _observed(attention, q, k, v, Mask(q.shape[2], k.shape[2]), scaling, None),
-            query,
-            key,
-            value,
-            mask.segments,
-        )
-    if mask.dense is not None and not attention.dense_masks:
-        raise NotImplementedError(
-            f"cannot honour {mask}: it takes causal masks with padding or packed texts; "
-            "relu, relu_norm, relu_power and sigmoid take any mask"
-        )
+
+        def one(query, key, value, valid):
+            mask_of_texts = Mask(query.shape[2], key.shape[2], None if mask.causal else valid, causal=mask.causal)
+            return _observed(attention, query, key, value, mask_of_texts, scaling, None)
+
+        return unpack_rows(one, query, key, value, mask.segments)
     return _observed(attention, query, key, value, mask, scaling, layer.state if stateful else None)
 
 
@@ -121,81 +175,72 @@ def _observed(attention, query, key, value, mask, scaling, state):
     return attention(query, key, value, mask, scaling, state)
 
 
-def _check_keywords(where: str, dropout: float, kwargs: dict) -> None:
-    if dropout:
+def _wanted(kwargs: dict) -> bool:
+    """Whether the caller wants the weights: not every model passes `output_attentions` down to its attention."""
+    collected = () if torch.compiler.is_compiling() else _active_collector.get() or ()
+    return bool(kwargs.get("output_attentions")) or any("attentions" in name for name in collected)
+
+
+def _weights(attention, query, key, mask, scaling, layer) -> Tensor:
+    if attention.stateful and layer is not None:
         raise NotImplementedError(
-            f"{where}: attention dropout {dropout} is not supported: set the dropout of attention in the "
-            "model's config (attention_dropout, attn_pdrop, ...) to 0"
+            "output_attentions needs all keys, and a state has forgotten them: call the model with use_cache=False"
         )
-    if kwargs.get("is_causal") is False:
-        raise NotImplementedError(f"{where}: is_causal=False is not supported: the layer was swapped as a causal one")
+    if isinstance(mask, Packed):
+        mask = Mask(query.shape[2], key.shape[2], dense=_segments_matrix(mask))
+        if not attention.any_mask:
+            raise NotImplementedError("output_attentions on packed texts is not supported: pass one text per row")
+    return attention.weights(query, key, mask, scaling)
+
+
+def _segments_matrix(mask: Packed) -> Tensor:
+    segments = mask.segments
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
+    return (same.tril() if mask.causal else same)[:, None]
+
+
+def _check_keywords(where: str, kwargs: dict) -> None:
     for name, given in kwargs.items():
-        if given is None or given is False or name in _HARMLESS:
+        if given is None or given is False or name in _HARMLESS or name in _HONOURED:
             continue
-        if name == "output_attentions":
-            raise NotImplementedError(f"{where}: output_attentions=True is not supported by a swapped layer")
         reason = _REFUSED.get(name, "a keyword unknown to hf_attnswap")
         raise NotImplementedError(f"{where}: the model passes {name} ({reason}), which would be lost")
 
 
 def _check_window(where: str, attention: Attention, sliding_window: int | None, length: int) -> None:
     # In a mask for one new token, a window over the past looks like padding in it.
-    if sliding_window is not None and length > sliding_window and not attention.dense_masks:
+    if sliding_window is not None and length > sliding_window and not attention.any_mask:
         raise NotImplementedError(
             f"{where}: cannot honour the model's sliding window of {sliding_window} over {length} tokens: "
-            "relu, relu_norm, relu_power and sigmoid take any mask"
+            f"{ANY_MASK} take any mask"
         )
 
 
-def _check_heads(where: str, attention: Attention, query: Tensor, key: Tensor) -> None:
-    heads = attention.heads
-    found = (query.shape[1], key.shape[1], query.shape[3])
-    if (
-        found != (heads.num_attention_heads, heads.num_key_value_heads, heads.head_dim)
-        and next(attention.parameters(), None) is not None
-    ):
+def _check_heads(where: str, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> None:
+    found = Heads(query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    if found != attention.heads and next(iter(attention.state_dict()), None) is not None:
         raise NotImplementedError(
-            f"{where}: query heads, key/value heads and head_dim are {found}, but its parameters were made for {heads}"
+            f"{where}: its parameters were made for {attention.heads}, but it is called with {found}"
         )
 
 
-def _kept(module, query, key, value, attention_mask, **kwargs):
-    """A layer that keeps softmax, in the implementation that the model had before."""
+_SOFTMAX = Softmax(Heads(1, 1, 1))
+
+
+def _kept(module, query, key, value, attention_mask, scaling, dropout, kwargs) -> Tensor:
+    """A layer that keeps softmax: torch's SDPA, `[B, H, T, Dv]`."""
     if not getattr(module.config, NAME, None):
         raise RuntimeError("attn_implementation is 'attnswap' on a model that is not swapped: call hf_attnswap.swap")
-    if module.layer_idx in swapped_layers(module.config):
+    if not hasattr(module, "_attnswap_kept"):
         raise RuntimeError(
-            f"config.json says that layer {module.layer_idx} is swapped, but the module carries no variant: load the "
-            "model with AutoModelFor*.from_pretrained after `import hf_attnswap`, or call hf_attnswap.swap"
+            f"config.json says which attention of {type(module).__name__} is swapped, but the module was not built by "
+            "it: load the model with AutoModelFor*.from_pretrained after `import hf_attnswap`, or call hf_attnswap.swap"
         )
-    kwargs.pop("attnswap_state", None)
-    if attention_mask is not None:
-        if attention_mask.dim() == 2:
-            parsed = parse(attention_mask, query.shape[2], key.shape[2])
-            attention_mask = _segments_matrix(parsed.segments) if isinstance(parsed, Packed) else parsed.matrix()
-        elif attention_mask.dim() == 4:
-            attention_mask = as_bool(attention_mask)
-    elif 1 < query.shape[2] < key.shape[2]:
-        attention_mask = Mask(query.shape[2], key.shape[2]).matrix(query.device)
-    if module.config.attnswap["kept"] == "eager":
-        eager = sys.modules[type(module).__module__].eager_attention_forward
-        if attention_mask is None:
-            attention_mask = Mask(query.shape[2], key.shape[2]).matrix(query.device)
-        additive = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
-        return eager(
-            module, query, key, value, additive.masked_fill(~attention_mask, torch.finfo(query.dtype).min), **kwargs
-        )
-    return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
-
-
-def _segments_matrix(segments: Tensor) -> Tensor:
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-    return same.tril()[:, None]
-
-
-def swapped_layers(config) -> set[int]:
-    """The layers that the config says are swapped."""
-    return {index for group in (getattr(config, NAME, None) or {}).get("swapped", ()) for index in group["layers"]}
+    mask = read_mask(module, _SOFTMAX, query, key, attention_mask, None, kwargs)
+    if isinstance(mask, Packed):
+        mask = Mask(query.shape[2], key.shape[2], dense=_segments_matrix(mask))
+    out = _SOFTMAX(query, key, value, mask, scaling, dropout=dropout)
+    return out, _SOFTMAX.weights(query, key, mask, scaling) if _wanted(kwargs) else None
 
 
 def attnswap_mask(
@@ -211,15 +256,24 @@ def attnswap_mask(
     """What transformers calls to make the mask of a model with swapped layers.
 
     Returns:
-        None for a plain causal mask; bool `[B, S]` for causal attention with padding; int32 `[B, S]` for packed
-        texts (0: padding); bool `[B, 1, T, S]` for anything else.
+        None for a plain causal mask of a whole text or one token; bool `[B, S]` for causal attention with padding;
+        int32 `[B, S]` for packed texts (0: padding); bool `[B, 1, 1, S]` for all tokens to all others, with padding;
+        bool `[B, 1, T, S]` for anything else.
     """
+    columns = slice(kv_offset, kv_offset + kv_length)
+    if mask_function is bidirectional_mask_function:
+        if attention_mask is None:
+            return torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+        return attention_mask[:, None, None, columns].bool()
     grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
     if grows and mask_function is causal_mask_function:
+        whole = q_length in (1, kv_length)
         if attention_mask is None:
-            return None
-        valid = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-        return None if valid.all() else valid
+            if whole:
+                return None
+            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+        valid = attention_mask[:, columns].bool()
+        return None if whole and valid.all() else valid
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def rows(start: int, stop: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Models and tokenizers from a Hub id, a folder or a .gguf file."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,17 +39,56 @@ def load(
         dtype = find_dtype(dtype)
     source, where = _source(model_name_or_path)
     where |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
+    with _one_line(f"cannot load the model {model_name_or_path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+    if "gguf_file" in where:
+        _forget_quantisation(model)
+    return model.to(device).eval(), tokenizer
+
+
+def load_classifier(
+    model_name_or_path: str,
+    labels: Sequence[str],
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with a head for these labels (new, where it has none) in eval mode, and its tokenizer.
+
+    It has no dropout in its attention, swapped or not: no variant takes one.
+
+    Raises:
+        UsageError: no such model, one without a head for texts, or a head for another number of labels.
+    """
+    dtype = find_dtype(dtype) if isinstance(dtype, str) else dtype
+    with _one_line(f"cannot load the model {model_name_or_path!r}"):
+        source, where = _source(model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        names = dict(enumerate(labels))
+        config = AutoConfig.from_pretrained(
+            source, id2label=names, label2id={label: i for i, label in names.items()}, **where
+        )
+        for name in _ATTENTION_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=dtype, **where)
+    return model.to(find_device(device)).eval(), tokenizer
+
+
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Whatever fails inside becomes a UsageError with the first line of its reason."""
+    try:
+        yield
     except UsageError:
         raise
     except Exception as error:  # transformers, huggingface_hub, safetensors and gguf raise many kinds
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UsageError(f"cannot load the model {model_name_or_path!r}: {first_line}") from error
-    if "gguf_file" in where:
-        _forget_quantisation(model)
-    return model.to(device).eval(), tokenizer
+        raise UsageError(f"{what}: {first_line}") from error
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
@@ -100,13 +142,8 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model of any kind without its weights (on the meta device): enough for `inspect`."""
     source, where = _source(model_name_or_path)
-    try:
+    with _one_line(f"cannot read the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
         auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
         with torch.device("meta"):
             return auto_class.from_config(config, trust_remote_code=trust_remote_code)
-    except UsageError:
-        raise
-    except Exception as error:
-        first_line = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UsageError(f"cannot read the model {model_name_or_path!r}: {first_line}") from error

@@ -1,11 +1,11 @@
 """What a row may attend to, in O(n) memory wherever that is possible.
 
-Inside a variant there is one kind of mask: causal, with some keys switched off (`Mask.valid`), or, for variants that
-take it, an explicit matrix (`Mask.dense`). All that arrives from a model is brought to that form here, or refused.
+Inside a variant there is one kind of mask: causal or not, with some keys switched off (`Mask.valid`), or, for variants
+that take it, an explicit matrix (`Mask.dense`). All that arrives from a model is brought to that form here.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,31 +16,50 @@ from .ops.rows import Tile
 
 @dataclass(frozen=True)
 class Mask:
-    """Row i of `query_length` rows may attend to key j where `j <= i + key_length - query_length` and `valid[j]`.
+    """Which of S keys each of T rows may attend to, and what changes its scores besides `scaling * q . k`.
+
+    Causal: row i may attend to key j where `j <= i + key_length - query_length` and `valid[j]`. Otherwise
+    (bidirectional, or cross-attention): to every key where `valid[j]`.
 
     Attributes:
-        query_length, key_length: T and S. The queries are the last T of the S positions.
+        query_length, key_length: T and S. In causal attention the queries are the last T of the S positions.
         valid: bool `[B, S]`, or None where every key counts.
         dense: bool `[B, 1 or H, T, S]`, the whole truth where it is not None.
+        causal: whether keys after the row are forbidden.
+        bias: added to the scores, float `[1 or B, 1 or H, T, S]`.
+        softcap: c in `c tanh(s / c)`, applied to the scores before the bias.
+        sinks: `[H]`, the score of one more key whose value is zero.
     """
 
     query_length: int
     key_length: int
     valid: Tensor | None = None
     dense: Tensor | None = None
+    causal: bool = True
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def offset(self) -> int:
         """Position of the first query among the keys."""
         return self.key_length - self.query_length
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is only causality and padding, so that nothing has to be known of single scores."""
+        return self.dense is None and self.bias is None and self.softcap is None and self.sinks is None
+
     def allowed(self, rows: slice, columns: slice, device: torch.device | None = None) -> Tensor:
         """bool, broadcastable to `[B, H, t, s]`, for these rows and columns."""
         if self.dense is not None:
             return self.dense[:, :, rows, columns]
-        i = torch.arange(rows.start, rows.stop, device=device) + self.offset
         j = torch.arange(columns.start, columns.stop, device=device)
-        allowed = (j[None, :] <= i[:, None])[None, None]
+        if self.causal:
+            i = torch.arange(rows.start, rows.stop, device=device) + self.offset
+            allowed = (j[None, :] <= i[:, None])[None, None]
+        else:
+            allowed = torch.ones_like(j, dtype=torch.bool)[None, None, None]
         return allowed if self.valid is None else allowed & self.valid[:, None, None, columns]
 
     def matrix(self, device: torch.device | None = None) -> Tensor:
@@ -49,19 +68,34 @@ class Mask:
 
     def tiles(self, size: int, device: torch.device | None = None) -> Iterator[Tile]:
         """Tiles of `size` rows with the columns that causality leaves them."""
+        triangle = self.causal and self.dense is None
         for start in range(0, self.query_length, size):
             rows = slice(start, min(start + size, self.query_length))
-            columns = slice(0, self.key_length if self.dense is not None else self.offset + rows.stop)
+            columns = slice(0, self.offset + rows.stop if triangle else self.key_length)
             yield Tile(rows, columns, self.allowed(rows, columns, device))
 
+    def tile(self, tile: Tile, bias: Tensor | None) -> "Mask":
+        """The same for one tile alone, whose part of the bias is given."""
+        rows, columns = (part.stop - part.start for part in tile[:2])
+        return replace(self, query_length=rows, key_length=columns, valid=None, dense=tile.allowed, bias=bias)
+
     def new_tokens(self) -> Tensor | None:
-        """`valid` of the T queries themselves, bool `[B, T]`, or None."""
-        return None if self.valid is None else self.valid[:, self.offset :]
+        """`valid` of the T queries themselves, bool `[B, T]`; None where all are, or where keys say nothing of them."""
+        if self.valid is None or not self.causal and self.offset:
+            return None
+        return self.valid[:, self.offset :]
 
     def __str__(self) -> str:
+        if self.bias is not None:
+            return f"a bias of shape {tuple(self.bias.shape)} on the scores"
+        if self.softcap is not None:
+            return f"a soft cap of {self.softcap} on the scores"
+        if self.sinks is not None:
+            return "learned sinks beside the scores"
         if self.dense is not None:
-            return f"an explicit {tuple(self.dense.shape)} mask that is not causal with padding"
-        return "a causal mask" if self.valid is None else "a causal mask with padding"
+            return f"an explicit {tuple(self.dense.shape)} mask that is neither causal nor bidirectional with padding"
+        direction = "causal" if self.causal else "bidirectional"
+        return f"a {direction} mask" if self.valid is None else f"a {direction} mask with padding"
 
 
 @dataclass(frozen=True)
@@ -69,94 +103,118 @@ class Packed:
     """Several texts in one row: `segments` int `[B, T]`, 0 for padding, equal numbers for one text."""
 
     segments: Tensor
+    causal: bool = True
 
 
 _parsed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def parse(attention_mask: Tensor | None, query_length: int, key_length: int) -> Mask | Packed:
+def parse(attention_mask: Tensor | None, query_length: int, key_length: int, causal: bool = True) -> Mask | Packed:
     """Bring a mask that a model passes to its attention to the form that variants take.
 
     Args:
-        attention_mask: None (causal); bool `[B, S]` (causal, padding); int `[B, S]` (causal, packed segments);
-            bool or additive float `[B, 1 or H, T, S]`.
+        attention_mask: None (nothing forbidden but the future, where `causal`); bool `[B, S]` (causal, padding);
+            int `[B, S]` (causal, packed segments); bool `[B, 1, 1, S]` (bidirectional, padding); bool or additive float
+            `[B, 1 or H, T, S]`.
+        causal: what holds where the mask leaves it open: where it is None or has one row for one query.
 
     Raises:
-        NotImplementedError: an additive mask that is a bias rather than a mask.
         ValueError: a mask of another shape.
     """
     if attention_mask is None:
-        return Mask(query_length, key_length)
-    if attention_mask.dim() == 2:
-        attention_mask = attention_mask[:, :key_length]
-        if attention_mask.dtype == torch.bool:
-            return Mask(query_length, key_length, valid=attention_mask)
-        return Packed(attention_mask)
-    if attention_mask.dim() != 4:
+        return Mask(query_length, key_length, causal=causal)
+    if attention_mask.dim() not in (2, 4):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected 2 or 4 dimensions")
-    # All layers of one forward pass receive the same tensor: look at its n x n entries once.
+    causal = causal and query_length == 1
+    # All layers of one forward pass receive the same tensor: look at its entries once.
     version = 0 if attention_mask.is_inference() else attention_mask._version
+    call = (version, query_length, key_length, causal)
     known, parsed = _parsed.get(attention_mask, (None, None))
-    if known != version:
-        parsed = _parse_matrix(as_bool(attention_mask))
-        _parsed[attention_mask] = version, parsed
-    if isinstance(parsed, Mask) and (parsed.query_length, parsed.key_length) != (query_length, key_length):
-        dense = as_bool(attention_mask)[..., :key_length]
-        return Mask(query_length, key_length, dense=dense)
+    if known != call:
+        parsed = _parse(attention_mask, query_length, key_length, causal)
+        _parsed[attention_mask] = call, parsed
     return parsed
 
 
-def as_bool(attention_mask: Tensor) -> Tensor:
-    """A 4D bool mask from a bool or an additive float one (0 where allowed, very negative where not)."""
+def _parse(attention_mask: Tensor, query_length: int, key_length: int, causal: bool) -> Mask | Packed:
+    attention_mask = attention_mask[..., :key_length]
+    if attention_mask.dim() == 2:
+        if attention_mask.dtype != torch.bool:
+            return Packed(attention_mask)
+        return Mask(query_length, key_length, valid=None if attention_mask.all() else attention_mask)
+    dense, bias = split(attention_mask)
+    parsed = _parse_matrix(dense.expand(-1, -1, query_length, -1), causal)
+    if bias is None:
+        return parsed
+    if isinstance(parsed, Packed):
+        parsed = Mask(query_length, key_length, dense=dense, causal=False)
+    return replace(parsed, bias=bias)
+
+
+def split(attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A 4D mask, bool or additive, as what it allows (bool) and what it adds to the scores (None: nothing).
+
+    In an additive mask, 0 allows, a very negative number forbids, and all between is a bias.
+    """
     if attention_mask.dtype == torch.bool:
-        return attention_mask
-    allowed = attention_mask == 0
+        return attention_mask, None
     lowest = torch.finfo(attention_mask.dtype).min / 2 if attention_mask.is_floating_point() else 0
-    if not (allowed | (attention_mask <= lowest)).all():
-        raise NotImplementedError(
-            "attention_mask adds a bias (values other than 0 and very negative ones) to the scores; "
-            "hf_attnswap takes masks that only allow or forbid"
+    allowed = attention_mask > lowest
+    if attention_mask.isnan().any():
+        raise ValueError(
+            "attention_mask has NaN; expected 0 where allowed, a very negative number where not, or a bias"
         )
-    return allowed
+    bias = attention_mask.masked_fill(~allowed, 0)
+    return allowed, bias if attention_mask.is_floating_point() and bias.any() else None
 
 
-def _parse_matrix(dense: Tensor) -> Mask | Packed:
+def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
     """Padding, or packed segments, where that says the same as the matrix for every row that is a valid token."""
     query_length, key_length = dense.shape[-2:]
-    explicit = Mask(query_length, key_length, dense=dense)
-    if dense.shape[1] != 1 or key_length < query_length:
-        return explicit
-    if query_length == key_length:
-        segments = find_segments(lambda start, stop: dense[:, :, start:stop], key_length)
-        return explicit if segments is None else from_segments(segments)
-    offset = key_length - query_length
+    if dense.shape[1] != 1:
+        return Mask(query_length, key_length, dense=dense)
     matrix = dense[:, 0]
-    valid = torch.cat([matrix[:, 0, :offset], matrix[:, :, offset:].diagonal(dim1=1, dim2=2)], dim=1)
-    candidate = Mask(query_length, key_length, valid=valid)
-    if not (candidate.matrix(dense.device)[:, 0] == matrix).all() or not valid[:, offset:].all():
-        return explicit
-    return Mask(query_length, key_length) if valid.all() else candidate
+    if not causal and (matrix == matrix[:, :1]).all():
+        return Mask(query_length, key_length, valid=None if matrix.all() else matrix[:, 0], causal=False)
+
+    def rows(start: int, stop: int) -> Tensor:
+        return dense[:, :, start:stop]
+
+    if query_length == key_length:
+        for causal in (True, False):
+            segments = find_segments(rows, key_length, causal)
+            if segments is not None:
+                return from_segments(segments, causal)
+    elif query_length < key_length:
+        offset = key_length - query_length
+        valid = torch.cat([matrix[:, 0, :offset], matrix[:, :, offset:].diagonal(dim1=1, dim2=2)], dim=1)
+        candidate = Mask(query_length, key_length, valid=valid)
+        if (candidate.matrix(dense.device)[:, 0] == matrix).all() and valid[:, offset:].all():
+            return Mask(query_length, key_length) if valid.all() else candidate
+    return Mask(query_length, key_length, dense=dense, causal=False)
 
 
-def from_segments(segments: Tensor) -> Mask | Packed:
+def from_segments(segments: Tensor, causal: bool = True) -> Mask | Packed:
     """int `[B, n]` (0: padding) as a plain mask where every row holds one text, else as `Packed`."""
     length, valid = segments.shape[1], segments > 0
     first = torch.where(valid, segments, segments.max() + 1).amin(1, keepdim=True)
     if (valid & (segments != first)).any():
-        return Packed(segments)
-    return Mask(length, length, valid=None if valid.all() else valid)
+        return Packed(segments, causal)
+    return Mask(length, length, valid=None if valid.all() else valid, causal=causal)
 
 
-def find_segments(rows_of_matrix: Callable[[int, int], Tensor], length: int, block: int = 256) -> Tensor | None:
-    """The texts packed into rows, read off a causal mask by blocks of rows: O(n) memory, one look at n^2 entries.
+def find_segments(
+    rows_of_matrix: Callable[[int, int], Tensor], length: int, causal: bool = True, block: int = 256
+) -> Tensor | None:
+    """The texts packed into rows, read off a mask by blocks of rows: O(n) memory, one look at n^2 entries.
 
     Args:
         rows_of_matrix: `(start, stop) -> bool [B, 1, stop - start, length]`.
 
     Returns:
         int32 `[B, length]`: 0 for padding, the same number for the tokens of one text; None where the mask is
-        something else than causal attention inside texts. Tokens that do not see themselves are padding, and may attend
-        to anything: nobody reads them.
+        something else than attention (causal, or to the whole text) inside texts. Tokens that do not see themselves
+        are padding, and may attend to anything: nobody reads them.
     """
     blocks = [(start, min(start + block, length)) for start in range(0, length, block)]
     columns = []
@@ -171,7 +229,9 @@ def find_segments(rows_of_matrix: Callable[[int, int], Tensor], length: int, blo
     position = torch.arange(length, device=segments.device)
     for start, stop in blocks:
         own = segments[:, start:stop, None]
-        expected = (own == segments[:, None, :]) & (position[None, :] <= position[start:stop, None])
+        expected = own == segments[:, None, :]
+        if causal:
+            expected &= position[None, :] <= position[start:stop, None]
         if not ((expected == rows_of_matrix(start, stop)[:, 0]) | (own == 0)).all():
             return None
     return segments

@@ -8,15 +8,19 @@ from torch import Tensor
 
 
 def unpack_rows(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, segments: Tensor
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
 ) -> Tensor:
-    """Plain causal `attend` on every text by itself.
+    """`attend` on every text by itself.
 
     Texts are grouped by the next power of two of their length, so that at most half of what is computed is padding
-    (at the end of a row, where no token of the text sees it).
+    (at the end of a row).
 
     Args:
-        attend: query `[b, H, t, D]`, key and value `[b, Hkv, t, *]` -> `[b, H, t, Dv]`, causal.
+        attend: query `[b, H, t, D]`, key and value `[b, Hkv, t, *]`, valid bool `[b, t]` -> `[b, H, t, Dv]`.
         segments: int `[B, n]`; the tokens of a row with equal numbers are one text, 0 is padding.
 
     Returns:
@@ -33,7 +37,7 @@ def unpack_rows(
     out = query.new_zeros(batch * length, query.shape[1], value.shape[3])
     for texts in groups.values():
         index = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
-        result = attend(*(t[index.clamp(min=0)].transpose(1, 2) for t in flat)).transpose(1, 2)
         real = index >= 0
+        result = attend(*(t[index.clamp(min=0)].transpose(1, 2) for t in flat), real).transpose(1, 2)
         out = out.index_put((index[real],), result[real])
     return out.unflatten(0, (batch, length)).transpose(1, 2)

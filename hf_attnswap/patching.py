@@ -3,7 +3,7 @@
 import functools
 import inspect as python_inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from . import attentions
 from .attentions import Attention, Heads
 from .cache import state_layer
-from .config import SwapConfig
-from .dispatch import NAME
+from .config import SwapConfig, plans_from_dict, plans_to_dict, select
+from .dispatch import ANY_MASK, NAME
 from .errors import UsageError
 
 
@@ -25,85 +25,99 @@ class AttentionModule:
     """What `inspect` says of one attention module.
 
     Attributes:
-        name: its path in the model. class_name: its class. layer: its index in the model, None where it has none.
-        kind: "causal", or None where the module cannot be swapped.
+        name: its path in the model. class_name: its class. kind: "causal", "bidirectional" or "cross".
+        layer: its index among the modules of its kind in its part of the model.
+        part: the sub-config that describes it, such as "vision_config"; "" for the model's own.
         swapped: name of the variant that it runs, None for softmax.
-        reason: why it cannot be swapped; None where it can.
+        reason: why no variant can stand in for its softmax; None where one can.
     """
 
     name: str
     class_name: str
-    layer: int | None
-    kind: str | None
+    kind: str
+    layer: int
+    part: str
     swapped: str | None
     reason: str | None
 
 
 def inspect(model: PreTrainedModel) -> list[AttentionModule]:
     """Every attention module of a model: what it runs, and whether (or why not) it can be swapped."""
-    refusal = _model_refusal(model)
     found = []
+    parts = _parts(model)
     for name, module in _attention_modules(model):
-        reason = refusal or _module_refusal(module)
-        swapped = getattr(module, NAME, None)
-        found.append(
-            AttentionModule(
-                name=name,
-                class_name=type(module).__name__,
-                layer=getattr(module, "layer_idx", None),
-                kind=None if reason else "causal",
-                swapped=None if swapped is None else swapped.name,
-                reason=reason,
-            )
+        reason, part = _refusal(module), None
+        if reason is None:
+            part = _part_of(model, name, module, parts)
+            if part is None:
+                reason = "its config belongs to no part of the model's config"
+        found.append((name, module, part or "", _kind(model, name, module), reason))
+    indices = _indices([(part, kind, module) for _, module, part, kind, _ in found])
+    return [
+        AttentionModule(
+            name=name,
+            class_name=type(module).__name__,
+            kind=kind,
+            layer=index,
+            part=part,
+            swapped=getattr(getattr(module, NAME, None), "name", None),
+            reason=reason,
         )
-    return found
+        for (name, module, part, kind, reason), index in zip(found, indices, strict=True)
+    ]
 
 
 def swap(
     model: PreTrainedModel,
     attention: str | SwapConfig | Mapping[int | str, Any] | None = None,
     layers: Any = None,
+    kinds: Sequence[str] = SwapConfig.kinds,
     **options: Any,
 ) -> PreTrainedModel:
     """Replace the softmax attention of a model, in place.
 
     Args:
-        model: a decoder-only language model of transformers.
+        model: a model of transformers.
         attention: name of a variant (see `available()`), or a complete `SwapConfig`.
         layers: None (all), a list of indices, a slice string ("1::2"), or a dict from index or slice to an attention.
+            Layers are counted in each part of the model (encoder, decoder, vision tower) by itself.
+        kinds: which attention: "causal" and "bidirectional" (all self-attention) unless you say so; "cross" is that of
+            decoders to their encoder.
         options: options of the variant, such as `window=64`.
 
     Returns:
         The same model. Its new parameters, if any, stand at `...attnswap...` and want training.
 
     Raises:
-        UsageError: an unknown variant, option or layer; a model already swapped; a model that cannot be swapped, with
-            the reason. The model is then as it was.
+        UsageError: an unknown variant, option, layer or kind; a model already swapped; attention that cannot be
+            swapped, with the reason. The model is then as it was.
     """
     if isinstance(attention, SwapConfig):
-        if layers is not None or options:
-            raise UsageError("swap takes either a SwapConfig or a name with layers and options, not both")
+        if layers is not None or options or kinds is not SwapConfig.kinds:
+            raise UsageError("swap takes either a SwapConfig or a name with layers, kinds and options, not both")
         config = attention
     elif attention is None and not isinstance(layers, Mapping):
         raise UsageError("swap needs the name of an attention, for example swap(model, 'hedgehog+window')")
     else:
-        config = SwapConfig(SwapConfig.attention if attention is None else attention, layers, options)
+        config = SwapConfig(SwapConfig.attention if attention is None else attention, layers, options, kinds)
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"a {type(model).__name__} cannot be swapped: it is not a transformers model")
     if getattr(model.config, NAME, None):
         raise UsageError(f"the model is already swapped ({describe(model)}): call hf_attnswap.restore(model) first")
-    modules = _swappable(model)
-    plan = config.plan(sorted(modules))
-    kept = model.config._attn_implementation
-    if kept not in ("sdpa", "eager") and len(plan) < len(modules):
-        raise UsageError(
-            f"the layers that are not swapped run {kept!r}, which cannot stand beside swapped ones: "
-            "load the model with attn_implementation='sdpa'"
-        )
-    built = {index: _build(modules[index], *plan[index]) for index in plan}
-    for index, new in built.items():
-        _attach(modules[index], new)
-    _mark(model, SwapConfig.plan_to_dict(plan, kept if kept in ("sdpa", "eager") else "sdpa"))
+    groups = _swappable(model, config.kinds)
+    plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
+    built = [
+        (groups[group][index], index, group, _build(model, groups[group][index], group[1], *choice))
+        for group, plan in plans.items()
+        for index, choice in plan.items()
+    ]
+    for entry, index, (_, kind), new in built:
+        _attach(model.get_submodule(entry.name), new, kind, index)
+    saved = {}
+    for part, part_config in _parts(model).items():
+        own = {kind: plan for (of, kind), plan in plans.items() if of == part}
+        saved[part] = plans_to_dict(own, part_config._attn_implementation or "sdpa")
+    _mark(model, saved)
     return model
 
 
@@ -113,148 +127,290 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UsageError: the model is not swapped.
     """
-    saved = getattr(model.config, NAME, None)
-    if not saved:
+    if not getattr(model.config, NAME, None):
         raise UsageError("the model is not swapped, there is nothing to restore")
     for _, module in _attention_modules(model):
-        if hasattr(module, NAME):
-            module._attnswap_hook.remove()
-            del module._attnswap_hook
-            delattr(module, NAME)
-    for config in _configs(model):
-        for key in (NAME, "attn_implementation"):
-            config.__dict__.pop(key, None)
-    model.set_attn_implementation(saved["kept"])
+        _detach(module)
+    holders = {
+        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
+    }
+    for config in (holders | {id(config): config for config in _parts(model).values()}).values():
+        saved = config.__dict__.pop(NAME, None)
+        config.__dict__.pop("attn_implementation", None)
+        if saved is not None:
+            config._attn_implementation_internal = saved["kept"]
     return model
 
 
 def head_shape(model: PreTrainedModel, found: list[AttentionModule]) -> Heads:
     """The head shape of the first module of `inspect(model)` that can be swapped; UsageError where none can."""
     for entry in found:
-        if entry.reason is None:
-            return _heads(model.get_submodule(entry.name))
+        heads = None if entry.reason else _heads(model.get_submodule(entry.name))
+        if heads is not None:
+            return heads
     reason = found[0].reason if found else "it has no attention module"
     raise UsageError(f"{type(model).__name__} cannot be swapped: {reason}")
 
 
 def describe(model: PreTrainedModel) -> str:
     """One line: which attention in how many layers, such as "hedgehog+window in 30 layers"."""
-    groups = (getattr(model.config, NAME, None) or {}).get("swapped", ())
-    return ", ".join(f"{g['attention']} in {len(g['layers'])} layers" for g in groups) or "softmax"
+    counts: dict[str, int] = {}
+    for attention in swapped_modules(model).values():
+        kind = "" if attention.kind == "causal" else f"{attention.kind} "
+        counts[f"{attention.name} in {{}} {kind}layers"] = counts.get(f"{attention.name} in {{}} {kind}layers", 0) + 1
+    return ", ".join(text.format(n) for text, n in counts.items()) or "softmax"
 
 
-def swapped_modules(model: nn.Module) -> dict[int, Attention]:
-    """The variants of a swapped model by layer."""
-    return {m.layer_idx: getattr(m, NAME) for m in model.modules() if isinstance(getattr(m, NAME, None), Attention)}
+def swapped_modules(model: nn.Module) -> dict[str, Attention]:
+    """The variants of a swapped model, by the path of the module they stand on."""
+    return {
+        name: getattr(m, NAME) for name, m in model.named_modules() if isinstance(getattr(m, NAME, None), Attention)
+    }
 
 
 def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Innermost modules whose class says attention and that own weights."""
-    named = [
-        (name, m)
+    """Modules that dispatch their attention; else the innermost ones whose class says attention and owns weights."""
+    named = {
+        name: m
         for name, m in model.named_modules()
-        if re.search("attention|attn", type(m).__name__, re.I)
+        if (re.search("attention|attn", type(m).__name__, re.I) or _dispatches(type(m)))
         and not isinstance(m, Attention)
-        and ".attnswap" not in name
-    ]
+        and f".{NAME}" not in name
+    }
+    dispatching = [f"{name}." for name, m in named.items() if _dispatches(type(m))]
     return [
         (name, m)
-        for name, m in named
-        if any(True for p in m.parameters()) and not any(other.startswith(f"{name}.") for other, _ in named)
+        for name, m in named.items()
+        if _dispatches(type(m))
+        or not any(name.startswith(outer) for outer in dispatching)
+        and not any(other.startswith(f"{name}.") for other in named)
+        and next(m.parameters(), None) is not None
     ]
 
 
 @functools.cache
 def _dispatches(cls: type[nn.Module]) -> bool:
     """Whether the class calls its attention through transformers' interface."""
+    if cls.__module__.startswith("torch."):
+        return False
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in python_inspect.getsource(cls.forward)
+        sources = [python_inspect.getsource(base) for base in cls.__mro__ if base.__module__ == cls.__module__]
+    except (OSError, TypeError):
+        return False
+    return any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
+
+
+_CROSS_NAMES = ("encoder_attn", "encoder_attention", "src_attn")
+
+
+def _kind(model: nn.Module, name: str, module: nn.Module) -> str:
+    """What it attends to; where a mask leaves that open, SDPA goes by `is_causal` as well."""
+    own_name = name.rpartition(".")[2]
+    if re.search("cross|encdec", f"{own_name} {type(module).__name__}", re.I) or own_name in _CROSS_NAMES:
+        return "cross"
+    causal = getattr(module, "is_causal", None)
+    if causal is None:
+        causal = getattr(getattr(module, "config", None), "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not causal:  # the text model of CLIP says it with every call
+        causal = _calls_it_causal(type(_owner(model, name)))
+    return "causal" if causal else "bidirectional"
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The innermost transformers model around a module."""
+    while name:
+        name = name.rpartition(".")[0]
+        owner = model.get_submodule(name)
+        if isinstance(owner, PreTrainedModel):
+            return owner
+    return model
+
+
+@functools.cache
+def _calls_it_causal(cls: type[nn.Module]) -> bool:
+    try:
+        return "is_causal=True" in python_inspect.getsource(cls.forward)
     except (OSError, TypeError):
         return False
 
 
-def _model_refusal(model: PreTrainedModel) -> str | None:
-    if not isinstance(model, PreTrainedModel):
-        return f"{type(model).__name__} is not a transformers model"
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return "encoder-decoder models are not supported"
-    if config.get_text_config() is not config or getattr(config, "vision_config", None) is not None:
-        return "models of several modalities are not supported"
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"model type {config.model_type!r} is not a decoder-only language model"
-    return None
-
-
-def _module_refusal(module: nn.Module) -> str | None:
+def _refusal(module: nn.Module) -> str | None:
     if not _dispatches(type(module)):
         return "its attention is written out in the model's own file, not dispatched through AttentionInterface"
-    if getattr(module, "is_causal", None) is not True:
-        return "it is not causal"
-    if getattr(module, "layer_idx", None) is None:
-        return "it has no layer_idx"
-    if getattr(module, "sinks", None) is not None:
-        return "it has learned sinks in its softmax, which no variant honours"
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return "it caps its scores (softcap), which no variant honours"
-    if _heads(module) is None:
-        return "its numbers of heads cannot be read from its config"
+    if not isinstance(getattr(module, "config", None), PreTrainedConfig):
+        return "it has no config to read its attention implementation from"
     return None
+
+
+def _parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
+    """The model's config ("") and, by their path in it, the configs of its parts."""
+    found = {"": model.config}
+
+    def walk(prefix: str, config: PreTrainedConfig) -> None:
+        for name in config.sub_configs:
+            sub = getattr(config, name, None)
+            if isinstance(sub, PreTrainedConfig) and not any(sub is known for known in found.values()):
+                found[f"{prefix}{name}"] = sub
+                walk(f"{prefix}{name}.", sub)
+
+    walk("", model.config)
+    return found
+
+
+def _part_of(model: PreTrainedModel, name: str, module: nn.Module, parts: dict[str, PreTrainedConfig]) -> str | None:
+    """Models copy their configs as they build their parts, so the object alone does not tell."""
+    path, owner = name, module
+    while True:
+        config = getattr(owner, "config", None)
+        for part, known in parts.items():
+            if config is known and (part or len(parts) == 1 or type(config) is type(module.config)):
+                return part
+        if not path:
+            break
+        path = path.rpartition(".")[0]
+        owner = model.get_submodule(path)
+    same = [part for part, known in parts.items() if type(known) is type(module.config)]
+    return same[0] if len(same) == 1 else None
+
+
+def _counted(modules: Sequence[nn.Module]) -> bool:
+    """Whether their `layer_idx` tell them apart."""
+    own = [getattr(module, "layer_idx", None) for module in modules]
+    return all(type(index) is int for index in own) and len(set(own)) == len(own)
+
+
+def _indices(found: list[tuple[str, str, nn.Module]]) -> list[int]:
+    """For each module its `layer_idx`, where these tell the modules of one part and kind apart; else its rank there."""
+    groups: dict[tuple[str, str], list[nn.Module]] = {}
+    for part, kind, module in found:
+        groups.setdefault((part, kind), []).append(module)
+    indices = {}
+    for modules in groups.values():
+        own = [getattr(module, "layer_idx", None) for module in modules]
+        if not _counted(modules):
+            own = range(len(modules))
+        indices.update((id(module), index) for module, index in zip(modules, own, strict=True))
+    return [indices[id(module)] for _, _, module in found]
+
+
+_HEADS = "num_heads num_attention_heads n_heads n_head num_query_heads encoder_attention_heads".split()
+_HEAD_DIM = "qk_head_dim head_dim attention_head_size key_value_proj_dim head_size".split()
 
 
 def _heads(module: nn.Module) -> Heads | None:
-    config = getattr(module, "config", None)
-    try:
-        heads = getattr(config, "num_attention_heads", None)
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    except Exception:  # configs whose layers differ raise kinds of their own
+    """Read from the module, else from its config; None where that fails. The first call checks it."""
+    config = module.config
+
+    def read(names: Sequence[str], *holders: Any) -> int | None:
+        for holder in holders:
+            for name in names:
+                try:
+                    value = getattr(holder, name, None)
+                except Exception:  # configs whose layers differ raise kinds of their own
+                    continue
+                if type(value) is int and value > 0:
+                    return value
         return None
-    if not isinstance(heads, int):
+
+    heads = read(_HEADS, module, config)
+    if heads is None:
         return None
-    # Multi-head latent attention has another width for keys than for values.
-    head_dim = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)
-    head_dim = head_dim or getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = read(["num_key_value_heads", "num_kv_heads"], module)
+    if kv_heads is None:
+        groups = read(["num_key_value_groups"], module)
+        kv_heads = heads // groups if groups else read(["num_key_value_heads"], config) or heads
+    head_dim = (
+        read(_HEAD_DIM, module, config) or (read(["embed_dim", "hidden_size", "d_model"], module, config) or 0) // heads
+    )
     for name, count in (("q_proj", heads), ("k_proj", kv_heads)):
         projection = getattr(module, name, None)
         if isinstance(projection, nn.Linear) and projection.out_features != count * head_dim:
             return None
-    return Heads(heads, kv_heads, head_dim)
+    if not head_dim or heads % kv_heads:
+        return None
+    return Heads(heads, kv_heads, head_dim, read(["v_head_dim"], module) or head_dim)
 
 
-def _swappable(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention modules by layer, if all of them can be swapped."""
+Group = tuple[str, str]  # part of the model, kind of attention
+
+
+def _swappable(model: PreTrainedModel, kinds: Sequence[str]) -> dict[Group, dict[int, AttentionModule]]:
+    """The attention modules of these kinds by part, kind and index, if all of them can be swapped."""
     found = inspect(model)
     if not found:
         raise UsageError(f"{type(model).__name__} has no attention module that could be swapped")
+    groups: dict[Group, dict[int, AttentionModule]] = {}
     for entry in found:
+        if entry.kind not in kinds:
+            continue
         if entry.reason:
-            where = "" if entry.reason == _model_refusal(model) else f" {entry.name} ({entry.class_name}):"
-            raise UsageError(f"{type(model).__name__} cannot be swapped:{where} {entry.reason}")
-    modules = {entry.layer: model.get_submodule(entry.name) for entry in found}
-    if len(modules) < len(found):
-        raise UsageError(f"{type(model).__name__} cannot be swapped: several attention modules share one layer_idx")
-    return modules
+            others = sorted({e.kind for e in found if not e.reason} - {e.kind for e in found if e.reason})
+            advice = f"; swap the others with kinds={others}" if others else ""
+            raise UsageError(
+                f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name}): {entry.reason}{advice}"
+            )
+        groups.setdefault((entry.part, entry.kind), {})[entry.layer] = entry
+    if not groups:
+        raise UsageError(
+            f"{type(model).__name__} has no {' or '.join(kinds)} attention, only "
+            f"{' and '.join(sorted({entry.kind for entry in found}))}"
+        )
+    return groups
 
 
-def _build(module: nn.Module, name: str, options: dict[str, Any]) -> Attention:
-    new = attentions.get(name)(_heads(module), **options)
-    own = next(p for p in module.parameters() if p.is_floating_point())
-    return new.to(device=own.device, dtype=own.dtype).train(module.training)
+def _build(model: nn.Module, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]) -> Attention:
+    """The variant for a module; UsageError where it cannot do what the module needs."""
+    cls, module = attentions.get(name), model.get_submodule(entry.name)
+    where = f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name})"
+    if kind not in cls.kinds:
+        raise UsageError(f"{where} is {kind} attention, and {name} is for {' and '.join(cls.kinds)} attention only")
+    if not cls.any_mask:
+        for attribute, what in _SCORE_TERMS.items():
+            value = getattr(module, attribute, None)
+            if value is not None and value is not False:
+                raise UsageError(f"{where} has {what}, which {name} cannot honour: {ANY_MASK} can")
+    heads = _heads(module)
+    new = cls(heads or Heads(1, 1, 1), **options)
+    if heads is None and new.state_dict():
+        raise UsageError(f"{where} has numbers of heads that cannot be read, and {name} has parameters for each head")
+    own = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return (
+        new.train(module.training) if own is None else new.to(device=own.device, dtype=own.dtype).train(module.training)
+    )
 
 
-def _attach(module: nn.Module, new: Attention) -> None:
+# Attributes of attention modules that change the scores, which only variants on the scores can take in.
+_SCORE_TERMS = {
+    "sinks": "learned sinks in its softmax",
+    "attn_logit_softcapping": "a soft cap on its scores",
+    "has_relative_attention_bias": "a bias on its scores",
+}
+
+
+def _attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
+    new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
+    new.layer = index
     module.add_module(NAME, new)
     module._attnswap_hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
+def _detach(module: nn.Module) -> None:
+    module.__dict__.pop("_attnswap_kept", None)
+    if hasattr(module, NAME):
+        module._attnswap_hook.remove()
+        del module._attnswap_hook
+        delattr(module, NAME)
+
+
 def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """Hand the layer's state to the attention function, which transformers does not pass the cache."""
+    attention = getattr(module, NAME)
     if module.config._attn_implementation != NAME:
         raise RuntimeError(
-            f"layer {module.layer_idx} is swapped, but attn_implementation is {module.config._attn_implementation!r}, "
+            f"{attention.place} is swapped, but attn_implementation is {module.config._attn_implementation!r}, "
             "which would run softmax: call hf_attnswap.restore(model) for softmax, or set it to 'attnswap'"
         )
-    if getattr(module, NAME).stateful:
+    if attention.stateful and attention.kind == "causal":
         # Its name differs between models: past_key_values, layer_past, ...
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
         if cache is not None:
@@ -262,44 +418,65 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     return args, kwargs
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The config objects in use: usually one, shared by all modules."""
-    configs = {
-        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
-    }
-    return list({id(model.config): model.config, **configs}.values())
+def _mark(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> None:
+    """Say in the config of every part what is swapped there, and route its attention here where anything is.
 
-
-def _mark(model: PreTrainedModel, saved: dict[str, Any]) -> None:
-    """Say in the config that the model is swapped. `attn_implementation` is written to config.json, where it makes
-    transformers refuse to load the checkpoint without this package."""
-    for config in _configs(model):
-        setattr(config, NAME, saved)
-        config.attn_implementation = NAME
-        config._attn_implementation_internal = NAME
+    `attn_implementation` is written to config.json, where it makes transformers refuse to load the checkpoint without
+    this package.
+    """
+    parts = _parts(model)
+    configs = [(part, config) for part, config in parts.items()]
+    for name, module in model.named_modules():  # some hold copies
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            configs.append((_part_of(model, name, module, parts), module.config))
+    for part, config in configs:
+        if part not in saved:
+            continue
+        setattr(config, NAME, saved[part])
+        config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
+    model.config.attn_implementation = NAME
+    for _, module in _attention_modules(model):
+        if not hasattr(module, NAME):
+            module._attnswap_kept = True
 
 
 def _inject(model: PreTrainedModel) -> None:
-    """Put the variants that a loaded config asks for on a model that is being built."""
-    saved = getattr(model.config, NAME, None)
-    if saved is None and model.config._attn_implementation != NAME:
+    """Put the variants that a loaded config asks for on a model that is being built.
+
+    Parts are built first, and the model around them may count their modules otherwise: the outermost is right.
+    """
+    configs = _parts(model)
+    saved = {part: getattr(config, NAME, None) for part, config in configs.items()}
+    if saved[""] is None and model.config._attn_implementation != NAME:
         return
-    if not saved:
+    if not saved[""]:
         raise UsageError(
-            f"attn_implementation is 'attnswap', but the config says {saved!r} of what is swapped: load the model "
+            f"attn_implementation is 'attnswap', but the config says {saved['']!r} of what is swapped: load the model "
             "without it and call hf_attnswap.swap, or repair config.json"
         )
-    if model.config._attn_implementation != NAME:
-        raise UsageError(
-            f"the checkpoint is a conversion by hf_attnswap, and attn_implementation="
-            f"{model.config._attn_implementation!r} would run softmax: leave attn_implementation out"
-        )
-    # Sub-models are built first and share their modules with the model around them.
-    if not swapped_modules(model):
-        modules = _swappable(model)
-        plan = SwapConfig.from_dict(saved).plan(sorted(modules))
-        for index, (name, options) in plan.items():
-            _attach(modules[index], _build(modules[index], name, options))
+    saved = {part: entry for part, entry in saved.items() if entry}
+    plans = {(part, kind): plan for part, entry in saved.items() for kind, plan in plans_from_dict(entry).items()}
+    for part, _ in plans:
+        if configs[part]._attn_implementation != NAME:
+            raise UsageError(
+                f"the checkpoint is a conversion by hf_attnswap, and attn_implementation="
+                f"{configs[part]._attn_implementation!r} would run softmax: leave attn_implementation out"
+            )
+    groups: dict[Group, dict[int, AttentionModule]] = {}
+    for entry in inspect(model):
+        groups.setdefault((entry.part, entry.kind), {})[entry.layer] = entry
+    for group, entries in groups.items():
+        plan = plans.get(group, {})
+        counted = _counted([model.get_submodule(entry.name) for entry in entries.values()])
+        if counted and set(plan) - set(entries):
+            select(sorted(plan), sorted(entries))  # says which layer is not there
+        for index, entry in entries.items():
+            module = model.get_submodule(entry.name)
+            _detach(module)
+            if index in plan:
+                if entry.reason:
+                    raise UsageError(f"config.json says that {entry.name} is swapped, but {entry.reason}")
+                _attach(module, _build(model, entry, group[1], *plan[index]), group[1], index)
     _mark(model, saved)
 
 

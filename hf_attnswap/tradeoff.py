@@ -121,8 +121,8 @@ def measure(
         "schema": "hf_attnswap.tradeoff",
         "version": 1,
         "model": _describe_model(model, model_name),
-        "machine": _machine(model.device),
-        "versions": _versions(),
+        "machine": machine(model.device),
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "seed": settings.seed,
@@ -351,7 +351,7 @@ def _describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
     }
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -368,7 +368,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {
         "hf_attnswap": __version__,
         "torch": torch.__version__,

@@ -46,6 +46,8 @@ def case_id(value) -> str | None:
     return None
 
 
+# Every variant with every kind of attention that it is for.
+KINDS = [(name, kind) for name in NAMES for kind in attentions.get(name).kinds]
 WITH_OPTIONS = [(name, options) for name in NAMES for options in other_options(name)]
 
 
@@ -56,7 +58,7 @@ def named(condition) -> list[str]:
 
 def build(name: str, heads: int = 2, kv_heads: int = 2, dtype: torch.dtype = torch.float64, **options) -> Attention:
     """A variant whose parameters are random rather than at their start."""
-    made = attentions.get(name)(Heads(heads, kv_heads, HEAD_DIM), **options).to(dtype)
+    made = attentions.get(name)(Heads(heads, kv_heads, HEAD_DIM, VALUE_DIM), **options).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -71,12 +73,19 @@ class Inputs(NamedTuple):
 
 
 def inputs(
-    length: int, heads: int = 2, kv_heads: int = 2, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+    length: int,
+    heads: int = 2,
+    kv_heads: int = 2,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    key_length: int | None = None,
 ) -> Inputs:
     """Random query, key and value that take part in a graph; values are narrower than keys."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((heads, HEAD_DIM), (kv_heads, HEAD_DIM), (kv_heads, VALUE_DIM))
-    made = (torch.randn(batch, h, length, d, generator=generator, dtype=torch.float64) for h, d in shapes)
+    n = length if key_length is None else key_length
+    shapes = ((heads, length, HEAD_DIM), (kv_heads, n, HEAD_DIM), (kv_heads, n, VALUE_DIM))
+    made = (torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return Inputs(*(t.to(dtype).requires_grad_() for t in made))
 
 
@@ -102,6 +111,12 @@ def gradients(out: Tensor, wanted: list[Tensor], rows: Tensor | None) -> list[Te
 
 def causal(length: int, valid: Tensor | None = None) -> Mask:
     return Mask(length, length, valid=valid)
+
+
+def mask_of(kind: str, length: int, padding: str) -> Mask:
+    """Of texts of this length, where cross-attention sees a longer one."""
+    n = length + 7 if kind == "cross" else length
+    return Mask(length, n, valid=valid_keys(padding, n), causal=kind == "causal")
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

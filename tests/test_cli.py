@@ -16,7 +16,7 @@ import typer
 from attention_cases import NAMES
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_attnswap
 from hf_attnswap import cli
@@ -61,9 +61,9 @@ def models_folder(tmp_path_factory) -> Path:
     for name, model in (("llama", tiny()), ("converted", hf_attnswap.swap(tiny(), "relu"))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    bert = AutoConfig.for_model("bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-    AutoModel.from_config(bert).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
+    bloom = AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2, vocab_size=64)
+    AutoModelForCausalLM.from_config(bloom).save_pretrained(folder / "bloom")
+    tokenizer.save_pretrained(folder / "bloom")
     (folder / "empty").mkdir()
     (folder / "damaged").mkdir()
     (folder / "damaged" / "config.json").write_text("{")
@@ -121,7 +121,7 @@ WRONG = {
     "convert {empty} --output_dir {out}": "has no config.json",
     "convert {damaged} --output_dir {out}": "cannot load the model",
     "convert {half} --output_dir {out}": "cannot load the model",
-    "convert {bert} --output_dir {out}": "cannot be swapped",
+    "convert {bloom} --output_dir {out}": "cannot be swapped",
     "convert {converted} --output_dir {out}": "already swapped",
     "convert {not_gguf} --output_dir {out}": "is not a GGUF file: it starts with b'not '",
     "convert {cut_gguf} --output_dir {out}": "cannot load the model",
@@ -154,7 +154,7 @@ WRONG = {
     "bench {llama} --device cuda --attention elu": "device 'cuda' is not there",
     "bench {llama} --length 0 --attention elu --rounds 1": "length",
     "bench {llama} --threads -1 --attention elu": "threads",
-    "bench {bert}": "cannot be swapped",
+    "bench {bloom}": "cannot be swapped",
     "bench {not_gguf}": "is not a GGUF file",
     "inspect {tmp}/nowhere": "cannot read the model",
     "inspect {empty}": "has no config.json",
@@ -239,7 +239,17 @@ def test_ls(attnswap):
     entries = json.loads(attnswap("ls", "--json").out)
     assert [entry["name"] for entry in entries] == NAMES
     for entry in entries:
-        assert set(entry) >= {"formula", "cost", "cost_class", "source", "options", "masks", "constant_state"}
+        assert set(entry) >= {
+            "formula",
+            "cost",
+            "cost_class",
+            "source",
+            "options",
+            "masks",
+            "kinds",
+            "state",
+            "parameters",
+        }
     window = next(entry for entry in entries if entry["name"] == "window")
     assert window["options"]["window"]["default"] == 64
 
@@ -265,7 +275,7 @@ def test_inspect(attnswap, files, model):
 
 
 def test_inspect_says_why_not(attnswap, files):
-    result = attnswap("inspect", files["bert"])
+    result = attnswap("inspect", files["bloom"])
     assert result.code == 0 and "no: " in result.out
 
 
@@ -276,7 +286,12 @@ def test_convert_and_evaluate(attnswap, files):
     assert not list(Path(files["tmp"]).glob(".*"))
     model = AutoModelForCausalLM.from_pretrained(files["out"])
     assert model.config.attnswap["swapped"] == [
-        {"attention": "relu_power", "options": {"p": 2, "shift": "none", "temperature": False}, "layers": [1]}
+        {
+            "attention": "relu_power",
+            "options": {"p": 2, "shift": "none", "temperature": False},
+            "kind": "causal",
+            "layers": [1],
+        }
     ]
     line = (
         "evaluate {out} --validation_file {text} --context_length 32 --context_length 64 --max_eval_tokens 512 --json"

@@ -5,7 +5,7 @@ import torch
 from attention_cases import Largest, build, inputs
 
 from hf_attnswap.dispatch import attnswap_mask
-from hf_attnswap.masks import Mask, Packed, as_bool, find_segments, from_segments, parse
+from hf_attnswap.masks import Mask, Packed, find_segments, from_segments, parse, split
 from hf_attnswap.packing import unpack_rows
 
 N = 12
@@ -83,10 +83,9 @@ class Test4D:
         assert isinstance(mask, Packed)
         assert torch.equal(segments_matrix(mask.segments), segments_matrix(SEGMENTS))
 
-    @pytest.mark.parametrize("custom", ("bidirectional", "window", "random", "prefix"))
+    @pytest.mark.parametrize("custom", ("window", "random", "prefix"))
     def test_custom(self, form, custom):
         dense = {
-            "bidirectional": torch.ones(1, 1, N, N, dtype=torch.bool),
             "window": CAUSAL & ~CAUSAL.tril(-3),
             "random": CAUSAL & (torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(0)) < 0.5),
             "prefix": CAUSAL | (torch.arange(N) < 4),
@@ -116,15 +115,78 @@ def test_additive_lows(lowest):
     assert parse(additive(CAUSAL, lowest=lowest), N, N) == Mask(N, N)
 
 
-@pytest.mark.parametrize("value", (-1.0, 0.5, -1e4, float("nan")))
-def test_additive_bias_is_refused(value):
-    bias = additive(CAUSAL)
-    bias[0, 0, 5, 2] = value
-    for call in (lambda: parse(bias, N, N), lambda: as_bool(bias)):
-        with pytest.raises(
-            NotImplementedError, match="adds a bias .* hf_attnswap takes masks that only allow or forbid"
-        ):
-            call()
+@pytest.mark.parametrize("value", (-1.0, 0.5, -1e4))
+def test_what_an_additive_mask_adds_is_a_bias(value):
+    given = additive(CAUSAL)
+    given[0, 0, 5, 2] = value
+    mask = parse(given, N, N)
+    assert torch.equal(mask.matrix(), CAUSAL) and mask.causal and not mask.plain
+    assert mask.bias[0, 0, 5, 2] == value and mask.bias.count_nonzero() == 1
+
+
+def test_a_bias_on_packed_texts_keeps_both():
+    given = additive(packed(SEGMENTS))
+    given[0, 0, 2, 1] = 0.5
+    mask = parse(given, N, N)
+    assert torch.equal(mask.matrix(), packed(SEGMENTS)) and mask.bias[0, 0, 2, 1] == 0.5
+
+
+def test_nan_is_refused():
+    given = additive(CAUSAL)
+    given[0, 0, 5, 2] = float("nan")
+    with pytest.raises(ValueError, match="attention_mask has NaN"):
+        parse(given, N, N)
+
+
+def test_split():
+    given = additive(CAUSAL, torch.bfloat16)
+    allowed, bias = split(given)
+    assert torch.equal(allowed, CAUSAL) and bias is None
+    assert split(CAUSAL)[0] is CAUSAL
+
+
+@pytest.mark.parametrize("form", (lambda m: m, additive), ids=("bool", "float"))
+@pytest.mark.parametrize("valid", (LEFT, MIDDLE), ids=("left", "middle"))
+class TestBidirectional:
+    def test_one_row_for_all_queries(self, form, valid):
+        mask = parse(form(valid[:, None, None]), N - 2, N)
+        assert mask == Mask(N - 2, N, valid=mask.valid, causal=False) and torch.equal(mask.valid, valid)
+
+    def test_equal_rows(self, form, valid):
+        mask = parse(form(valid[:, None, None].expand(2, 1, N, N)), N, N)
+        assert not mask.causal and mask.dense is None and torch.equal(mask.valid, valid)
+
+    def test_one_query_is_causal_only_where_that_is_said(self, form, valid):
+        given = form(valid[:, None, None])
+        assert parse(given, 1, N, causal=True).causal
+        assert not parse(given, 1, N, causal=False).causal
+        assert torch.equal(parse(given, 1, N, causal=True).valid, valid)
+
+    def test_texts_that_see_themselves(self, form, valid):
+        dense = segments_matrix(SEGMENTS)[:, None]
+        mask = parse(form(dense), N, N)
+        assert isinstance(mask, Packed) and not mask.causal
+        assert torch.equal(segments_matrix(mask.segments)[:, None], dense)
+
+
+def test_nothing_forbidden():
+    assert parse(None, 3, 5, causal=False) == Mask(3, 5, causal=False)
+    assert parse(torch.ones(1, 1, 1, 5).bool(), 3, 5) == Mask(3, 5, causal=False)
+    assert Mask(3, 5, causal=False).matrix().expand(1, 1, 3, 5).all()
+
+
+@pytest.mark.parametrize(
+    "dense",
+    (
+        CAUSAL & ~CAUSAL.tril(-3),
+        CAUSAL | (torch.arange(N) < 4)[None, None, None, :],
+        torch.eye(N, dtype=torch.bool)[None, None] | (torch.arange(N) % 3 == 0),
+    ),
+    ids=("sliding", "prefix", "custom"),
+)
+def test_any_other_matrix_stays_a_matrix(dense):
+    mask = parse(dense, N, N)
+    assert not mask.plain and torch.equal(mask.matrix(), dense)
 
 
 @pytest.mark.parametrize("shape", ((N,), (1, N, N), (1, 1, 1, N, N)))
@@ -143,12 +205,14 @@ def test_a_mask_changed_in_place_is_read_again():
 
 
 def test_tiles_cover_every_row_once():
-    for mask in (Mask(N, N), Mask(5, N), Mask(N, N, valid=LEFT), Mask(N, N, dense=padded(LEFT))):
+    bidirectional = Mask(N, N, valid=LEFT, causal=False)
+    for mask in (Mask(N, N), Mask(5, N), Mask(N, N, valid=LEFT), Mask(N, N, dense=padded(LEFT)), bidirectional):
         rows = torch.zeros(mask.query_length, dtype=torch.long)
         for tile in mask.tiles(4):
             rows[tile.rows] += 1
-            assert torch.equal(tile.allowed, mask.matrix()[:, :, tile.rows, tile.columns])
-            assert not mask.matrix()[:, :, tile.rows, tile.columns.stop :].any()
+            matrix = mask.matrix().expand(-1, -1, mask.query_length, -1)[:, :, tile.rows]
+            assert torch.equal(tile.allowed.expand(-1, -1, matrix.shape[2], -1), matrix[..., tile.columns])
+            assert not matrix[..., tile.columns.stop :].any()
         assert (rows == 1).all()
 
 
@@ -172,12 +236,15 @@ def test_segments_of_one_text_are_a_plain_mask():
     assert isinstance(from_segments(SEGMENTS), Packed)
 
 
+@pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("name", ("softmax", "elu", "relu"))
-def test_unpacked_rows_are_texts_alone(name):
+def test_unpacked_rows_are_texts_alone(name, causal):
     attention, given = build(name), [t.detach() for t in inputs(N)]
 
-    def attend(q, k, v):
-        return attention(q, k, v, Mask(q.shape[2], k.shape[2]), 0.4)
+    def attend(q, k, v, valid=None):
+        if causal:
+            valid = None
+        return attention(q, k, v, Mask(q.shape[2], k.shape[2], valid, causal=causal), 0.4)
 
     out = unpack_rows(attend, *given, SEGMENTS)
     assert (out[1, :, :2] == 0).all()
@@ -212,7 +279,20 @@ def test_mask_function_plain_is_none():
     assert mask_of_transformers() is None
     assert mask_of_transformers(attention_mask=torch.ones(2, N, dtype=torch.long)) is None
     assert mask_of_transformers(length=1, past=N) is None
-    assert mask_of_transformers(length=4, past=N) is None
+    # After a past, a missing mask would mean the upper left triangle to SDPA.
+    assert torch.equal(mask_of_transformers(length=4, past=N), torch.ones(1, N + 4, dtype=torch.bool))
+
+
+def test_mask_function_bidirectional_is_one_row():
+    from transformers import BertConfig
+    from transformers.masking_utils import create_bidirectional_mask
+
+    config = BertConfig()
+    config._attn_implementation = "attnswap"
+    found = create_bidirectional_mask(config, torch.zeros(2, N, 8), LEFT.long())
+    assert torch.equal(found, LEFT[:, None, None])
+    found = create_bidirectional_mask(config, torch.zeros(2, N, 8), None)
+    assert torch.equal(found, torch.ones(2, 1, 1, N, dtype=torch.bool))
 
 
 def test_mask_function_padding_is_2d():

@@ -11,7 +11,7 @@ from hf_attnswap.cache import cache_nbytes
 
 STATEFUL = named(lambda cls: cls.stateful)
 STATELESS = [name for name in NAMES if name not in STATEFUL]
-DENSE = named(lambda cls: cls.dense_masks)
+DENSE = named(lambda cls: cls.any_mask)
 SPARSE = [name for name in NAMES if name not in DENSE]
 LENGTH, PADDED = 24, 7
 # Of logits between -8 and 8, in float32, computed in another order.
@@ -174,11 +174,13 @@ def test_4d_mask_of_another_rule(name):
     assert name == "none" or not torch.equal(logits(model, changed, attention_mask=rule)[:, :3], found[:, :3])
 
 
-def test_additive_bias_is_refused():
+def test_additive_bias_is_honoured_or_refused():
     bias = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -1e30)
     bias[..., 5, 2] = -0.5
-    with pytest.raises(NotImplementedError, match="layer 0 .*adds a bias"):
-        logits(swapped("relu"), tokens(LENGTH), attention_mask=bias)
+    with pytest.raises(NotImplementedError, match="layer 0 .*cannot honour a bias"):
+        logits(swapped("elu"), tokens(LENGTH), attention_mask=bias)
+    ours = logits(swapped("softmax"), tokens(LENGTH), attention_mask=bias)
+    torch.testing.assert_close(ours, logits(tiny(), tokens(LENGTH), attention_mask=bias))
 
 
 @every_name

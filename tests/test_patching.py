@@ -59,14 +59,14 @@ def jamba():
 
 
 REFUSED = (
-    (bert, "BertModel cannot be swapped: .* it is not causal"),
-    (t5, "T5ForConditionalGeneration cannot be swapped: encoder-decoder models are not supported"),
-    (vit, "ViTModel cannot be swapped: model type 'vit' is not a decoder-only language model"),
-    (bloom, "BloomForCausalLM cannot be swapped: .* written out in the model's own file"),
-    (falcon, "FalconForCausalLM cannot be swapped: .* written out in the model's own file"),
-    (mamba, "MambaForCausalLM has no attention module that could be swapped"),
-    (gpt_oss, "GptOssForCausalLM cannot be swapped: .* learned sinks"),
-    (gemma2, "Gemma2ForCausalLM cannot be swapped: .*softcap"),
+    (bloom, "relu", "BloomForCausalLM cannot be swapped: .* written out in the model's own file"),
+    (falcon, "relu", "FalconForCausalLM cannot be swapped: .* written out in the model's own file"),
+    (mamba, "relu", "MambaForCausalLM has no attention module that could be swapped"),
+    (t5, "elu", "encoder.*has a bias on its scores, which elu cannot honour: relu"),
+    (gpt_oss, "elu", "has learned sinks in its softmax, which elu cannot honour: relu"),
+    (gemma2, "elu", "has a soft cap on its scores, which elu cannot honour: relu"),
+    (bert, "window", "is bidirectional attention, and window is for causal attention only"),
+    (vit, "elu+window", r"is bidirectional attention, and elu\+window is for causal attention only"),
 )
 
 
@@ -84,22 +84,26 @@ def assert_untouched(model, before) -> None:
     assert all(torch.equal(t, before[3][name]) for name, t in after[3].items())
 
 
-@pytest.mark.parametrize(("make", "reason"), REFUSED)
-def test_models_that_cannot_be_swapped(make, reason):
+@pytest.mark.parametrize(("make", "name", "reason"), REFUSED)
+def test_models_that_cannot_be_swapped(make, name, reason):
     model = make()
     before = fingerprint(model)
     with pytest.raises(UsageError, match=reason) as error:
-        hf_attnswap.swap(model, "relu")
+        hf_attnswap.swap(model, name)
     assert "\n" not in str(error.value)
     assert_untouched(model, before)
     found = hf_attnswap.inspect(model)
     assert bool(found) == (make is not mamba)
-    assert all(entry.reason and entry.swapped is None and entry.kind is None for entry in found)
+    assert all(entry.swapped is None for entry in found)
+    assert all((entry.reason is not None) == (make in (bloom, falcon)) for entry in found)
 
 
 def test_inspect_names_every_attention_module():
     found = hf_attnswap.inspect(t5())
-    assert len(found) == 6 and len({entry.name for entry in found}) == 6  # 2 encoder, 2 decoder, 2 cross
+    assert [(entry.kind, entry.layer) for entry in found] == [
+        *(("bidirectional", 0), ("bidirectional", 1)),
+        *(("causal", 0), ("cross", 0), ("causal", 1), ("cross", 1)),
+    ]
 
 
 def test_layers_without_attention_are_left_alone():
@@ -253,7 +257,7 @@ def test_a_config_that_says_swapped_on_a_model_that_is_not_raises():
     model = tiny()
     model.config.attnswap = config.attnswap
     model.set_attn_implementation("attnswap")
-    with pytest.raises(RuntimeError, match="layer 0 is swapped, but the module carries no variant"):
+    with pytest.raises(RuntimeError, match="the module was not built by it: load the model with"):
         model(tokens(12))
 
 
@@ -268,33 +272,56 @@ def test_dropout_in_training_raises(name):
 @pytest.mark.parametrize(
     ("keyword", "says"),
     (
-        ({"softcap": 30.0}, "softcap .*a soft cap on the scores"),
-        ({"position_bias": torch.zeros(1)}, "position_bias .*a bias on the scores"),
-        ({"s_aux": torch.zeros(4)}, "s_aux .*learned attention sinks"),
+        ({"head_mask": torch.zeros(4)}, "head_mask .*a mask over heads"),
         ({"some_new_thing": 3}, "some_new_thing .*unknown to hf_attnswap"),
     ),
 )
-def test_unknown_keyword_raises(keyword, says):
-    model = hf_attnswap.swap(tiny(), "relu", layers=[0])
-    with pytest.raises(NotImplementedError, match=rf"layer 0 \(relu\): the model passes {says}"):
+@pytest.mark.parametrize("layer", (0, 1))
+def test_unknown_keyword_raises(keyword, says, layer):
+    model = hf_attnswap.swap(tiny(), "relu", layers=[layer])
+    where = "LlamaAttention" if layer else r"layer 0 \(relu\)"
+    with pytest.raises(NotImplementedError, match=f"{where}: the model passes {says}"):
         model(tokens(12), **keyword)
     model(tokens(12), **dict.fromkeys(keyword))  # None says nothing
 
 
+@pytest.mark.parametrize(
+    ("keyword", "says"),
+    (
+        ({"softcap": 30.0}, "a soft cap of 30.0 on the scores"),
+        ({"position_bias": torch.ones(1, 4, 12, 12)}, r"a bias of shape \(1, 4, 12, 12\) on the scores"),
+        ({"s_aux": torch.ones(4)}, "learned sinks beside the scores"),
+    ),
+)
+def test_what_changes_scores_is_honoured_or_refused(keyword, says):
+    ids, plain = tokens(12), tiny()
+    swapped = hf_attnswap.swap(tiny(), "relu_norm")
+    assert not torch.equal(swapped(ids, **keyword).logits, swapped(ids).logits)
+    with pytest.raises(NotImplementedError, match=rf"layer 0 \(elu\): cannot honour {says}"):
+        hf_attnswap.swap(plain, "elu")(ids, **keyword)
+
+
 @pytest.mark.parametrize("layers", ([1], None), ids=("one", "all"))
-def test_output_attentions_raises(layers):
-    model = hf_attnswap.swap(tiny(), "relu", layers=layers)
-    with pytest.raises((NotImplementedError, ValueError), match="(?i)output_attentions|attention weights"):
+@pytest.mark.parametrize("name", ("relu", "elu", "window", "hedgehog+window"))
+def test_output_attentions_are_the_weights(name, layers):
+    ids = tokens(12)
+    model = hf_attnswap.swap(tiny(), name, layers=layers)
+    found = model(ids, output_attentions=True, use_cache=False).attentions
+    assert [weights.shape for weights in found] == [(2, 4, 12, 12)] * 3
+    softmax = tiny()
+    softmax.set_attn_implementation("eager")
+    softmax = softmax(ids, output_attentions=True).attentions
+    assert all(not weights.triu(1).any() for weights in found)
+    keeps = layers is not None or name.endswith("window")  # the window is wider than the text
+    assert torch.allclose(found[0], softmax[0], atol=1e-6) == keeps
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 4 and out.attentions is None
+
+
+def test_output_attentions_of_a_state_raises():
+    model = hf_attnswap.swap(tiny(), "elu")
+    with pytest.raises(NotImplementedError, match=r"layer 0 \(elu\): output_attentions .*use_cache=False"):
         model(tokens(12), output_attentions=True)
-    out = model(tokens(12), output_hidden_states=True)
-    assert len(out.hidden_states) == 4
-
-
-def test_kept_layers_need_an_implementation_that_can_stand_beside():
-    model = tiny()
-    model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(UsageError, match="'flex_attention', which cannot stand beside swapped ones"):
-        hf_attnswap.swap(model, "relu", layers=[0])
 
 
 def test_new_parameters_follow_the_module():

@@ -141,7 +141,7 @@ def test_saving_after_restore_saves_a_plain_model(saved, tmp_path):
 def test_the_plan_is_readable(saved):
     entry = AutoConfig.from_pretrained(saved / "mixed").attnswap
     options = {"window": 4, "sinks": 1}
-    assert entry["format_version"] == 1 and entry["kept"] == "sdpa"
+    assert entry["format_version"] == 2 and entry["kept"] == "sdpa"
     assert [(g["attention"], g["layers"]) for g in entry["swapped"]] == [("relu_power", [0]), ("elu+window", [1, 2])]
     assert entry["swapped"][1]["options"] == options
 
@@ -204,18 +204,18 @@ def test_asking_for_softmax_while_loading_raises(saved, case, implementation):
 
 def group(**changed):
     entry = {"attention": "elu", "options": {}, "layers": [0, 1, 2]} | changed
-    return {"format_version": 1, "kept": "sdpa", "swapped": [entry]}
+    return {"format_version": 2, "kept": "sdpa", "swapped": [entry]}
 
 
 @pytest.mark.parametrize(
     ("entry", "says"),
     (
-        (group() | {"format_version": 2}, "format_version 2, this release reads up to 1: upgrade hf_attnswap"),
+        (group() | {"format_version": 3}, "format_version 3, this release reads up to 2: upgrade hf_attnswap"),
         (group() | {"format_version": "1"}, "format_version '1'"),
         (group() | {"format_version": True}, "format_version True"),
         (group() | {"format_version": 0}, "format_version 0"),
         ({"format_version": 1}, "damaged"),
-        (group() | {"kept": "flash"}, "damaged"),
+        (group() | {"kept": None}, "damaged"),
         (group() | {"swapped": 3}, "damaged"),
         (group() | {"swapped": [3]}, "damaged"),
         (group() | {"swapped": []}, "attnswap"),

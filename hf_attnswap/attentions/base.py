@@ -10,19 +10,28 @@ from torch import Tensor, nn
 
 from ..masks import Mask
 from ..ops.heads import compute_dtype, mix, scores
-from ..ops.linear import causal_linear
+from ..ops.linear import causal_linear, full_linear
 from ..ops.rows import Tile, by_rows, rows_per_tile
+
+# What an attention module does: a text to its own past, a text to itself, a text to another.
+KINDS = ("causal", "bidirectional", "cross")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of one attention module. Query heads share key/value heads in equal groups."""
+    """The shape of one attention module. Query heads share key/value heads in equal groups.
+
+    `value_dim`, the width of a value, is that of a key where it is not given.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    value_dim: int = 0
 
     def __post_init__(self):
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -68,6 +77,10 @@ class Attention(nn.Module):
         cost: time per head. cost_class: "quadratic", "linear" or "constant" in the number of keys.
         control: True for what every comparison needs and nobody would deploy.
         stateful: keeps a state of constant size in place of keys and values when generating.
+        kinds: the kinds of attention that it can stand in for, of `KINDS`.
+        kind, place: of the module it stands on: one of `KINDS`, and its layer in words.
+        any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The others take causal and
+            bidirectional masks with padding, and packed texts.
     """
 
     name: ClassVar[str]
@@ -77,7 +90,10 @@ class Attention(nn.Module):
     source: ClassVar[str]
     control: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
-    dense_masks: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    any_mask: ClassVar[bool] = False
+    kind: str = "causal"
+    place: str = "attention"
 
     def __init__(self, heads: Heads, **options: Any):
         super().__init__()
@@ -108,12 +124,12 @@ class Attention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise own parameters, with `torch.nn.init` functions only (transformers guards those while loading)."""
 
-    def weights(self, query: Tensor, key: Tensor, allowed: Tensor, scaling: float) -> Tensor:
+    def weights(self, query: Tensor, key: Tensor, mask: Mask, scaling: float) -> Tensor:
         """The definition: row i of the result holds what o_i takes of each value.
 
         Args:
             query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`, both after the position encoding.
-            allowed: bool, broadcastable to `[B, H, T, S]`.
+            mask: which keys each row may attend to.
             scaling: factor of the scores.
 
         Returns:
@@ -123,7 +139,7 @@ class Attention(nn.Module):
 
     def reference(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> Tensor:
         """O(n^2) result straight from the definition, `[B, H, T, Dv]`; in float64 where the inputs are."""
-        return mix(self.weights(query, key, mask.matrix(query.device), scaling), value)
+        return mix(self.weights(query, key, mask, scaling), value)
 
     def forward(
         self,
@@ -163,35 +179,80 @@ def suggestion(name: str, known) -> str:
 class ScoreAttention(Attention):
     """Variants that act on the scores s_ij: O(n^2 d) time, and O(n d) memory by tiles of rows.
 
-    Their tiles run the definition itself, so a variant of this family writes `weights` and is done.
+    Their tiles run the definition itself, so a variant of this family writes `activate` and is done.
     """
 
     cost = "O(n^2 d)"
     cost_class = "quadratic"
-    dense_masks = True
+    any_mask = True
+
+    def activate(self, scores: Tensor, allowed: Tensor) -> Tensor:
+        """Weights from scores.
+
+        Args:
+            scores: `[B, H, T, S]`, times `score_factor`; may be overwritten where no gradient is wanted.
+            allowed: bool, broadcastable to the scores.
+
+        Returns:
+            `[B, H, T, S]`, zero where `allowed` is False.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no activate")
+
+    def score_factor(self) -> float | Tensor:
+        """A factor of all scores, a number or `[H, 1, 1]`: cheaper on the queries than in `activate`."""
+        return 1.0
+
+    def finish(self, out: Tensor) -> Tensor:
+        """What is left to do with `sum_j w_ij v_j`, `[B, H, t, Dv]`."""
+        return out
+
+    def reference(self, query, key, value, mask, scaling):
+        return self.finish(super().reference(query, key, value, mask, scaling))
+
+    def weights(self, query, key, mask, scaling):
+        factor = self.score_factor()
+        if torch.is_tensor(factor):
+            factor = factor.to(query.dtype)
+        allowed = mask.matrix(query.device)
+        if mask.bias is None and mask.softcap is None and mask.sinks is None:
+            return self.activate(scores(query * (scaling * factor), key), allowed)
+        s = scores(query * scaling, key)
+        if mask.softcap is not None:
+            s = mask.softcap * torch.tanh(s / mask.softcap)
+        if mask.bias is not None:
+            s = s + mask.bias
+        if mask.sinks is not None:
+            sinks = mask.sinks.to(s.dtype)[:, None, None]
+            s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], dim=-1)
+            allowed = torch.cat([allowed, torch.ones_like(allowed[..., :1])], dim=-1)
+        weights = self.activate(s * factor, allowed)
+        return weights if mask.sinks is None else weights[..., :-1]
 
     def forward(self, query, key, value, mask, scaling, state=None):
         dtype = compute_dtype(query.dtype)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> tuple[Tensor]:
-            out = mix(self.weights(query.to(dtype), key.to(dtype), tile.allowed, scaling), value.to(dtype))
-            return (out.to(query.dtype),)
+        def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, tile: Tile) -> tuple[Tensor]:
+            bias = None if bias is None else bias.to(dtype)
+            weights = self.weights(query.to(dtype), key.to(dtype), mask.tile(tile, bias), scaling)
+            return (self.finish(mix(weights, value.to(dtype))).to(query.dtype),)
 
         size = rows_per_tile(query.shape[0], query.shape[1], key.shape[2])
-        return by_rows(attend, query, key, value, mask.tiles(size, query.device), tuple(self.parameters()))[0]
+        parameters = [*self.parameters(), *([] if mask.sinks is None else [mask.sinks])]
+        return by_rows(attend, query, key, value, mask.tiles(size, query.device), parameters, mask.bias)[0]
 
 
 class LinearAttention(Attention):
     """Variants with `phi(q) . phi(k)` in place of `exp(s)`: the product re-associates, O(n) in time and memory.
 
     o_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps), or / n_i where `divide_by_count`.
-    The maps see query and key as they are, or times sqrt(scaling) where `scaled`.
+    The maps see query and key as they are, or times sqrt(scaling) where `scaled`. With `hybrid` there is an `X+window`.
     """
 
     cost_class = "linear"
     stateful = True
     scaled: ClassVar[bool] = False
     divide_by_count: ClassVar[bool] = False
+    hybrid: ClassVar[bool] = True
     eps: ClassVar[float] = 1e-6
 
     def map_query(self, x: Tensor) -> Tensor:
@@ -222,25 +283,41 @@ class LinearAttention(Attention):
         scale = scaling**0.5 if self.scaled else 1.0
         return scores(self.map_query(query * scale), self.map_key(key * scale))
 
-    def weights(self, query, key, allowed, scaling):
-        kernel = self.kernel(query, key, scaling).masked_fill(~allowed, 0)
+    def weights(self, query, key, mask, scaling):
+        allowed = mask.matrix(query.device)
+        kernel = self.kernel(*self.prepare(query, key, mask, None), scaling).masked_fill(~allowed, 0)
         if self.divide_by_count:
             return kernel / allowed.sum(-1, keepdim=True).clamp(min=1)
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
 
+    def prepare(self, query: Tensor, key: Tensor, mask: Mask, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Query and key as the maps want them, where these need more than each token by itself."""
+        return query, key
+
     def forward(self, query, key, value, mask, scaling, state=None):
+        dtype = query.dtype
+        query, key = self.prepare(query, key, mask, state)
+        maps = {
+            "map_query": self.map_query,
+            "map_key": self.map_key,
+            "scale": scaling**0.5 if self.scaled else 1.0,
+            "eps": None if self.divide_by_count else self.eps,
+        }
+        if not mask.causal:
+            out, _ = full_linear(query, key, value, **maps, key_mask=mask.valid)
+            if self.divide_by_count:
+                counts = key.shape[2] if mask.valid is None else mask.valid.sum(1).clamp(min=1)[:, None, None, None]
+                out = out / counts
+            return out.to(dtype)
         valid = mask.new_tokens()
         out, _, after = causal_linear(
             query,
             key,
             value,
-            self.map_query,
-            self.map_key,
-            scale=scaling**0.5 if self.scaled else 1.0,
+            **maps,
             parameters=tuple(self.parameters()),
             key_mask=valid,
-            state=state["S"] if state else None,
-            eps=None if self.divide_by_count else self.eps,
+            state=None if state is None else state.get("S"),
         )
         if self.divide_by_count:
             out, counts = self._divide(out, query, valid, state)
@@ -248,14 +325,23 @@ class LinearAttention(Attention):
                 state["count"] = counts
         if state is not None:
             state["S"] = after
-        return out.to(query.dtype)
+        return out.to(dtype)
 
     @staticmethod
     def _divide(numerator, query, valid, state):
         """By the number of keys seen so far, `n_i`; also that number after the last token, `[B]`."""
-        batch, _, length, _ = query.shape
-        ones = query.new_ones(batch, length, dtype=torch.long) if valid is None else valid.long()
-        counts = ones.cumsum(1) + (state["count"][:, None] if state else 0)
-        return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), counts[
-            :, -1
-        ].clone()  # not a view of all counts
+        counts = positions(query, valid, state) + 1
+        after = counts[:, -1].clone()  # not a view of all counts
+        return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), after
+
+
+def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:
+    """How many valid tokens stand before each of the new ones, those in `state["count"]` included: int `[B, T]`.
+
+    Padding has the position of the valid token before it (-1 where there is none).
+    """
+    batch, _, length, _ = query.shape
+    if valid is None:
+        valid = torch.ones(batch, length, dtype=torch.long, device=query.device)
+    before = 0 if state is None or "count" not in state else state["count"][:, None]
+    return valid.long().cumsum(1) - 1 + before

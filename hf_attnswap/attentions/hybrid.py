@@ -26,6 +26,7 @@ class Hybrid(Attention):
 
     cost_class = "linear"
     stateful = True
+    kinds = ("causal",)
     window, sinks = (Window.options()[name] for name in ("window", "sinks"))
     linear_class: type[LinearAttention]
 
@@ -39,8 +40,8 @@ class Hybrid(Attention):
     def reset_parameters(self):
         nn.init.zeros_(self.log_mix)
 
-    def weights(self, query, key, allowed, scaling):
-        logs, _ = self._log_weights(query, key, allowed, scaling)
+    def weights(self, query, key, mask, scaling):
+        logs, _ = self._log_weights(query, key, mask.matrix(query.device), scaling)
         return torch.softmax(logs, dim=-1).nan_to_num(0.0)
 
     def _log_weights(self, query, key, allowed, scaling):

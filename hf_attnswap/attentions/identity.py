@@ -17,6 +17,7 @@ class Identity(LinearAttention):
     source = "the activation left out"
     scaled = True
     divide_by_count = True
+    hybrid = False  # its weights may be negative: no denominator to share with softmax
 
     def feature_map(self, x):
         return x

@@ -15,9 +15,9 @@ class NoAttention(Attention):
     source = "control"
     control = True
     stateful = True
-    dense_masks = True
+    any_mask = True
 
-    def weights(self, query, key, allowed, scaling):
+    def weights(self, query, key, mask, scaling):
         return query.new_zeros(*query.shape[:3], key.shape[2])
 
     def forward(self, query, key, value, mask, scaling, state=None):

@@ -19,11 +19,10 @@ def register(cls: type[Attention]) -> type[Attention]:
 
 
 def names() -> list[str]:
-    """All names: controls first, then the variants by cost, then `X+window` for every linear one that can share a
-    denominator with softmax (its weights are not negative)."""
+    """All names: controls first, then the variants by cost, then `X+window` for every linear one that has it."""
     _load()
     order = sorted(_registered.values(), key=lambda cls: (not cls.control, cls.cost_class, cls.name))
-    hybrids = [f"{cls.name}+window" for cls in order if issubclass(cls, LinearAttention) and not cls.divide_by_count]
+    hybrids = [f"{cls.name}+window" for cls in order if issubclass(cls, LinearAttention) and cls.hybrid]
     return [*(cls.name for cls in order), *hybrids]
 
 

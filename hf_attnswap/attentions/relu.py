@@ -1,23 +1,20 @@
-"""ReLU on the scores, divided by the number of keys: o_i = sum_j relu(s_ij) v_j / n_i^alpha.
+"""An activation on the scores, divided by the number of keys: o_i = sum_j a(s_ij) v_j / n_i^alpha.
 
 Wortsman et al., "Replacing softmax with ReLU in vision transformers", 2023 (relu/L); for causal rows n_i is the
 number of keys that the row may attend to. The activation stands on the product of q and k: O(n^2) remains.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..ops.heads import scores
 from .base import Option, ScoreAttention
 from .registry import register
 
 
-@register
-class Relu(ScoreAttention):
+class ActivatedScores(ScoreAttention):
     """Unnormalised: rows do not sum to one, and the scale of the output depends on the text."""
 
-    name = "relu"
-    formula = "sum_j relu(s_ij) v_j / n_i^alpha"
     source = "Wortsman 2023"
     alpha = Option(1.0, "exponent of the number of keys in the denominator", minimum=0.0)
     gain = Option(False, "learn a factor per head on the output, 1 at the start")
@@ -32,7 +29,54 @@ class Relu(ScoreAttention):
         if self.gain:
             nn.init.ones_(self.output_gain)
 
-    def weights(self, query, key, allowed, scaling):
-        count = allowed.sum(-1, keepdim=True).clamp(min=1).to(query.dtype)
-        weights = torch.relu(scores(query * scaling, key)).masked_fill(~allowed, 0) / count**self.alpha
+    def activation(self, scores: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} defines no activation")
+
+    def activate(self, scores, allowed):
+        count = allowed.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
+        weights = self.activation(scores).masked_fill(~allowed, 0) / count**self.alpha
         return weights * self.output_gain.to(weights.dtype)[:, None, None] if self.gain else weights
+
+
+@register
+class Relu(ActivatedScores):
+    """Weights are zero where the score is not positive."""
+
+    name = "relu"
+    formula = "sum_j relu(s_ij) v_j / n_i^alpha"
+
+    def activation(self, scores):
+        return torch.relu(scores)
+
+
+@register
+class Relu2(ActivatedScores):
+    """The square prefers large scores, as exp does."""
+
+    name = "relu2"
+    formula = "sum_j relu(s_ij)^2 v_j / n_i^alpha"
+
+    def activation(self, scores):
+        return torch.relu(scores).square()
+
+
+@register
+class Gelu(ActivatedScores):
+    """Weights are a little below zero for scores a little below zero."""
+
+    name = "gelu"
+    formula = "sum_j gelu(s_ij) v_j / n_i^alpha"
+
+    def activation(self, scores):
+        return F.gelu(scores)
+
+
+@register
+class Softplus(ActivatedScores):
+    """log(1 + e^s): a smooth relu, never zero."""
+
+    name = "softplus"
+    formula = "sum_j softplus(s_ij) v_j / n_i^alpha"
+
+    def activation(self, scores):
+        return F.softplus(scores)

@@ -9,7 +9,6 @@ exactly zero where s_ij < c_i - p. alpha-entmax with alpha = 1 + 1/p has the sam
 import torch
 from torch import nn
 
-from ..ops.heads import scores
 from .base import Option, ScoreAttention
 from .registry import register
 
@@ -37,11 +36,11 @@ class ReluPower(ScoreAttention):
         if self.temperature:
             nn.init.zeros_(self.log_temperature)
 
-    def weights(self, query, key, allowed, scaling):
-        factor = scaling / self.p
-        if self.temperature:
-            factor = factor * self.log_temperature.exp().to(query.dtype)[:, None, None]
-        s = scores(query * factor, key).masked_fill(~allowed, float("-inf"))
+    def score_factor(self):
+        return self.log_temperature.exp()[:, None, None] / self.p if self.temperature else 1 / self.p
+
+    def activate(self, scores, allowed):
+        s = scores.masked_fill(~allowed, float("-inf"))
         c = 0
         if self.shift == "max":
             # A row that may attend to nothing has no maximum.

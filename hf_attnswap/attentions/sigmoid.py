@@ -6,7 +6,6 @@ Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attenti
 import torch
 from torch import nn
 
-from ..ops.heads import scores
 from .base import ScoreAttention
 from .registry import register
 
@@ -27,7 +26,7 @@ class Sigmoid(ScoreAttention):
     def reset_parameters(self):
         nn.init.zeros_(self.offset)
 
-    def weights(self, query, key, allowed, scaling):
-        count = allowed.sum(-1, keepdim=True).clamp(min=1).to(query.dtype)
-        s = scores(query * scaling, key) - count.log() + self.offset.to(query.dtype)[:, None, None]
+    def activate(self, scores, allowed):
+        count = allowed.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
+        s = scores - count.log() + self.offset.to(scores.dtype)[:, None, None]
         return torch.sigmoid(s).masked_fill(~allowed, 0)

@@ -6,38 +6,40 @@ o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij). Vaswani et al., "Attention is all y
 import torch
 import torch.nn.functional as F
 
-from ..ops.heads import scores
-from .base import Attention
+from .base import ScoreAttention
 from .registry import register
 
 
 @register
-class Softmax(Attention):
-    """torch's scaled_dot_product_attention."""
+class Softmax(ScoreAttention):
+    """torch's scaled_dot_product_attention; tiles of rows where there is a soft cap or sinks, which that has not."""
 
     name = "softmax"
     formula = "sum_j exp(s_ij) v_j / sum_j exp(s_ij)"
-    cost = "O(n^2 d)"
-    cost_class = "quadratic"
     source = "Vaswani 2017"
     control = True
-    dense_masks = True
 
-    def weights(self, query, key, allowed, scaling):
-        s = scores(query * scaling, key).masked_fill(~allowed, float("-inf"))
-        return torch.softmax(s, dim=-1).nan_to_num(0.0)
+    def activate(self, scores, allowed):
+        return torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1).nan_to_num(0.0)
 
-    def forward(self, query, key, value, mask, scaling, state=None):
-        plain = mask.dense is None and mask.valid is None
+    def forward(self, query, key, value, mask, scaling, state=None, dropout=0.0):
+        if mask.softcap is not None or mask.sinks is not None:
+            if dropout:
+                raise NotImplementedError(f"attention dropout {dropout} together with {mask} is not supported")
+            return super().forward(query, key, value, mask, scaling, state)
+        free = mask.plain and mask.valid is None
         # torch's is_causal aligns the diagonal to the upper left: right only where there is no past.
-        causal = plain and mask.query_length > 1 and mask.offset == 0
-        everything = plain and mask.query_length == 1
+        causal = free and mask.causal and mask.query_length > 1 and mask.offset == 0
+        everything = free and (mask.query_length == 1 or not mask.causal)
         allowed = None if causal or everything else mask.matrix(query.device)
+        if mask.bias is not None:
+            allowed = mask.bias.to(query.dtype).masked_fill(~allowed, float("-inf"))
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=allowed,
+            dropout_p=dropout,
             is_causal=causal,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],

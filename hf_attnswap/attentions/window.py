@@ -35,12 +35,13 @@ class Window(Attention):
     source = "Beltagy 2020, Xiao 2023"
     control = True
     stateful = True
+    kinds = ("causal",)
     window = Option(64, "most recent keys attended to, the token itself included", minimum=1)
     sinks = Option(4, "first tokens of the text always attended to", minimum=0)
 
-    def weights(self, query, key, allowed, scaling):
+    def weights(self, query, key, mask, scaling):
         s = scores(query * scaling, key)
-        s = s.masked_fill(~near(allowed, self.window, self.sinks), float("-inf"))
+        s = s.masked_fill(~near(mask.matrix(query.device), self.window, self.sinks), float("-inf"))
         return torch.softmax(s, dim=-1).nan_to_num(0.0)
 
     def forward(self, query, key, value, mask, scaling, state=None):

@@ -1,9 +1,10 @@
-"""Causal linear attention: `sum_{j <= i} (phi(q_i) . phi(k_j)) v_j` in O(n d d') time and O(n d) memory.
+"""Linear attention: `sum_j (phi(q_i) . phi(k_j)) v_j` in O(n d d') time and O(n d) memory, causal or not.
 
-Chunks of `chunk` tokens: inside a chunk the masked product, across chunks the state `S = sum_j phi(k_j) [v_j, 1]^T`
-(Katharopoulos 2020; the chunked form is that of Hua 2022, "FLASH"). The column of ones behind the values makes the
-denominator `sum_j phi(q_i) . phi(k_j)` one more column of every product. States, denominators and products are
-float32 whatever the input dtype (float64 for float64 inputs): a bfloat16 state drifts over long texts.
+The causal form goes by chunks of `chunk` tokens: inside a chunk the masked product, across chunks the state
+`S = sum_j phi(k_j) [v_j, 1]^T` (Katharopoulos 2020; the chunked form is that of Hua 2022, "FLASH"). The column of
+ones behind the values makes the denominator `sum_j phi(q_i) . phi(k_j)` one more column of every product. States,
+denominators and products are float32 whatever the input dtype (float64 for float64 inputs): a bfloat16 state drifts
+over long texts.
 
 The feature maps are applied chunk by chunk, so that no `n x d'` tensor is written; the backward pass maps again.
 Kept for the backward pass: query, key, value, the result, and the state at the start of every chunk.
@@ -58,6 +59,48 @@ def causal_linear(
     if query.shape[2] == 1 and state is not None:
         return _step(*arguments[:-1])
     return _forward(*arguments, keep_states=False)[:3]
+
+
+def full_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    map_query: FeatureMap,
+    map_key: FeatureMap,
+    *,
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    eps: float | None = 1e-6,
+    chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention of every query to every key, `sum_j (phi(q_i) . phi(k_j)) v_j`: two products, O(n d d') time.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`.
+        key_mask: bool `[B, S]`; keys at False leave no trace.
+        map_query, map_key, scale, eps: as in `causal_linear`.
+        chunk: tokens that are mapped at a time.
+
+    Returns:
+        `[B, H, T, Dv]` and the denominator `[B, H, T]`, both in `compute_dtype`.
+    """
+    batch, heads, length, _ = query.shape
+    rows, dtype = batch * value.shape[1], compute_dtype(query.dtype)
+    S = 0
+    for start in range(0, key.shape[2], chunk):
+        part = slice(start, start + chunk)
+        mask = None if key_mask is None else key_mask[:, part]
+        k = _rows(_mapped(key[:, :, part].to(dtype) * scale, map_key, mask), rows)
+        v = F.pad(value[:, :, part].to(dtype), (0, 1), value=1.0).flatten(0, 1)
+        S = S + torch.bmm(k.transpose(1, 2), v)
+    outs, denominators = [], []
+    for start in range(0, length, chunk):
+        q = _mapped(query[:, :, start : start + chunk].to(dtype) * scale, map_query)
+        mixed = torch.bmm(_rows(q, rows), S).view(batch, heads, q.shape[2], -1)
+        numerator, denominator = mixed[..., :-1], mixed[..., -1]
+        outs.append(numerator if eps is None else numerator / (denominator[..., None] + eps))
+        denominators.append(denominator)
+    return torch.cat(outs, dim=2), torch.cat(denominators, dim=2)
 
 
 def _step(query, key, value, key_mask, state, map_query, map_key, scale, eps):

@@ -24,7 +24,8 @@ class Tile(NamedTuple):
     allowed: Tensor
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tile], tuple[Tensor, ...]]
+# query `[B, H, t, D]`, key `[B, Hkv, s, D]`, value `[B, Hkv, s, Dv]` and bias (or None) of one tile.
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tile], tuple[Tensor, ...]]
 
 
 def rows_per_tile(batch: int, heads: int, key_length: int) -> int:
@@ -39,8 +40,9 @@ def by_rows(
     value: Tensor,
     tiles: Iterable[Tile],
     parameters: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Run `attend(query_tile, key_columns, value_columns, tile)` over tiles and join the rows of its results.
+    """Run `attend(query_tile, key_columns, value_columns, bias_tile, tile)` over tiles and join the rows.
 
     Args:
         attend: plain torch operations; returns tensors whose dimension 2 is the rows of the tile. It is called again
@@ -48,21 +50,27 @@ def by_rows(
         query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`.
         tiles: cover the rows in order, each row once.
         parameters: every other tensor that `attend` uses and that needs a gradient.
+        bias: `[1 or B, 1 or H, T, S]`, what is added to the scores.
     """
     tiles = tuple(tiles)
     if torch.is_grad_enabled():
-        return _ByRows.apply(attend, tiles, query, key, value, *parameters)
-    return _join(attend, tiles, query, key, value)
+        return _ByRows.apply(attend, tiles, query, key, value, bias, *parameters)
+    return _join(attend, tiles, query, key, value, bias)
 
 
-def _call(attend: Attend, tile: Tile, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return attend(query[:, :, tile.rows], key[:, :, tile.columns], value[:, :, tile.columns], tile)
+def _slices(tile: Tile, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    return [
+        query[:, :, tile.rows],
+        key[:, :, tile.columns],
+        value[:, :, tile.columns],
+        None if bias is None else bias[:, :, tile.rows, tile.columns],
+    ]
 
 
-def _join(attend, tiles, query, key, value):
+def _join(attend, tiles, query, key, value, bias):
     results = None
     for tile in tiles:
-        parts = _call(attend, tile, query, key, value)
+        parts = attend(*_slices(tile, query, key, value, bias), tile)
         if results is None:  # [B, T, H, ...] in memory, as the model's output projection reads it
             results = tuple(
                 p.new_empty(p.shape[0], query.shape[2], p.shape[1], *p.shape[3:]).transpose(1, 2) for p in parts
@@ -74,46 +82,32 @@ def _join(attend, tiles, query, key, value):
 
 class _ByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attend, tiles, query, key, value, *parameters):
+    def forward(ctx, attend, tiles, query, key, value, bias, *parameters):
         ctx.attend, ctx.tiles = attend, tiles
-        ctx.save_for_backward(query, key, value, *parameters)
-        return _join(attend, tiles, query, key, value)
+        ctx.save_for_backward(query, key, value, bias, *parameters)
+        return _join(attend, tiles, query, key, value, bias)
 
     @staticmethod
     def backward(ctx, *grad_results):
-        query, key, value, *parameters = ctx.saved_tensors
-        wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
-        grad_query = torch.empty_like(query)
-        grad_key, grad_value = (
-            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (key, value)
-        )
-        grad_parameters = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in parameters]
+        saved = ctx.saved_tensors  # once: checkpointing computes them again
+        inputs, parameters = saved[:4], saved[4:]
+        wanted = [p for p in parameters if p.requires_grad]
+        totals = [None if t is None else torch.zeros_like(t, dtype=compute_dtype(t.dtype)) for t in inputs]
+        grad_wanted = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in wanted]
         for tile in ctx.tiles:
             with torch.enable_grad():
-                leaves = [
-                    t.detach().requires_grad_()
-                    for t in (query[:, :, tile.rows], key[:, :, tile.columns], value[:, :, tile.columns])
-                ]
+                leaves = [None if t is None else t.detach().requires_grad_() for t in _slices(tile, *inputs)]
                 parts = ctx.attend(*leaves, tile)
             pairs = [(p, g[:, :, tile.rows]) for p, g in zip(parts, grad_results, strict=True) if p.requires_grad]
+            found = [i for i, leaf in enumerate(leaves) if leaf is not None]
             grads = torch.autograd.grad(
-                [p for p, _ in pairs],
-                [*leaves, *(parameters[i] for i in wanted)],
-                [g for _, g in pairs],
-                allow_unused=True,
+                [p for p, _ in pairs], [*(leaves[i] for i in found), *wanted], [g for _, g in pairs], allow_unused=True
             )
-            grad_query[:, :, tile.rows] = 0 if grads[0] is None else grads[0]
-            for total, grad in ((grad_key, grads[1]), (grad_value, grads[2])):
+            slices = _slices(tile, *totals)
+            targets = [*(slices[i] for i in found), *grad_wanted]
+            for target, grad in zip(targets, grads, strict=True):
                 if grad is not None:
-                    total[:, :, tile.columns] += grad
-            for i, grad in zip(wanted, grads[3:], strict=True):
-                if grad is not None:
-                    grad_parameters[i] += grad
-        return (
-            None,
-            None,
-            grad_query,
-            grad_key.to(key.dtype),
-            grad_value.to(value.dtype),
-            *cast_like(grad_parameters, parameters),
-        )
+                    target += grad
+        grads = [None if g is None else g.to(t.dtype) for g, t in zip(totals, inputs, strict=True)]
+        by_parameter = iter(cast_like(grad_wanted, wanted))
+        return None, None, *grads, *(next(by_parameter) if p.requires_grad else None for p in parameters)

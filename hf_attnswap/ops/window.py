@@ -130,7 +130,7 @@ class Context:
         dtype = compute_dtype(self.query.dtype)
         sinks = (self.sink_key, self.sink_value)
 
-        def attend(query, key, value, tile: Tile):
+        def attend(query, key, value, bias, tile: Tile):
             key, value = (
                 torch.cat([s.to(dtype), t.to(dtype)], dim=2) for s, t in zip(sinks, (key, value), strict=True)
             )

@@ -5,8 +5,9 @@ flows on, and the variant is compared with it on the same query, key and value. 
 do not disturb each other, and only the variants' parameters get gradients (attention transfer of LoLCATs, Zhang 2024).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,8 @@ def aligning(model: nn.Module) -> Iterator[LayerLosses]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batch: Tensor) -> None:
-    """Let every variant set its parameters from what its layer sees on a batch of token blocks `[B, n]`.
+def calibrate(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
+    """Let every variant set its parameters from what its layer sees on a batch, as in `alignment_loss`.
 
     For the variants that know how (hybrids match the mass of their linear branch to softmax's outside the window);
     done once before the alignment, on the same batch in every process.
@@ -81,8 +82,9 @@ def calibrate(model: nn.Module, batch: Tensor) -> None:
     def show(layer, attention, teacher, query, key, value, mask, scaling):
         attention.calibrate(query, key, value, mask, scaling)
 
+    device = next(model.parameters()).device
     with _softmax_flows_on(model, show):
-        model(input_ids=batch.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+        model(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in _inputs(batch).items()})
 
 
 def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -115,8 +117,17 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return own
 
 
-def alignment_loss(model: nn.Module, batch: Tensor, losses: LayerLosses) -> Tensor:
-    """One forward pass over token blocks `[B, n]` inside `aligning`, and the mean of its losses over layers."""
+def alignment_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor], losses: LayerLosses) -> Tensor:
+    """One forward pass inside `aligning`, and the mean of its losses over layers.
+
+    Args:
+        batch: token blocks `[B, n]` for a language model, or what the model takes by name, such as `input_ids` and
+            `attention_mask` for an encoder.
+    """
     losses.clear()
-    model(input_ids=batch, use_cache=False, logits_to_keep=1)
+    model(**_inputs(batch))
     return losses.mean()
+
+
+def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Any]:
+    return batch if isinstance(batch, Mapping) else {"input_ids": batch, "use_cache": False, "logits_to_keep": 1}

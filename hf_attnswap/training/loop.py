@@ -25,15 +25,15 @@ Step = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Token blocks in an endless order, each epoch shuffled anew. A batch is a function of its number and the seed
-    alone, so a run can go on from any step, on any number of processes, and still see the same tokens."""
+    """Blocks of tokens or examples in an endless order, each epoch shuffled anew. A batch is a function of its number
+    and the seed alone, so a run can go on from any step, on any number of processes, and still see the same tokens."""
 
     blocks: Tensor
     batch_size: int
     seed: int
 
     def __getitem__(self, number: int) -> Tensor:
-        """Batch `number`, int64 `[batch_size, n]`; a batch may reach into the next epoch."""
+        """Batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
         length, first = len(self.blocks), number * self.batch_size
         positions = range(first, first + self.batch_size)
         return self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]]
@@ -79,6 +79,7 @@ def train(
     checkpointing_steps: int | None = None,
     resume_from_checkpoint: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    unit: str = "tokens",
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Run `steps` optimiser steps of AdamW and return the loss of each.
@@ -96,6 +97,7 @@ def train(
         resume_from_checkpoint: a checkpoint folder, or "latest" for the newest whole one in `output_dir`, which
             starts anew where there is none.
         settings: what else a resumed run must have in common with the one that it continues; JSON values.
+        unit: what a block is made of, for the log.
         progress: called with the step and its loss.
 
     Raises:
@@ -147,7 +149,7 @@ def train(
         if log is not None:
             entry = {
                 "step": step, "loss": losses[-1], "learning_rate": scheduler.get_last_lr()[0],
-                "tokens": step * settings["blocks per step"] * settings["block size"],
+                unit: step * settings["blocks per step"] * settings["block size"],
                 "seconds": round(time.perf_counter() - started, 3),
             }  # fmt: skip
             output_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ MAGNITUDES = {
     "large": st.tuples(st.just(1e4), st.just(1e4), st.sampled_from((1.0, 1e4))),
     "mixed": st.tuples(*[st.sampled_from((0.0, 1e-30, 1e-4, 30.0, 1e4))] * 3),
 }
-DENSE = named(lambda cls: cls.dense_masks)
+DENSE = named(lambda cls: cls.any_mask)
 
 every_magnitude = pytest.mark.parametrize("magnitude", MAGNITUDES)
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from attention_cases import (
+    KINDS,
     NAMES,
     PADDINGS,
     SCALING,
@@ -17,6 +18,7 @@ from attention_cases import (
     causal,
     gradients,
     inputs,
+    mask_of,
     named,
     small_options,
     valid_keys,
@@ -30,7 +32,7 @@ LENGTHS = (1, 2, 63, 64, 65, 150)
 RATIOS = ((2, 2), (6, 2), (8, 1))
 STATEFUL = named(lambda cls: cls.stateful)
 LINEAR = named(lambda cls: cls.cost_class == "linear")
-DENSE = named(lambda cls: cls.dense_masks)
+DENSE = named(lambda cls: cls.any_mask)
 # Largest error over largest value. bfloat16 has 8 bits: rounding the result alone gives 0.004, and the gradients of
 # relu_kernel, which divides by sums that may be small, are ten times that.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -44,7 +46,8 @@ def check_against_reference(attention, given: Inputs, mask: Mask) -> None:
     out = attention(*given, mask, SCALING)
     expected = exact.reference(*exact_given, mask, SCALING)
     assert out.dtype == given.query.dtype and out.shape == expected.shape
-    rows = torch.ones(out.shape[0], out.shape[2]).bool() if mask.valid is None else mask.valid
+    rows = mask.new_tokens()
+    rows = torch.ones(out.shape[0], out.shape[2]).bool() if rows is None else rows
     assert_near(out.transpose(1, 2)[rows], expected.transpose(1, 2)[rows], tolerance, "output")
     names = ["query", "key", "value", *(name for name, _ in attention.named_parameters())]
     ours = gradients(out, [*given, *attention.parameters()], rows)
@@ -58,13 +61,14 @@ def check_against_reference(attention, given: Inputs, mask: Mask) -> None:
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", NAMES)
-def test_fast_form_equals_definition(name, length, padding):
-    for heads, kv_heads in RATIOS:
-        attention = build(name, heads, kv_heads, **small_options(name))
-        mask = causal(length, valid_keys(padding, length))
-        check_against_reference(attention, inputs(length, heads, kv_heads), mask)
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_fast_form_equals_definition(name, kind, padding):
+    for length in LENGTHS if kind == "causal" else (1, 65):
+        mask = mask_of(kind, length, padding)
+        for heads, kv_heads in RATIOS:
+            attention = build(name, heads, kv_heads, **small_options(name))
+            given = inputs(length, heads, kv_heads, key_length=mask.key_length)
+            check_against_reference(attention, given, mask)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -74,19 +78,21 @@ def test_fast_form_equals_definition_with_other_options(name, options, padding):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_float32_and_bfloat16_are_near_the_float64_definition(name, dtype):
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_float32_and_bfloat16_are_near_the_float64_definition(name, kind, dtype):
     attention = build(name, 6, 2, dtype, **small_options(name))
     for padding in ("none", "left"):
-        check_against_reference(attention, inputs(150, 6, 2, dtype=dtype), causal(150, valid_keys(padding, 150)))
+        mask = mask_of(kind, 150, padding)
+        check_against_reference(attention, inputs(150, 6, 2, dtype=dtype, key_length=mask.key_length), mask)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_long_text(name):
-    attention, given = build(name, 6, 2), inputs(1000, 6, 2, batch=1)
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_long_text(name, kind):
+    mask = mask_of(kind, 1000, "none")
+    attention, given = build(name, 6, 2), inputs(1000, 6, 2, batch=1, key_length=mask.key_length)
     with torch.no_grad():
-        out = attention(*given, causal(1000), SCALING)
-        assert_near(out, attention.reference(*given, causal(1000), SCALING), 1e-9, "output")
+        out = attention(*given, mask, SCALING)
+        assert_near(out, attention.reference(*given, mask, SCALING), 1e-9, "output")
 
 
 @pytest.mark.parametrize("sign", (-1, 1), ids=("below", "above"))
@@ -249,15 +255,16 @@ def test_gradcheck_of_by_rows():
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, 5, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
     bias = torch.randn(2, 1, 1, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
 
-    def attend(query, key, value, tile):
-        scores = (query @ key.transpose(-1, -2) + bias).tanh().masked_fill(~tile.allowed, 0)
+    def attend(query, key, value, added, tile):
+        scores = (query @ key.transpose(-1, -2) + bias + added).tanh().masked_fill(~tile.allowed, 0)
         return scores @ value, scores.square().sum(-1, keepdim=True)
 
     def run(*tensors):
-        return by_rows(attend, *tensors[:3], Mask(5, 5).tiles(2), tensors[3:])
+        return by_rows(attend, *tensors[:3], Mask(5, 5).tiles(2), tensors[3:4], tensors[4])
 
-    assert torch.autograd.gradcheck(run, (query, key, value, bias))
+    assert torch.autograd.gradcheck(run, (query, key, value, bias, table))
 
 
 @pytest.mark.parametrize("chunk", (0, -1))
@@ -270,7 +277,7 @@ def test_causal_linear_refuses_a_chunk_of_no_tokens(chunk):
 def test_by_rows_sums_parameter_gradients_in_float32():
     ones = torch.ones(1, 1, 1024, 1, dtype=torch.bfloat16)
     factor = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
-    out = by_rows(lambda q, k, v, tile: (q * factor,), ones, ones, ones, Mask(1024, 1024).tiles(1), (factor,))[0]
+    out = by_rows(lambda q, k, v, b, tile: (q * factor,), ones, ones, ones, Mask(1024, 1024).tiles(1), (factor,))[0]
     (grad,) = torch.autograd.grad(out.sum(), factor)
     assert grad.item() == 1024
 

@@ -20,7 +20,8 @@ def swapped(attention, layers=None):
 def layer_losses(model, text):
     with torch.no_grad(), aligning(model) as losses:
         alignment_loss(model, text, losses)
-        return {layer: loss.item() for layer, loss in losses.items()}
+        modules = swapped_modules(model)
+        return {modules[path].layer: loss.item() for path, loss in losses.items()}
 
 
 # A map of 8 x 8 numbers per head has more to learn than one number per head.

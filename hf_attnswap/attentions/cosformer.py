@@ -1,0 +1,43 @@
+"""Linear attention with relu features and a cosine that prefers near keys.
+
+The weight of key j in row i is relu(q_i) . relu(k_j) cos(pi/2 (i - j) / M), which re-associates because
+cos(a - b) = cos a cos b + sin a sin b. M is `max_length`; positions count the tokens that are not padding.
+Qin et al., "cosFormer: rethinking softmax in attention", 2022.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import LinearAttention, Option, positions
+from .registry import register
+
+
+@register
+class Cosformer(LinearAttention):
+    """Texts of more than `max_length` tokens are refused: their cosines would be negative."""
+
+    name = "cosformer"
+    formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(x) [cos, sin](pi/2 i/M)"
+    cost = "O(n d 2d)"
+    source = "Qin 2022"
+    kinds = ("causal", "bidirectional")
+    hybrid = False  # its features know their position, which the tokens that leave a window have lost
+    max_length = Option(8192, "the longest text M, in tokens", minimum=256)
+
+    def prepare(self, query, key, mask, state):
+        """Query and key with the angle of their position as one more number; float32 or wider, to hold it."""
+        position = positions(query, mask.new_tokens() if mask.causal else mask.valid, state)
+        last = int(position.max()) + 1
+        if last > self.max_length:
+            raise NotImplementedError(f"a text of {last} tokens is longer than max_length={self.max_length}")
+        if state is not None:
+            state["count"] = position[:, -1] + 1
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        angle = (position.clamp(min=0).to(dtype) * (math.pi / 2 / self.max_length))[:, None, :, None]
+        return tuple(torch.cat([x.to(dtype), angle.expand(*x.shape[:-1], 1)], dim=-1) for x in (query, key))
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        features, angle = torch.relu(x[..., :-1]), x[..., -1:]
+        return torch.cat([features * angle.cos(), features * angle.sin()], dim=-1)

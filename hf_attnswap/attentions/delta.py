@@ -1,0 +1,73 @@
+"""The delta rule: a token replaces what its key finds in the state, where linear attention only adds to it.
+
+S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T, o_i = S_i q_i, with q and k the silu of the layer's, brought to
+norm 1, and beta_i = sigmoid(w . k_i + b) per key/value head, 0.5 at the start. Schlag et al., "Linear transformers are
+secretly fast weight programmers", 2021; silu and the norm as in Yang et al., "Parallelizing linear transformers with
+the delta rule over sequence length", 2024. O(n d^2).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.delta import causal_delta
+from ..ops.heads import compute_dtype
+from .base import Attention
+from .gated import GateLogit
+from .registry import register
+
+
+@register
+class Delta(Attention):
+    """Weights are signed and do not sum to one; a key that comes again overwrites its value."""
+
+    name = "delta"
+    formula = "S_i q_i, S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T, q, k = silu(x) / |silu(x)|"
+    cost = "O(n d^2)"
+    cost_class = "linear"
+    source = "Schlag 2021, Yang 2024 (DeltaNet)"
+    stateful = True
+    kinds = ("causal",)
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        self.gate = GateLogit(heads.num_key_value_heads, heads.head_dim)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """silu(x) with norm 1, or less where it is nearly 0."""
+        y = F.silu(x)
+        return y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+    def beta(self, key: Tensor) -> Tensor:
+        """`[B, Hkv, T]`, in (0, 1)."""
+        return torch.sigmoid(self.gate(key))
+
+    def weights(self, query, key, mask, scaling):
+        allowed = mask.matrix(query.device)
+        group = query.shape[1] // key.shape[1]
+        beta = self.beta(key).repeat_interleave(group, dim=1)
+        k = self.feature_map(key).repeat_interleave(group, dim=1)
+        # From the last key back to the first: what the row takes of a key, and the query that those before it are left.
+        left, taken = self.feature_map(query), []
+        for j in reversed(range(key.shape[2])):
+            k_j = k[:, :, j, :, None]
+            w = (left @ k_j) * beta[:, :, j, None, None] * allowed[..., j, None]
+            left = left - w * k_j.transpose(-1, -2)
+            taken.append(w)
+        return torch.cat(taken[::-1], dim=-1)
+
+    def forward(self, query, key, value, mask, scaling, state=None):
+        dtype, valid = compute_dtype(query.dtype), mask.new_tokens()
+        beta = self.beta(key.to(dtype))
+        if valid is not None:
+            beta = beta * valid[:, None].to(dtype)
+        out, after = causal_delta(
+            self.feature_map(query.to(dtype)),
+            self.feature_map(key.to(dtype)),
+            value,
+            beta,
+            state=state["S"] if state else None,
+        )
+        if state is not None:
+            state["S"] = after
+        return out.to(query.dtype)

@@ -1,0 +1,51 @@
+"""Rectified linear attention: o_i = RMSNorm(sum_j relu(s_ij) v_j), per head, with an optional gate.
+
+The norm takes the place of the denominator: u g / sqrt(mean u^2 + eps), g a gain per channel. With `gate` it is
+multiplied by sigmoid(w u), channel by channel. Zhang et al., "Sparse attention with linear units", 2021. O(n^2).
+"""
+
+import torch
+from torch import nn
+
+from ..ops.heads import mix, scores
+from .base import Option, ScoreAttention
+from .registry import register
+
+
+@register
+class Rela(ScoreAttention):
+    """`weights` are those before the norm, which is no mean of the values."""
+
+    name = "rela"
+    formula = "RMSNorm(sum_j relu(s_ij) v_j)"
+    source = "Zhang 2021 (ReLA)"
+    eps = 1e-6
+    gate = Option(False, "multiply the result u by sigmoid(w u), w learned per channel")
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        self.norm_gain = nn.Parameter(torch.empty(heads.num_attention_heads, heads.value_dim))
+        if self.gate:
+            self.gate_weight = nn.Parameter(torch.empty(heads.num_attention_heads, heads.value_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.norm_gain)
+        if self.gate:
+            nn.init.zeros_(self.gate_weight)
+
+    def activate(self, scores, allowed):
+        return torch.relu(scores).masked_fill(~allowed, 0)
+
+    def finish(self, out):
+        normed = out * (out.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        normed = normed * self.norm_gain.to(out.dtype)[:, None, :]
+        return normed * torch.sigmoid(out * self.gate_weight.to(out.dtype)[:, None, :]) if self.gate else normed
+
+    @torch.no_grad()
+    def calibrate(self, query, key, value, mask, scaling):
+        """Set the gain of each head so that its output has the size that softmax attention has there."""
+        s = scores(query.float() * scaling, key.float()).masked_fill(~mask.matrix(query.device), float("-inf"))
+        softmax = mix(s.softmax(-1).nan_to_num(0.0), value.float())
+        size = softmax.square().mean((0, 2, 3)).sqrt() * (2 if self.gate else 1)  # a new gate is one half
+        self.norm_gain.copy_(size[:, None].expand_as(self.norm_gain))

@@ -1,0 +1,49 @@
+"""Linear attention with a learned map and a ReLU: phi(x) = relu(W x + b), W and b per head.
+
+Queries and keys have their own W, the identity at the start (`relu_kernel`). Kasai et al., "Finetuning pretrained
+transformers into RNNs", 2021, where W starts at random.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .base import LinearAttention
+from .registry import register
+
+
+class T2RMap(nn.Module):
+    """`[B, heads, t, D]` -> the same. W = 1 + `delta`, so that weight decay draws to the identity."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        self.delta = nn.Parameter(torch.empty(heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.empty(heads, 1, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.delta)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + x @ self.delta.to(x.dtype) + self.bias.to(x.dtype))
+
+
+@register
+class T2R(LinearAttention):
+    """Needs training."""
+
+    name = "t2r"
+    formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(Wx + b)"
+    cost = "O(n d^2)"
+    source = "Kasai 2021 (T2R)"
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        self.query_map = T2RMap(heads.num_attention_heads, heads.head_dim)
+        self.key_map = T2RMap(heads.num_key_value_heads, heads.head_dim)
+
+    def map_query(self, x):
+        return self.query_map(x)
+
+    def map_key(self, x):
+        return self.key_map(x)

@@ -1,0 +1,51 @@
+"""Linear attention by the second-order Taylor series of exp on projected queries and keys.
+
+1 + s + s^2 / 2 with s = scaling * (P_q q) . (P_k k): phi(x) = [1, y, y y^T / sqrt(2)], y = P x with r << d numbers, so
+phi has 1 + r + r^2. The weights are never negative. Arora et al., "Simple linear attention language models balance the
+recall-throughput tradeoff" (Based), 2024.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .base import LinearAttention, Option
+from .registry import register
+
+
+@register
+class Taylor(LinearAttention):
+    """P_q and P_k start as the same random projection, which keeps q . k in the mean (Johnson & Lindenstrauss 1984)."""
+
+    name = "taylor"
+    formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [1, y, y y^T / sqrt(2)], y = Px"
+    cost = "O(n d r^2)"
+    source = "Arora 2024 (Based)"
+    scaled = True
+    hybrid = False  # it works on scaled queries and keys; beside a softmax the maps see them as they are
+    rank = Option(16, "numbers r that a query or key is projected to", minimum=1)
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        shape = (heads.num_key_value_heads, heads.head_dim, self.rank)
+        self.query_projection = nn.Parameter(torch.empty(shape))
+        self.key_projection = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for projection in (self.query_projection, self.key_projection):
+            generator = torch.Generator(projection.device if projection.device.type != "meta" else "cpu")
+            nn.init.normal_(projection, std=self.rank**-0.5, generator=generator.manual_seed(0))
+
+    def map_query(self, x):
+        group = self.heads.num_attention_heads // self.heads.num_key_value_heads
+        return _series(x @ self.query_projection.to(x.dtype).repeat_interleave(group, dim=0))
+
+    def map_key(self, x):
+        return _series(x @ self.key_projection.to(x.dtype))
+
+
+def _series(y: Tensor) -> Tensor:
+    square = (y[..., :, None] * y[..., None, :]).flatten(-2) / math.sqrt(2)
+    return torch.cat([torch.ones_like(y[..., :1]), y, square], dim=-1)
