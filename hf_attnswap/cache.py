@@ -1,6 +1,8 @@
 """The cache layer of a swapped attention: a state of constant size in place of keys and values."""
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,16 @@ from transformers.cache_utils import (
 
 from . import attentions
 
+Replay = Callable[[dict[str, Tensor], int], object]
+
+
+class Past(NamedTuple):
+    """What one call changed: how many tokens came before it, the state before it, and how to take it in again."""
+
+    seen: int
+    state: dict[str, Tensor]
+    replay: Replay
+
 
 class StateLayer(CacheLayerMixin):
     """Holds what a stateful variant remembers: tensors with the batch first, under names that the variant chooses.
@@ -26,7 +38,7 @@ class StateLayer(CacheLayerMixin):
     _layer_type = "attnswap"  # the name under which transformers finds this class for a layer of the config
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self):
@@ -35,6 +47,8 @@ class StateLayer(CacheLayerMixin):
         self.seen = 0
         self.served = 0  # tokens that the variant has taken in, of those seen
         self.packed = False  # several texts in one row went through; their states are gone
+        self.record_past = False
+        self.past: list[Past] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -62,17 +76,21 @@ class StateLayer(CacheLayerMixin):
     def _apply(self, change) -> None:
         self.state = {name: change(t) for name, t in self.state.items()}
 
+    def _select(self, change) -> None:
+        self._apply(change)
+        self.past = []  # of other rows
+
     def reset(self) -> None:
-        self.state, self.seen, self.served, self.packed = {}, 0, 0, False
+        self.state, self.seen, self.served, self.packed, self.past = {}, 0, 0, False, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._apply(lambda t: t.repeat_interleave(repeats, dim=0))
+        self._select(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._apply(lambda t: t[indices])
+        self._select(lambda t: t[indices])
 
     def offload(self) -> None:
         self._apply(lambda t: t.to("cpu", non_blocking=True))
@@ -81,16 +99,39 @@ class StateLayer(CacheLayerMixin):
         self._apply(lambda t: t.to(self.device, non_blocking=True))
 
     def activate_past_recording(self) -> None:
-        raise NotImplementedError(
-            "assisted generation takes tokens back, and the state of a swapped layer cannot forget: "
-            "generate without an assistant or prompt lookup"
-        )
+        """Remember, from now on and until the next `crop`, what is needed to take tokens back."""
+        self.record_past = True
+
+    def record(self, replay: Replay) -> None:
+        """Called before new tokens change the state; does nothing unless the past is recorded.
+
+        Args:
+            replay: takes in the first n of them again, into a state as it was.
+        """
+        if self.record_past:
+            self.past.append(Past(self.served, dict(self.state), replay))
 
     def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise NotImplementedError(
-                f"crop({tokens_to_remove}): the state of a swapped layer cannot forget tokens; start from a new cache"
-            )
+        """Take the last `-tokens_to_remove` tokens back, or, given a positive number, all but that many.
+
+        A state cannot forget, so an earlier one is taken and the tokens that stay are taken in again.
+
+        Raises:
+            NotImplementedError: tokens from before the recording, or before the last `crop`.
+        """
+        stay = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(self.seen, tokens_to_remove)
+        if stay < self.seen:
+            past = next((past for past in reversed(self.past) if past.seen <= stay), None)
+            if past is None:
+                raise NotImplementedError(
+                    f"crop({tokens_to_remove}): the state of a swapped layer cannot forget tokens from before "
+                    "activate_past_recording or the last crop: start from a new cache"
+                )
+            self.state = dict(past.state)
+            if stay > past.seen:
+                past.replay(self.state, stay - past.seen)
+            self.seen = self.served = stay
+        self.past = []
 
 
 def state_layer(cache: Cache | None, layer: int) -> StateLayer | None:
@@ -134,8 +175,9 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
-def _no_static_state(**kwargs):
-    raise NotImplementedError("swapped layers cannot generate with a static cache: use the default (dynamic) cache")
+def _in_static_cache(max_cache_len: int, **kwargs) -> StateLayer:
+    """A state has one size anyway."""
+    return StateLayer()
 
 
 def make_state_layers_up_front() -> None:
@@ -159,4 +201,4 @@ def make_state_layers_up_front() -> None:
         return types, arguments
 
     cache_utils.get_layer_types_and_kwargs = with_state_layers
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = _no_static_state
+    cache_utils.STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = _in_static_cache

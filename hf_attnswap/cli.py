@@ -90,10 +90,10 @@ def list_attentions(as_json: Json = False) -> None:
         "None takes attention dropout.",
     )
     for column in ("name", "computes", "cost", "attention", "masks", "state", "learns", "options", "source"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for e in entries:
         cells = (
-            e["name"] + (" (control)" if e["control"] else ""),
+            e["name"] + ("\n(control)" if e["control"] else ""),
             e["formula"],
             e["cost"],
             "all" if len(e["kinds"]) == 3 else ", ".join(e["kinds"]),

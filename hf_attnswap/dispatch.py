@@ -154,10 +154,19 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
     if stateful:
         if layer.served == layer.seen:
             raise NotImplementedError("its module calls its attention twice per token, and the state takes each once")
-        layer.served = layer.seen
         if layer.packed:
             raise NotImplementedError("the cache holds packed texts, which cannot be continued: start from a new cache")
         layer.packed = isinstance(mask, Packed)
+        before = layer.served
+
+        def replay(state: dict[str, Tensor], tokens: int) -> None:
+            seen = before + tokens
+            valid = None if mask.valid is None else mask.valid[:, :seen]
+            new = (t[:, :, :tokens] for t in (query, key, value))
+            attention(*new, Mask(tokens, seen, valid), scaling, state)
+
+        layer.record(replay)
+        layer.served = layer.seen
     if isinstance(mask, Packed):
 
         def one(query, key, value, valid):

@@ -1,10 +1,12 @@
 """Swapped models of several families: logits, padding, packing, training and generation."""
 
+import copy
+
 import pytest
 import torch
 from attention_cases import NAMES, named, small_options
 from tiny_models import FAMILIES, UNUSUAL, randomise, tiny, tokens
-from transformers import set_seed
+from transformers import DynamicCache, set_seed
 
 import hf_attnswap
 from hf_attnswap.cache import cache_nbytes
@@ -398,49 +400,57 @@ def test_size_of_the_cache(name):
         assert sizes == [(n + m - 1) * per_token for n, m in ((8, 2), (24, 2), (24, 20))]
 
 
-class Streamed:
-    """A streamer that counts new tokens."""
-
-    def __init__(self):
-        self.tokens = -1  # the prompt comes first
-
-    def put(self, value):
-        self.tokens += 1
-
-    def end(self):
-        pass
-
-
-def assisted(model):
-    return dict(assistant_model=tiny())
-
-
-def looked_up(model):
-    return dict(prompt_lookup_num_tokens=3)
-
-
-def static(model):
-    return dict(cache_implementation="static")
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    ((assisted, "assisted generation"), (looked_up, "assisted generation"), (static, "static cache.*dynamic")),
-)
+@pytest.mark.parametrize("layers", ([1], None), ids=("one", "all"))
+@pytest.mark.parametrize("kind", ("assistant", "swapped assistant", "lookup", "static"))
 @every_name
-def test_assistants_and_static_caches(name, kind, says):
-    """The result of greedy search, or an error before any token; layers 0 and 2 keep softmax."""
-    model, ids, seen = swapped(name, layers=[1]), tokens(LENGTH, batch=1), Streamed()
+def test_assistants_and_static_caches(name, kind, layers):
+    """The result of greedy search; candidates that are not taken are taken back."""
+    if layers and name not in ("window", "elu", "relu", "elu+window"):
+        pytest.skip("a mix of layers is tried with one variant of each sort")
+    model, ids = swapped(name, layers=layers), tokens(LENGTH, batch=1)
     ids[:, -6:] = ids[:, :6]  # something to look up
-    expected = greedy(model, ids).sequences
-    if name in STATEFUL:
-        with pytest.raises(NotImplementedError, match=says):
-            greedy(model, ids, streamer=seen, **kind(model))
-        assert seen.tokens <= 0
-        # The refusal leaves the model fit for other use.
-        assert torch.equal(greedy(model, ids).sequences, expected)
-    else:
-        assert torch.equal(greedy(model, ids, **kind(model)).sequences, expected)
+    how = {
+        "assistant": lambda: dict(assistant_model=tiny()),
+        "swapped assistant": lambda: dict(assistant_model=swapped("elu")),
+        "lookup": lambda: dict(prompt_lookup_num_tokens=3),
+        "static": lambda: dict(cache_implementation="static"),
+    }[kind]
+    assert torch.equal(greedy(model, ids, **how()).sequences, greedy(model, ids).sequences)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_tokens_are_taken_back(name):
+    """Over several calls, into the middle of one; then on with the text."""
+    model, (ids, mask) = swapped(name), left_padded()
+    where, cache = positions(mask), DynamicCache(config=model.config)
+    cache.activate_past_recording()
+
+    def take_in(start, stop):
+        given = dict(attention_mask=mask[:, :stop], position_ids=where[:, start:stop])
+        return logits(model, ids[:, start:stop], past_key_values=cache, **given)
+
+    for start, stop in ((0, 10), (10, 14), (14, 15)):
+        take_in(start, stop)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 12
+    take_in(12, 20)
+    cache.crop(0)
+    take_in(20, 21)
+    cache.crop(-1)
+    with pytest.raises(NotImplementedError, match="cannot forget tokens from before .* or the last crop"):
+        cache.crop(-1)
+    whole = logits(model, ids, attention_mask=mask, position_ids=where)
+    torch.testing.assert_close(take_in(20, LENGTH), whole[:, 20:], **CLOSE)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_moves_to_where_it_is_offloaded(name):
+    """What transformers does with an offloaded cache, which itself needs CUDA."""
+    cache = greedy(swapped(name), tokens(LENGTH)).past_key_values
+    before = copy.deepcopy(cache.layers[0].state)
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    assert all(torch.equal(t, before[n]) for n, t in cache.layers[0].state.items())
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -456,8 +466,8 @@ def test_a_cache_of_softmax_is_refused(name):
 def test_cache_forgets_nothing_it_was_not_asked_to(name):
     model = swapped(name)
     cache = greedy(model, tokens(LENGTH)).past_key_values
-    with pytest.raises(NotImplementedError, match="cannot forget tokens"):
-        cache.crop(LENGTH)
+    with pytest.raises(NotImplementedError, match="cannot forget tokens from before"):
+        cache.crop(-2)
     cache.reset()
     assert cache.get_seq_length() == 0
     ids = tokens(LENGTH, seed=1)

@@ -20,15 +20,16 @@ from ..patching import swapped_modules
 DEFAULT_LEARNING_RATE = 1e-2  # as LoLCATs
 
 
-class LayerLosses(dict[int, Tensor]):
-    """Loss of each layer in the last forward pass: mean squared error over the variance of the softmax output."""
+class LayerLosses(dict[str, Tensor]):
+    """Loss of each layer, by the path of its module, in the last forward pass: mean squared error over the variance of
+    the softmax output."""
 
     def mean(self) -> Tensor:
         """The same weight for every layer."""
         return torch.stack(list(self.values())).mean()
 
 
-Observe = Callable[[int, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
+Observe = Callable[[str, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def _softmax_flows_on(model: nn.Module, observe: Observe) -> Iterator[None]:
     modules = swapped_modules(model)
     softmax = get("softmax")(Heads(1, 1, 1))
 
-    def observer(layer: int):
+    def observer(layer: str):
         def call(attention, query, key, value, mask, scaling, state):
             with torch.no_grad():
                 teacher = softmax(query, key, value, mask, scaling)
