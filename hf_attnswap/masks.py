@@ -72,12 +72,10 @@ class Mask:
         for start in range(0, self.query_length, size):
             rows = slice(start, min(start + size, self.query_length))
             columns = slice(0, self.offset + rows.stop if triangle else self.key_length)
-            yield Tile(rows, columns, self.allowed(rows, columns, device))
-
-    def tile(self, tile: Tile, bias: Tensor | None) -> "Mask":
-        """The same for one tile alone, whose part of the bias is given."""
-        rows, columns = (part.stop - part.start for part in tile[:2])
-        return replace(self, query_length=rows, key_length=columns, valid=None, dense=tile.allowed, bias=bias)
+            free = 0
+            if self.dense is None and self.valid is None:
+                free = self.offset + rows.start if self.causal else self.key_length
+            yield Tile(rows, columns, self.allowed(rows, slice(free, columns.stop), device), free)
 
     def new_tokens(self) -> Tensor | None:
         """`valid` of the T queries themselves, bool `[B, T]`; None where all are, or where keys say nothing of them."""

@@ -211,7 +211,12 @@ def test_tiles_cover_every_row_once():
         for tile in mask.tiles(4):
             rows[tile.rows] += 1
             matrix = mask.matrix().expand(-1, -1, mask.query_length, -1)[:, :, tile.rows]
-            assert torch.equal(tile.allowed.expand(-1, -1, matrix.shape[2], -1), matrix[..., tile.columns])
+            allowed = matrix[..., tile.columns]
+            assert allowed[..., : tile.free].all()
+            assert torch.equal(tile.allowed.expand(-1, -1, matrix.shape[2], -1), allowed[..., tile.free :])
+            assert torch.equal(
+                tile.count().expand(-1, -1, matrix.shape[2], -1), allowed.sum(-1, keepdim=True).clamp(min=1)
+            )
             assert not matrix[..., tile.columns.stop :].any()
         assert (rows == 1).all()
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import Mask
 from ..ops.heads import compute_dtype, mix, scores
 from ..ops.linear import causal_linear, full_linear
 from ..ops.rows import Tile, by_rows, rows_per_tile
+from ..ops.scores import WORTH_IT, blocked_scores
 
 # What an attention module does: a text to its own past, a text to itself, a text to another.
 KINDS = ("causal", "bidirectional", "cross")
@@ -179,24 +181,33 @@ def suggestion(name: str, known) -> str:
 class ScoreAttention(Attention):
     """Variants that act on the scores s_ij: O(n^2 d) time, and O(n d) memory by tiles of rows.
 
-    Their tiles run the definition itself, so a variant of this family writes `activate` and is done.
+    o_i = sum_j a_ij v_j / d_i. A variant of this family writes `activate` (the a_ij) and `denominator` (the d_i).
+
+    Attributes:
+        needs_peak: `activate` wants the largest score of each row.
+        needs_total: `denominator` wants the sum of the a_ij.
     """
 
     cost = "O(n^2 d)"
     cost_class = "quadratic"
     any_mask = True
+    needs_peak: ClassVar[bool] = False
+    needs_total: ClassVar[bool] = False
 
-    def activate(self, scores: Tensor, allowed: Tensor) -> Tensor:
-        """Weights from scores.
+    def activate(self, scores: Tensor, count: Tensor, peak: Tensor | None, heads: slice) -> Tensor:
+        """The a_ij, one by one from the scores times `score_factor`, which it may overwrite.
 
         Args:
-            scores: `[B, H, T, S]`, times `score_factor`; may be overwritten where no gradient is wanted.
-            allowed: bool, broadcastable to the scores.
-
-        Returns:
-            `[B, H, T, S]`, zero where `allowed` is False.
+            scores: `[..., h, t, s]`, -inf where the row may not attend to the key; the result must be 0 there.
+            count: how many keys each row may attend to, at least 1; broadcastable to `[..., h, t, 1]`.
+            peak: the largest score of each row, -inf where it may attend to nothing; None unless `needs_peak`.
+            heads: which query heads these are.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no activate")
+
+    def denominator(self, total: Tensor | None, count: Tensor) -> Tensor | None:
+        """The d_i, `[B, H, T, 1]` or 1 in places, from the sum of the a_ij (None unless `needs_total`); None for 1."""
+        return None
 
     def score_factor(self) -> float | Tensor:
         """A factor of all scores, a number or `[H, 1, 1]`: cheaper on the queries than in `activate`."""
@@ -206,39 +217,91 @@ class ScoreAttention(Attention):
         """What is left to do with `sum_j w_ij v_j`, `[B, H, t, Dv]`."""
         return out
 
+    def weights(self, query, key, mask, scaling):
+        everything = Tile(slice(0, mask.query_length), slice(0, mask.key_length), mask.matrix(query.device))
+        weights, denominator = self._parts(query, key, everything, mask, mask.bias, scaling)
+        weights = weights if denominator is None else weights / denominator
+        return weights if mask.sinks is None else weights[..., :-1]
+
     def reference(self, query, key, value, mask, scaling):
         return self.finish(super().reference(query, key, value, mask, scaling))
 
-    def weights(self, query, key, mask, scaling):
+    def _parts(self, query, key, tile: Tile, mask: Mask, bias, scaling) -> tuple[Tensor, Tensor | None]:
+        """The a_ij (with those of the sinks as last column) and the d_i of a tile."""
         factor = self.score_factor()
         if torch.is_tensor(factor):
             factor = factor.to(query.dtype)
-        allowed = mask.matrix(query.device)
-        if mask.bias is None and mask.softcap is None and mask.sinks is None:
-            return self.activate(scores(query * (scaling * factor), key), allowed)
-        s = scores(query * scaling, key)
-        if mask.softcap is not None:
-            s = mask.softcap * torch.tanh(s / mask.softcap)
-        if mask.bias is not None:
-            s = s + mask.bias
+        if bias is None and mask.softcap is None and mask.sinks is None:
+            s = scores(query * (scaling * factor), key)
+        else:
+            s = scores(query * scaling, key)
+            if mask.softcap is not None:
+                s = mask.softcap * torch.tanh(s / mask.softcap)
+            if bias is not None:
+                s = s + bias
+            s = s * factor
+        s = forbid(s, tile)
+        count = tile.count()
         if mask.sinks is not None:
-            sinks = mask.sinks.to(s.dtype)[:, None, None]
-            s = torch.cat([s, sinks.expand(*s.shape[:-1], 1)], dim=-1)
-            allowed = torch.cat([allowed, torch.ones_like(allowed[..., :1])], dim=-1)
-        weights = self.activate(s * factor, allowed)
-        return weights if mask.sinks is None else weights[..., :-1]
+            sinks = (mask.sinks.to(s.dtype)[:, None, None] * factor).expand(*s.shape[:-1], 1)
+            s, count = torch.cat([s, sinks], dim=-1), count + 1
+        peak = s.amax(-1, keepdim=True) if self.needs_peak else None
+        weights = self.activate(s, count, peak, slice(None))
+        total = weights.sum(-1, keepdim=True) if self.needs_total else None
+        return weights, self.denominator(total, count.to(weights.dtype))
 
     def forward(self, query, key, value, mask, scaling, state=None):
         dtype = compute_dtype(query.dtype)
+        scores_per_head = query.shape[2] * key.shape[2] * query.shape[1] // key.shape[1]
+        if (
+            mask.plain
+            and mask.valid is None
+            and not torch.is_grad_enabled()
+            and query.device.type == "cpu"
+            and scores_per_head >= WORTH_IT
+        ):
+            return self._blocked(query, key, value, mask, scaling)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, tile: Tile) -> tuple[Tensor]:
             bias = None if bias is None else bias.to(dtype)
-            weights = self.weights(query.to(dtype), key.to(dtype), mask.tile(tile, bias), scaling)
-            return (self.finish(mix(weights, value.to(dtype))).to(query.dtype),)
+            weights, denominator = self._parts(query.to(dtype), key.to(dtype), tile, mask, bias, scaling)
+            out = mix(weights if mask.sinks is None else weights[..., :-1], value.to(dtype))
+            out = out if denominator is None else out / denominator
+            return (self.finish(out).to(query.dtype),)
 
         size = rows_per_tile(query.shape[0], query.shape[1], key.shape[2])
         parameters = [*self.parameters(), *([] if mask.sinks is None else [mask.sinks])]
         return by_rows(attend, query, key, value, mask.tiles(size, query.device), parameters, mask.bias)[0]
+
+    def _blocked(self, query, key, value, mask: Mask, scaling: float) -> Tensor:
+        dtype, group = compute_dtype(query.dtype), query.shape[1] // key.shape[1]
+
+        def activate(kv_head: int, scores: Tensor, count: Tensor, peak: Tensor | None) -> Tensor:
+            return self.activate(scores, count, peak, slice(kv_head * group, (kv_head + 1) * group))
+
+        out, total = blocked_scores(
+            query.to(dtype) * (scaling * self.score_factor()),
+            key,
+            value,
+            activate,
+            causal=mask.causal,
+            needs_peak=self.needs_peak,
+            needs_total=self.needs_total,
+        )
+        rows = torch.arange(query.shape[2], device=query.device) + mask.offset + 1
+        count = rows[:, None] if mask.causal else torch.full_like(rows, key.shape[2])[:, None]
+        denominator = self.denominator(total, count.to(dtype))
+        out = out if denominator is None else out.div_(denominator)
+        return self.finish(out).to(query.dtype)
+
+
+def forbid(scores: Tensor, tile: Tile) -> Tensor:
+    """-inf where the tile does not allow; in place where no gradient is wanted."""
+    if torch.is_grad_enabled():
+        allowed = F.pad(tile.allowed, (tile.free, 0), value=True) if tile.free else tile.allowed
+        return scores.masked_fill(~allowed, float("-inf"))
+    scores[..., tile.free :].masked_fill_(~tile.allowed, float("-inf"))
+    return scores
 
 
 class LinearAttention(Attention):

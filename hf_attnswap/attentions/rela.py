@@ -34,8 +34,8 @@ class Rela(ScoreAttention):
         if self.gate:
             nn.init.zeros_(self.gate_weight)
 
-    def activate(self, scores, allowed):
-        return torch.relu(scores).masked_fill(~allowed, 0)
+    def activate(self, scores, count, peak, heads):
+        return scores.relu_()
 
     def finish(self, out):
         normed = out * (out.square().mean(-1, keepdim=True) + self.eps).rsqrt()

@@ -29,13 +29,11 @@ class ActivatedScores(ScoreAttention):
         if self.gain:
             nn.init.ones_(self.output_gain)
 
-    def activation(self, scores: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError(f"{type(self).__name__} defines no activation")
+    def denominator(self, total, count):
+        return count**self.alpha
 
-    def activate(self, scores, allowed):
-        count = allowed.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
-        weights = self.activation(scores).masked_fill(~allowed, 0) / count**self.alpha
-        return weights * self.output_gain.to(weights.dtype)[:, None, None] if self.gain else weights
+    def finish(self, out):
+        return out * self.output_gain.to(out.dtype)[:, None, None] if self.gain else out
 
 
 @register
@@ -45,8 +43,8 @@ class Relu(ActivatedScores):
     name = "relu"
     formula = "sum_j relu(s_ij) v_j / n_i^alpha"
 
-    def activation(self, scores):
-        return torch.relu(scores)
+    def activate(self, scores, count, peak, heads):
+        return scores.relu_()
 
 
 @register
@@ -56,8 +54,8 @@ class Relu2(ActivatedScores):
     name = "relu2"
     formula = "sum_j relu(s_ij)^2 v_j / n_i^alpha"
 
-    def activation(self, scores):
-        return torch.relu(scores).square()
+    def activate(self, scores, count, peak, heads):
+        return scores.relu_().square()
 
 
 @register
@@ -67,8 +65,8 @@ class Gelu(ActivatedScores):
     name = "gelu"
     formula = "sum_j gelu(s_ij) v_j / n_i^alpha"
 
-    def activation(self, scores):
-        return F.gelu(scores)
+    def activate(self, scores, count, peak, heads):
+        return F.gelu(scores.clamp(min=-100))  # of -inf it is NaN; here it is zero from -15 on
 
 
 @register
@@ -78,5 +76,5 @@ class Softplus(ActivatedScores):
     name = "softplus"
     formula = "sum_j softplus(s_ij) v_j / n_i^alpha"
 
-    def activation(self, scores):
+    def activate(self, scores, count, peak, heads):
         return F.softplus(scores)

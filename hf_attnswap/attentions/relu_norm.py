@@ -3,7 +3,6 @@
 Shen et al., "A study on ReLU and softmax in transformer", 2023. O(n^2), as every activation on the scores.
 """
 
-import torch
 import torch.nn.functional as F
 
 from .base import ScoreAttention
@@ -13,14 +12,11 @@ from .registry import register
 class NormalisedScores(ScoreAttention):
     """Rows sum to one where any weight is positive, and are zero otherwise."""
 
+    needs_total = True
     eps = 1e-6
 
-    def activation(self, scores: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError(f"{type(self).__name__} defines no activation")
-
-    def activate(self, scores, allowed):
-        a = self.activation(scores).masked_fill(~allowed, 0)
-        return a / (a.sum(-1, keepdim=True) + self.eps)
+    def denominator(self, total, count):
+        return total + self.eps
 
 
 @register
@@ -31,8 +27,8 @@ class ReluNorm(NormalisedScores):
     formula = "sum_j relu(s_ij) v_j / (sum_j relu(s_ij) + eps)"
     source = "Shen 2023"
 
-    def activation(self, scores):
-        return torch.relu(scores)
+    def activate(self, scores, count, peak, heads):
+        return scores.relu_()
 
 
 @register
@@ -43,8 +39,8 @@ class Relu2Norm(NormalisedScores):
     formula = "sum_j relu(s_ij)^2 v_j / (sum_j relu(s_ij)^2 + eps)"
     source = "relu_norm, squared"
 
-    def activation(self, scores):
-        return torch.relu(scores).square()
+    def activate(self, scores, count, peak, heads):
+        return scores.relu_().square()
 
 
 @register
@@ -55,5 +51,5 @@ class SoftplusNorm(NormalisedScores):
     formula = "sum_j softplus(s_ij) v_j / (sum_j softplus(s_ij) + eps)"
     source = "relu_norm, smooth"
 
-    def activation(self, scores):
+    def activate(self, scores, count, peak, heads):
         return F.softplus(scores)

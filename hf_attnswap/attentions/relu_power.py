@@ -20,6 +20,7 @@ class ReluPower(ScoreAttention):
     name = "relu_power"
     formula = "sum_j a_ij v_j / sum_j a_ij, a_ij = relu(1 + (s_ij - c_i)/p)^p, c_i = max_j s_ij"
     source = "exp(x) = lim (1 + x/p)^p; entmax: Peters 2019"
+    needs_peak = needs_total = True
     p = Option(16, "the power, a power of two; larger is closer to softmax", choices=tuple(2**i for i in range(11)))
     shift = Option(
         "max", "what is subtracted from the scores of a row: its maximum, or nothing", choices=("max", "none")
@@ -39,16 +40,20 @@ class ReluPower(ScoreAttention):
     def score_factor(self):
         return self.log_temperature.exp()[:, None, None] / self.p if self.temperature else 1 / self.p
 
-    def activate(self, scores, allowed):
-        s = scores.masked_fill(~allowed, float("-inf"))
-        c = 0
+    def activate(self, scores, count, peak, heads):
+        # A row that may attend to nothing has no largest score.
+        peak = peak.clamp(min=torch.finfo(scores.dtype).min)
+        # In place where no gradient needs what is overwritten.
+        learning = torch.is_grad_enabled()
         if self.shift == "max":
-            # A row that may attend to nothing has no maximum.
-            c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
-        a = torch.relu(s - (c - 1))
-        if self.shift == "none":  # the largest is 1 with the other shift; a factor of the row cancels
-            a = a / a.amax(-1, keepdim=True).detach().clamp(min=torch.finfo(a.dtype).tiny)
+            a = scores - (peak - 1) if learning else scores.sub_(peak - 1)
+            a = a.relu_()
+        else:  # the largest is 1 with the other shift; a factor of the row cancels
+            largest = (1 + peak).detach().clamp(min=torch.finfo(scores.dtype).tiny)
+            a = torch.relu(1 + scores) / largest
         for _ in range(self.p.bit_length() - 1):
-            a = a * a
-        total = a.sum(-1, keepdim=True)
-        return a / torch.where(total > 0, total, 1)
+            a = a * a if learning else a.mul_(a)
+        return a
+
+    def denominator(self, total, count):
+        return torch.where(total > 0, total, 1)

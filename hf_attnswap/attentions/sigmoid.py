@@ -26,7 +26,6 @@ class Sigmoid(ScoreAttention):
     def reset_parameters(self):
         nn.init.zeros_(self.offset)
 
-    def activate(self, scores, allowed):
-        count = allowed.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
-        s = scores - count.log() + self.offset.to(scores.dtype)[:, None, None]
-        return torch.sigmoid(s).masked_fill(~allowed, 0)
+    def activate(self, scores, count, peak, heads):
+        bias = self.offset[heads].to(scores.dtype)[:, None, None] - count.to(scores.dtype).log()
+        return scores.add_(bias).sigmoid_()

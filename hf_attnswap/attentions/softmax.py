@@ -19,8 +19,13 @@ class Softmax(ScoreAttention):
     source = "Vaswani 2017"
     control = True
 
-    def activate(self, scores, allowed):
-        return torch.softmax(scores.masked_fill(~allowed, float("-inf")), dim=-1).nan_to_num(0.0)
+    needs_peak = needs_total = True
+
+    def activate(self, scores, count, peak, heads):
+        return torch.exp(scores - peak.clamp(min=torch.finfo(scores.dtype).min))
+
+    def denominator(self, total, count):
+        return torch.where(total > 0, total, 1)
 
     def forward(self, query, key, value, mask, scaling, state=None, dropout=0.0):
         if mask.softcap is not None or mask.sinks is not None:

@@ -17,11 +17,20 @@ TILE_ELEMENTS = 1 << 20
 
 
 class Tile(NamedTuple):
-    """Query rows, the slice of keys that they may see, and which of those (bool, broadcastable to `[B, H, t, s]`)."""
+    """Query rows, the slice of keys that they may see, and which of those.
+
+    All rows see the first `free` of the columns; `allowed` is about the others, bool, broadcastable to
+    `[B, H, t, s - free]`.
+    """
 
     rows: slice
     columns: slice
     allowed: Tensor
+    free: int = 0
+
+    def count(self) -> Tensor:
+        """How many keys each row may attend to, broadcastable to `[B, H, t, 1]`."""
+        return (self.allowed.sum(-1, keepdim=True) + self.free).clamp(min=1)
 
 
 # query `[B, H, t, D]`, key `[B, Hkv, s, D]`, value `[B, Hkv, s, Dv]` and bias (or None) of one tile.
