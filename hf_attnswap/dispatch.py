@@ -23,10 +23,11 @@ from .packing import unpack_rows
 NAME = "attnswap"
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
-# sliding_window is already in the mask, is_causal says what a missing mask means.
+# sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss.
 _HARMLESS = frozenset(
     "position_ids cache_position use_cache output_hidden_states output_router_logits return_dict num_items_in_batch "
-    "is_causal sliding_window output_attentions".split()
+    "input_ids grid_thw is_causal sliding_window output_attentions logits_to_keep shift_labels ignore_index "
+    "deterministic".split()
 )
 # Keywords that `read_mask` turns into a part of the mask, which the variant honours or refuses.
 _HONOURED = frozenset("position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split())
@@ -34,6 +35,8 @@ _HONOURED = frozenset("position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_le
 _REFUSED = {
     "head_mask": "a mask over heads",
     "cache": "a paged cache",
+    "indices": "the keys that sparse attention has chosen",
+    "block_indices": "the blocks that sparse attention has chosen",
 }
 
 Observer = Callable[..., Tensor]
@@ -112,6 +115,8 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     if bias is not None or softcap is not None or sinks is not None:
         if isinstance(mask, Packed):
             raise NotImplementedError("packed texts together with a bias, a soft cap or sinks are not supported")
+        if sinks is not None and sinks.dim() != 1:
+            raise NotImplementedError(f"its sinks have shape {tuple(sinks.shape)}; expected one score per head")
         if bias is not None:
             bias = bias if mask.bias is None else bias + mask.bias
         mask = replace(mask, bias=bias if bias is not None else mask.bias, softcap=softcap, sinks=sinks)
@@ -191,7 +196,7 @@ def _wanted(kwargs: dict) -> bool:
 
 
 def _weights(attention, query, key, mask, scaling, layer) -> Tensor:
-    if attention.stateful and layer is not None:
+    if attention.stateful and layer is not None and layer.seen > key.shape[2]:
         raise NotImplementedError(
             "output_attentions needs all keys, and a state has forgotten them: call the model with use_cache=False"
         )
@@ -265,15 +270,24 @@ def attnswap_mask(
     """What transformers calls to make the mask of a model with swapped layers.
 
     Returns:
-        None for a plain causal mask of a whole text or one token; bool `[B, S]` for causal attention with padding;
-        int32 `[B, S]` for packed texts (0: padding); bool `[B, 1, 1, S]` for all tokens to all others, with padding;
-        bool `[B, 1, T, S]` for anything else.
+        None where the module's `is_causal` says all (a whole text or one token, nothing padded); bool `[B, S]` for
+        causal attention with padding; int32 `[B, S]` for packed texts (0: padding); bool `[B, 1, T, S]` for anything
+        else (one row, expanded, where all tokens attend to all others). What the model had before, where other modules
+        read the masks too.
     """
     columns = slice(kv_offset, kv_offset + kv_length)
+    saved = getattr(kwargs.get("config"), NAME, None) or {}
+    if saved.get("matrix_masks"):
+        make = AttentionMaskInterface()[saved["kept"] if saved["kept"] in ("sdpa", "eager") else "sdpa"]
+        return make(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     if mask_function is bidirectional_mask_function:
         if attention_mask is None:
-            return torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-        return attention_mask[:, None, None, columns].bool()
+            valid = torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+        else:
+            valid = attention_mask[:, None, None, columns].bool()
+        # As for SDPA, which then goes by the module's is_causal: some models rely on that.
+        skip = kwargs.get("allow_is_bidirectional_skip") and (attention_mask is None or valid.all())
+        return None if skip else valid.expand(-1, -1, q_length, -1)
     grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
     if grows and mask_function is causal_mask_function:
         whole = q_length in (1, kv_length)

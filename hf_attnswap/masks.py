@@ -172,7 +172,9 @@ def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
     if dense.shape[1] != 1:
         return Mask(query_length, key_length, dense=dense)
     matrix = dense[:, 0]
-    if not causal and (matrix == matrix[:, :1]).all():
+    one_row = dense.stride(2) == 0 or query_length == 1  # expanded, as transformers makes it: nothing to compare
+    if not causal and (one_row or (matrix == matrix[:, :1]).all()):
+        matrix = matrix[:, :1]
         return Mask(query_length, key_length, valid=None if matrix.all() else matrix[:, 0], causal=False)
 
     def rows(start: int, stop: int) -> Tensor:

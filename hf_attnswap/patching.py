@@ -104,6 +104,11 @@ def swap(
         raise UsageError(f"a {type(model).__name__} cannot be swapped: it is not a transformers model")
     if getattr(model.config, NAME, None):
         raise UsageError(f"the model is already swapped ({describe(model)}): call hf_attnswap.restore(model) first")
+    if getattr(model.config, "output_attentions", False):
+        raise UsageError(
+            "the config has output_attentions=True, which transformers allows with 'eager' alone: unset it, and pass "
+            "output_attentions=True with the call instead"
+        )
     groups = _swappable(model, config.kinds)
     plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
     built = [
@@ -113,10 +118,16 @@ def swap(
     ]
     for entry, index, (_, kind), new in built:
         _attach(model.get_submodule(entry.name), new, kind, index)
+    # A model where other modules read the masks too goes on making those that they know.
+    others_read_masks = any(
+        _reads_mask(type(m)) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
+    )
     saved = {}
     for part, part_config in _parts(model).items():
         own = {kind: plan for (of, kind), plan in plans.items() if of == part}
         saved[part] = plans_to_dict(own, part_config._attn_implementation or "sdpa")
+        if others_read_masks:
+            saved[part]["matrix_masks"] = True
     _mark(model, saved)
     return model
 
@@ -197,7 +208,7 @@ def _dispatches(cls: type[nn.Module]) -> bool:
         sources = [python_inspect.getsource(base) for base in cls.__mro__ if base.__module__ == cls.__module__]
     except (OSError, TypeError):
         return False
-    return any("ALL_ATTENTION_FUNCTIONS" in source for source in sources)
+    return any(re.search(r"ALL_ATTENTION_FUNCTIONS(\.get_interface|\[)", source) for source in sources)
 
 
 _CROSS_NAMES = ("encoder_attn", "encoder_attention", "src_attn")
@@ -234,11 +245,25 @@ def _calls_it_causal(cls: type[nn.Module]) -> bool:
         return False
 
 
+@functools.cache
+def _reads_mask(cls: type[nn.Module]) -> bool:
+    """Whether the class does more with a mask than to hand it on."""
+    if not cls.__module__.startswith("transformers.models.") and "transformers_modules" not in cls.__module__:
+        return False
+    try:
+        source = python_inspect.getsource(cls)
+    except (OSError, TypeError):
+        return True
+    return bool(re.search(r"mask(\[|\.[a-z]| [-+*&] )|[-+*&] \w*mask\b", source))
+
+
 def _refusal(module: nn.Module) -> str | None:
     if not _dispatches(type(module)):
         return "its attention is written out in the model's own file, not dispatched through AttentionInterface"
     if not isinstance(getattr(module, "config", None), PreTrainedConfig):
         return "it has no config to read its attention implementation from"
+    if hasattr(module, "indexer"):
+        return "it chooses the keys of each row (sparse attention), which no variant honours"
     return None
 
 

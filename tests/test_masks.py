@@ -295,9 +295,10 @@ def test_mask_function_bidirectional_is_one_row():
     config = BertConfig()
     config._attn_implementation = "attnswap"
     found = create_bidirectional_mask(config, torch.zeros(2, N, 8), LEFT.long())
-    assert torch.equal(found, LEFT[:, None, None])
-    found = create_bidirectional_mask(config, torch.zeros(2, N, 8), None)
-    assert torch.equal(found, torch.ones(2, 1, 1, N, dtype=torch.bool))
+    assert torch.equal(found, LEFT[:, None, None].expand(2, 1, N, N)) and found.stride(2) == 0
+    assert create_bidirectional_mask(config, torch.zeros(2, N, 8), None) is None
+    found = create_bidirectional_mask(config, torch.zeros(2, N, 8), None, allow_is_bidirectional_skip=False)
+    assert found.all() and found.shape == (2, 1, N, N)
 
 
 def test_mask_function_padding_is_2d():

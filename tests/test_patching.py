@@ -320,8 +320,10 @@ def test_output_attentions_are_the_weights(name, layers):
 
 def test_output_attentions_of_a_state_raises():
     model = hf_attnswap.swap(tiny(), "elu")
+    first = model(tokens(12), output_attentions=True)  # nothing is forgotten yet
+    assert torch.equal(first.attentions[0], model(tokens(12), output_attentions=True, use_cache=False).attentions[0])
     with pytest.raises(NotImplementedError, match=r"layer 0 \(elu\): output_attentions .*use_cache=False"):
-        model(tokens(12), output_attentions=True)
+        model(tokens(1), past_key_values=first.past_key_values, output_attentions=True)
 
 
 def test_new_parameters_follow_the_module():

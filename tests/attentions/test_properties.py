@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import NAMES, SCALING, WITH_OPTIONS, build, case_id, causal, inputs, named
+from attention_cases import KINDS, SCALING, WITH_OPTIONS, build, case_id, causal, inputs, named
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,13 +50,17 @@ def build_like(name, tensors, **options):
 
 
 @every_magnitude
-@pytest.mark.parametrize("name", NAMES)
-def test_finite(name, magnitude):
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_finite(name, kind, magnitude):
     @modest
     @given(texts(magnitude))
     def check(text):
-        tensors, valid = text
-        check_finite(build_like(name, tensors), tensors, causal(valid.shape[1], valid))
+        (query, key, value), valid = text
+        keys = valid.shape[1]
+        if kind == "cross":
+            query = query[:, :, : keys // 2 + 1].detach().requires_grad_()
+        tensors = query, key, value
+        check_finite(build_like(name, tensors), tensors, Mask(query.shape[2], keys, valid, causal=kind == "causal"))
 
     check()
 

@@ -129,6 +129,18 @@ def test_row_that_may_attend_to_nothing_is_zero(name, dtype):
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kind in KINDS if kind != "causal"])
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_text_without_any_key_gives_zeros(name, kind, dtype):
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[1] = False
+    attention, given = build(name, dtype=dtype), inputs(20, dtype=dtype)
+    out = attention(*given, Mask(20, 20, valid, causal=False), SCALING)
+    assert (out[1] == 0).all() and out.isfinite().all()
+    for grad in gradients(out, [*given, *attention.parameters()], None):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_that_comes_first_is_finite(name):
     """Its rows may attend to nothing; nobody reads them, but NaN would spread through the rest of the model."""
