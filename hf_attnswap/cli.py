@@ -164,17 +164,18 @@ def convert(
     """
     from . import SwapConfig
     from .files import require_empty, whole_folder
-    from .loading import load
+    from .loading import load_any
     from .patching import describe, swap
     from .tradeoff import parse_options
 
     require_empty(output_dir)
-    loaded, tokenizer = load(model, dtype=dtype, device="cpu", revision=revision, trust_remote_code=trust_remote_code)
+    loaded, processor = load_any(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     swap(loaded, attention, layers=_layers(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
     with whole_folder(output_dir) as folder:
         loaded.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    print(f"{output_dir}: {describe(loaded)}, not trained")
+        if processor is not None:
+            processor.save_pretrained(folder)
+    print(f"{output_dir}: {describe(loaded)}, not trained" + ("" if processor else "; it has no tokenizer"))
 
 
 @app.command()

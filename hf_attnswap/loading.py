@@ -3,14 +3,17 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -45,6 +48,39 @@ def load(
     if "gguf_file" in where:
         _forget_quantisation(model)
     return model.to(device).eval(), tokenizer
+
+
+def load_any(
+    model_name_or_path: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """A model of any kind, of the class that it was saved with, and its tokenizer or processor (None without one).
+
+    Raises:
+        UsageError: as `load`.
+    """
+    source, where = _source(model_name_or_path)
+    if where:  # GGUF holds language models alone
+        return load(model_name_or_path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    where = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    if dtype != "auto":
+        find_dtype(dtype)
+    with _one_line(f"cannot load the model {model_name_or_path!r}"):
+        config = AutoConfig.from_pretrained(source, **where)
+        saved_as = getattr(transformers, (config.architectures or [""])[0], None)
+        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        model = (saved_as or auto_class).from_pretrained(source, dtype=dtype, **where)
+    return model.eval(), _processor(source, where)
+
+
+def _processor(source: str, where: dict[str, Any]) -> Any:
+    """The tokenizer or processor of a model; None where its folder has no file for one."""
+    own = ("tokenizer*", "vocab*", "*processor_config.json", "spiece*", "*.model")
+    if Path(source).is_dir() and not any(next(Path(source).glob(pattern), None) for pattern in own):
+        return None  # transformers would make up an empty one
+    try:
+        return AutoProcessor.from_pretrained(source, **where)
+    except (OSError, ValueError):
+        return None
 
 
 def load_classifier(

@@ -211,13 +211,19 @@ def _dispatches(cls: type[nn.Module]) -> bool:
     return any(re.search(r"ALL_ATTENTION_FUNCTIONS(\.get_interface|\[)", source) for source in sources)
 
 
-_CROSS_NAMES = ("encoder_attn", "encoder_attention", "src_attn")
+_CROSS_NAMES = ("encoder_attn", "encoder_attention", "src_attn", "x_attn")
 
 
 def _kind(model: nn.Module, name: str, module: nn.Module) -> str:
     """What it attends to; where a mask leaves that open, SDPA goes by `is_causal` as well."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "cross"  # in transformers, always that of learned queries that pool a text or image
     own_name = name.rpartition(".")[2]
-    if re.search("cross|encdec", f"{own_name} {type(module).__name__}", re.I) or own_name in _CROSS_NAMES:
+    around = ".".join(name.split(".")[-2:])  # some wrap it: crossattention.attention
+    if (
+        re.search("cross|encdec|encoder_decoder_att", f"{around} {type(module).__name__}", re.I)
+        or own_name in _CROSS_NAMES
+    ):
         return "cross"
     causal = getattr(module, "is_causal", None)
     if causal is None:
@@ -262,6 +268,8 @@ def _refusal(module: nn.Module) -> str | None:
         return "its attention is written out in the model's own file, not dispatched through AttentionInterface"
     if not isinstance(getattr(module, "config", None), PreTrainedConfig):
         return "it has no config to read its attention implementation from"
+    if hasattr(module, "sink_proj"):
+        return "its sinks are scores of each token, which no variant honours"
     if hasattr(module, "indexer"):
         return "it chooses the keys of each row (sparse attention), which no variant honours"
     return None

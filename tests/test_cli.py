@@ -16,7 +16,13 @@ import typer
 from attention_cases import NAMES
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import hf_attnswap
 from hf_attnswap import cli
@@ -277,6 +283,25 @@ def test_inspect(attnswap, files, model):
 def test_inspect_says_why_not(attnswap, files):
     result = attnswap("inspect", files["bloom"])
     assert result.code == 0 and "no: " in result.out
+
+
+def test_convert_an_encoder(attnswap, tmp_path):
+    bert = AutoConfig.for_model("bert", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    model = BertForSequenceClassification(bert)
+    model.save_pretrained(tmp_path / "bert")
+    result = attnswap(
+        "convert", str(tmp_path / "bert"), "--attention", "elu", "--layers", "1", "--output_dir", str(tmp_path / "elu")
+    )
+    assert result == Result(
+        0, f"{tmp_path / 'elu'}: elu in 1 bidirectional layers, not trained; it has no tokenizer\n", ""
+    )
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "elu")
+    assert [entry.swapped for entry in hf_attnswap.inspect(again)] == [None, "elu"]
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+    result = attnswap(
+        "convert", str(tmp_path / "bert"), "--attention", "elu", "--kind", "cross", "--output_dir", str(tmp_path / "x")
+    )
+    assert result.code == 2 and "has no cross attention, only bidirectional" in result.err
 
 
 def test_convert_and_evaluate(attnswap, files):
