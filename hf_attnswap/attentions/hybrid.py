@@ -93,8 +93,8 @@ class Hybrid(Attention):
         linear_mass = self._log_scale(at.query.to(c.dtype)) + _log(linear_denominator)
         linear_mass = linear_mass.masked_fill(linear_denominator <= _NO_MASS, nothing)
         share = torch.softmax(torch.cat([window_mass, linear_mass], dim=-1), dim=-1)
-        out = share[..., :1] * numerator / _one_for_zero(denominator)
-        out = out + share[..., 1:] * linear_numerator / _one_for_zero(linear_denominator)
+        out = numerator * (share[..., :1] / _one_for_zero(denominator))
+        out = out + linear_numerator * (share[..., 1:] / _one_for_zero(linear_denominator))
         if state is not None:
             state.update(vars(at.state()), S=after)
         return at.unalign(out).to(query.dtype)

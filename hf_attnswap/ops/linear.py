@@ -90,12 +90,12 @@ def full_linear(
     for start in range(0, key.shape[2], chunk):
         part = slice(start, start + chunk)
         mask = None if key_mask is None else key_mask[:, part]
-        k = _rows(_mapped(key[:, :, part].to(dtype) * scale, map_key, mask), rows)
+        k = _rows(_mapped(_scaled(key[:, :, part], dtype, scale), map_key, mask), rows)
         v = F.pad(value[:, :, part].to(dtype), (0, 1), value=1.0).flatten(0, 1)
         S = S + torch.bmm(k.transpose(1, 2), v)
     outs, denominators = [], []
     for start in range(0, length, chunk):
-        q = _mapped(query[:, :, start : start + chunk].to(dtype) * scale, map_query)
+        q = _mapped(_scaled(query[:, :, start : start + chunk], dtype, scale), map_query)
         mixed = torch.bmm(_rows(q, rows), S).view(batch, heads, q.shape[2], -1)
         numerator, denominator = mixed[..., :-1], mixed[..., -1]
         outs.append(numerator if eps is None else numerator / (denominator[..., None] + eps))
@@ -107,14 +107,19 @@ def _step(query, key, value, key_mask, state, map_query, map_key, scale, eps):
     """One token after a state: the recurrent form, in few kernels."""
     batch, heads, _, _ = query.shape
     rows, dtype = batch * value.shape[1], compute_dtype(query.dtype)
-    q = _rows(_mapped(query.to(dtype) * scale, map_query), rows)
-    k = _rows(_mapped(key.to(dtype) * scale, map_key, key_mask), rows)
+    q = _rows(_mapped(_scaled(query, dtype, scale), map_query), rows)
+    k = _rows(_mapped(_scaled(key, dtype, scale), map_key, key_mask), rows)
     v = F.pad(value.to(dtype), (0, 1), value=1.0).flatten(0, 1)
     S = torch.baddbmm(state.to(dtype).flatten(0, 1), k.transpose(1, 2), v)
     mixed = torch.bmm(q, S).view(batch, heads, 1, -1)
     numerator, denominator = mixed[..., :-1], mixed[..., -1:]
     out = numerator if eps is None else (numerator / (denominator + eps)).to(query.dtype)
     return out, denominator.squeeze(-1), S.view_as(state)
+
+
+def _scaled(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    x = x.to(dtype)
+    return x if scale == 1 else x * scale
 
 
 def _mapped(x: Tensor, feature_map: FeatureMap, key_mask: Tensor | None = None) -> Tensor:
@@ -149,8 +154,8 @@ def _forward(query, key, value, key_mask, state, map_query, map_key, scale, eps,
         part = slice(start, min(start + chunk, length))
         size = part.stop - start
         mask = None if key_mask is None else key_mask[:, part]
-        q = _rows(_mapped(query[:, :, part].to(dtype) * scale, map_query), rows)
-        k = _rows(_mapped(key[:, :, part].to(dtype) * scale, map_key, mask), rows)
+        q = _rows(_mapped(_scaled(query[:, :, part], dtype, scale), map_query), rows)
+        k = _rows(_mapped(_scaled(key[:, :, part], dtype, scale), map_key, mask), rows)
         v = ones[:, :size]
         v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
         if S is None:
@@ -202,8 +207,8 @@ class _CausalLinear(torch.autograd.Function):
             part = slice(start, min(start + ctx.chunk, length))
             size = part.stop - start
             with torch.enable_grad():
-                query_leaf = (query[:, :, part].detach().to(dtype) * scale).requires_grad_()
-                key_leaf = (key[:, :, part].detach().to(dtype) * scale).requires_grad_()
+                query_leaf = _scaled(query[:, :, part].detach(), dtype, scale).requires_grad_()
+                key_leaf = _scaled(key[:, :, part].detach(), dtype, scale).requires_grad_()
                 mapped_query = _mapped(query_leaf, ctx.maps[0])
                 mapped_key = _mapped(key_leaf, ctx.maps[1], None if key_mask is None else key_mask[:, part])
             q, k = _rows(mapped_query.detach(), rows), _rows(mapped_key.detach(), rows)

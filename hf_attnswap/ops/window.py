@@ -184,8 +184,10 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
 
 
 def _softmax_parts(query, key, value, allowed, scaling):
-    s = scores(query * scaling, key).masked_fill(~allowed, float("-inf"))
+    s = scores(query * scaling, key)
+    learning = torch.is_grad_enabled()  # else nothing needs what is overwritten
+    s = s.masked_fill(~allowed, float("-inf")) if learning else s.masked_fill_(~allowed, float("-inf"))
     # Rows of padding may see nothing at all; their maximum must not be -inf.
     c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
-    e = torch.exp(s - c)
+    e = torch.exp(s - c) if learning else s.sub_(c).exp_()
     return mix(e, value), e.sum(-1, keepdim=True), c
