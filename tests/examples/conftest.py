@@ -29,17 +29,23 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def save_tiny(tmp_path_factory):
-    """`save_tiny("gpt2")` is the folder of a tiny model whose tokens are letters."""
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are letters."""
     vocabulary = {letter: i for i, letter in enumerate(["?", "Ġ", "Ċ", *string.ascii_letters, *".,:`'()"])}
     letters = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="?"))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?")
+
+
+@pytest.fixture(scope="session")
+def save_tiny(tmp_path_factory, letters):
+    """`save_tiny("gpt2")` is the folder of a tiny model with that tokenizer."""
 
     def save(family: str, **config) -> str:
         folder = tmp_path_factory.mktemp(family)
         tiny(family, **config).save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="?").save_pretrained(folder)
+        letters.save_pretrained(folder)
         return str(folder)
 
     return save

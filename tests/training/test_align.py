@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import randomise, tiny, tokens
+from tiny_models import randomise, tiny, tiny_encoder, tokens
 
 from hf_attnswap import UsageError, restore, swap
 from hf_attnswap.patching import swapped_modules
-from hf_attnswap.training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, trainable_parameters
+from hf_attnswap.training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, calibrate, trainable_parameters
 from hf_attnswap.training.loop import batches, train
 
 
@@ -102,3 +102,16 @@ def test_a_model_without_new_parameters_is_refused(attention):
     with pytest.raises(UsageError, match="no parameters to align: fine-tune the model instead"):
         trainable_parameters(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_encoder_aligns_on_what_it_takes_by_name():
+    """Padding counts for nothing in the loss."""
+    model = randomise(swap(tiny_encoder(), "hedgehog"))
+    text = tokens(24, batch=1)
+    calibrate(model, {"input_ids": text, "attention_mask": torch.ones_like(text)})
+    padded = torch.cat([text, torch.zeros(1, 8, dtype=torch.long)], dim=1)
+    with aligning(model) as losses:
+        whole = alignment_loss(model, {"input_ids": text}, losses)
+        same = alignment_loss(model, {"input_ids": padded, "attention_mask": (padded > 0).long()}, losses)
+        assert len(losses) == 3
+    assert whole > 0 and same.item() == pytest.approx(whole.item(), rel=1e-4)
