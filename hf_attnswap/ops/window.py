@@ -4,6 +4,7 @@ Rows are taken as texts whose valid tokens stand side by side: `Context` moves p
 "the last w keys" means the last w keys that the row may attend to, wherever the padding was.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -183,11 +184,15 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
     return Context(query, key, value, valid, window, sinks, state)
 
 
+_LOG2_E = math.log2(math.e)
+
+
 def _softmax_parts(query, key, value, allowed, scaling):
-    s = scores(query * scaling, key)
+    # Powers of two: on a CPU, torch's exp takes twenty times as long for -inf as for other numbers, its exp2 does not.
+    s = scores(query * (scaling * _LOG2_E), key)
     learning = torch.is_grad_enabled()  # else nothing needs what is overwritten
     s = s.masked_fill(~allowed, float("-inf")) if learning else s.masked_fill_(~allowed, float("-inf"))
     # Rows of padding may see nothing at all; their maximum must not be -inf.
     c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
-    e = torch.exp(s - c) if learning else s.sub_(c).exp_()
-    return mix(e, value), e.sum(-1, keepdim=True), c
+    e = torch.exp2(s - c) if learning else s.sub_(c).exp2_()
+    return mix(e, value), e.sum(-1, keepdim=True), (c / _LOG2_E).clamp(min=torch.finfo(s.dtype).min)
