@@ -80,7 +80,7 @@ class Context:
     def tiles(self):
         """Tiles of rows over the w slots before them and themselves."""
         size = rows_per_tile(self.query.shape[0], self.query.shape[1], 2 * self.window)
-        size = min(size, max(32, self.window))
+        size = min(size, max(32, 2 * self.window))
         for start in range(0, self.length, size):
             rows = slice(start, min(start + size, self.length))
             columns = slice(start + 1, rows.stop + self.window)
