@@ -146,7 +146,7 @@ def examine(model: PreTrainedModel, attention: str) -> dict[str, Any]:
     for name in found.keys() - reached - reasons.keys():
         reasons[name] = f"no input was found that reaches it ({'; '.join(errors.values()) or 'none fits'})"
     record["runs"] = [f"{run.part or 'whole model'}: {', '.join(run.inputs)}" for run in runs]
-    before = [tensors(forward(model, run)) for run in runs]
+    before = [results(model, run) for run in runs]
     kinds = sorted({entry.kind for entry in found.values() if not entry.reason})
     swappable = [kind for kind in kinds if not any(e.reason for e in found.values() if e.kind == kind)]
     for entry in found.values():
@@ -214,7 +214,7 @@ def swapped_runs(
         already = set(ran)
         ran.clear()
         try:
-            differences.append(difference(expected, tensors(forward(model, run))))
+            differences.append(difference(expected, results(model, run)))
         except NotImplementedError as error:
             refused |= dict.fromkeys(own, str(error).partition(": ")[2] or str(error))
         except Exception as error:
@@ -229,7 +229,7 @@ def swapped_runs(
     hf_attnswap.restore(model)
     AttentionInterface.register(NAME, attnswap_attention)
     for run, expected in zip(runs, before, strict=True):
-        if difference(expected, tensors(forward(model, run))) != 0:
+        if difference(expected, results(model, run)) != 0:
             wrong.append(f"restore does not bring back the output of {run.part or 'the model'}")
     return {
         "swapped": len(variants),
@@ -240,6 +240,14 @@ def swapped_runs(
         "difference": max(differences, default=None),
         "keywords": {keyword: sorted(kinds) for keyword, kinds in sorted(keywords.items())},
     }
+
+
+def results(model: PreTrainedModel, run: Run) -> dict[str, Tensor]:
+    """The tensors of a forward, without the rows of padding, which nobody reads."""
+    found, mask = tensors(forward(model, run)), run.inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return found
+    return {path: t[mask.bool()] if t.shape[:2] == mask.shape else t for path, t in found.items()}
 
 
 def tensors(output: Any, path: str = "") -> dict[str, Tensor]:

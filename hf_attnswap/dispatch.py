@@ -289,6 +289,8 @@ def attnswap_mask(
         skip = kwargs.get("allow_is_bidirectional_skip") and (attention_mask is None or valid.all())
         return None if skip else valid.expand(-1, -1, q_length, -1)
     grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
+    if not kwargs.get("allow_is_causal_skip", True) and mask_function is causal_mask_function:
+        grows = False  # the model wants a matrix, to add to it
     if grows and mask_function is causal_mask_function:
         whole = q_length in (1, kv_length)
         if attention_mask is None:
