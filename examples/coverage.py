@@ -289,7 +289,9 @@ def family(model: PreTrainedModel, kinds: Sequence[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    text = (str(error).strip().splitlines() or [""])[0]
+    text = re.sub(r"/\S*site-packages/", "", text)  # where this machine has its packages is nobody's business
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def markdown(report: dict[str, Any]) -> str:
