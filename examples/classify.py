@@ -76,9 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="only for variants with parameters, which --attention puts there; 0 for none (default: %(default)s)",
     )
     parser.add_argument("--align_learning_rate", type=float, default=3e-2, help="(default: %(default)s)")
-    parser.add_argument(
-        "--align_share", type=float, default=1.0, help="align on so much of the texts, the longest (default: all)"
-    )
     add_training_arguments(parser, learning_rate=1e-4, batch_size=32)
     return parser
 
@@ -99,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     groups = by_length(token_rows(train_texts, labels, tokenizer, args.max_length), args.per_device_train_batch_size)
     validation = token_rows(validation_texts, labels, tokenizer, args.max_length)
     loader = Batches(groups, 1, args.seed)
-    longest = Batches(groups[-max(1, round(len(groups) * args.align_share)) :], 1, args.seed)
-    alignment = align(args, accelerator, model, longest, tokenizer)
+    alignment = align(args, accelerator, model, loader, tokenizer)
     history = fine_tune(args, accelerator, model, loader, tokenizer)
     correct = evaluate(accelerator, model, validation, tokenizer, args.per_device_eval_batch_size)
     found = {

@@ -100,8 +100,12 @@ def attnswap_attention(
 
 def read_mask(module, attention: Attention, query, key, attention_mask, layer, kwargs) -> Mask | Packed:
     """All that a call says of what may attend to what, in one form; NotImplementedError where the variant cannot."""
-    is_causal = kwargs.get("is_causal")
-    causal = attention.kind != "cross" and getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # Without a mask SDPA goes by is_causal, and eager attention lets every row attend to everything.
+    causal = kwargs.get("is_causal")
+    if (getattr(module.config, NAME, None) or {}).get("kept") == "eager" or attention.kind == "cross":
+        causal = False
+    elif causal is None:
+        causal = getattr(module, "is_causal", True)
     seen = layer.seen if attention.stateful and layer is not None else key.shape[2]
     mask = parse(attention_mask, query.shape[2], seen, bool(causal))
     if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):
@@ -292,7 +296,7 @@ def attnswap_mask(
     if not kwargs.get("allow_is_causal_skip", True) and mask_function is causal_mask_function:
         grows = False  # the model wants a matrix, to add to it
     if grows and mask_function is causal_mask_function:
-        whole = q_length in (1, kv_length)
+        whole = q_length in (1, kv_length) and saved.get("kept") != "eager"
         if attention_mask is None:
             if whole:
                 return None
@@ -309,8 +313,7 @@ def attnswap_mask(
     if grows and q_offset == 0:
         segments = find_segments(rows, kv_length)
         if segments is not None:
-            found = from_segments(segments)
-            return segments if isinstance(found, Packed) else found.valid
+            return segments if isinstance(from_segments(segments), Packed) else segments > 0
     return rows(0, q_length)
 
 
