@@ -262,16 +262,17 @@ class ScoreAttention(Attention):
         ):
             return self._blocked(query, key, value, mask, scaling)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, tile: Tile) -> tuple[Tensor]:
+        def attend(query, key, value, bias, tile: Tile, carry):
             bias = None if bias is None else bias.to(dtype)
             weights, denominator = self._parts(query.to(dtype), key.to(dtype), tile, mask, bias, scaling)
             out = mix(weights if mask.sinks is None else weights[..., :-1], value.to(dtype))
             out = out if denominator is None else out / denominator
-            return (self.finish(out).to(query.dtype),)
+            return (self.finish(out).to(query.dtype),), carry
 
         size = rows_per_tile(query.shape[0], query.shape[1], key.shape[2])
         parameters = [*self.parameters(), *([] if mask.sinks is None else [mask.sinks])]
-        return by_rows(attend, query, key, value, mask.tiles(size, query.device), parameters, mask.bias)[0]
+        (out,), _ = by_rows(attend, query, key, value, mask.tiles(size, query.device), parameters, mask.bias)
+        return out
 
     def _blocked(self, query, key, value, mask: Mask, scaling: float) -> Tensor:
         dtype, group = compute_dtype(query.dtype), query.shape[1] // key.shape[1]
@@ -330,16 +331,14 @@ class LinearAttention(Attention):
         """The map where queries and keys share it."""
         raise NotImplementedError(f"{type(self).__name__} defines no feature map")
 
-    def map_query_beside_softmax(self, x: Tensor) -> Tensor:
-        """The map of the queries in `X+window`, where a factor of the row does not cancel (`query_log_scale`)."""
-        return self.map_query(x)
+    def map_query_beside_softmax(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The map of the queries in `X+window`, where a factor of the row does not cancel.
 
-    def query_log_scale(self, x: Tensor) -> Tensor | None:
-        """Log of the row factor that `map_query_beside_softmax` leaves out, `[B, H, t, 1]`; None for 0.
-
-        Any number that keeps the features in range will do, so it is a constant to the gradient.
+        Returns:
+            Features, and the log of a factor of each row that was left out of them, `[B, H, t, 1]`; None for 0. Any
+            number that keeps the features in range will do for it, so it is a constant to the gradient.
         """
-        return None
+        return self.map_query(x), None
 
     def kernel(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """`phi(q_i) . phi(k_j)`, `[B, H, T, S]`: O(n^2), for the definition."""
@@ -378,7 +377,7 @@ class LinearAttention(Attention):
             key,
             value,
             **maps,
-            parameters=tuple(self.parameters()),
+            parameters=tuple(self.parameters()) if torch.is_grad_enabled() else (),
             key_mask=valid,
             state=None if state is None else state.get("S"),
         )

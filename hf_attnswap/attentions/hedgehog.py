@@ -24,13 +24,14 @@ class HedgehogMap(nn.Module):
     def reset_parameters(self):
         nn.init.zeros_(self.delta)
 
-    def exponents(self, x: Tensor) -> Tensor:
-        """`[Wx, -Wx]`."""
-        y = x + x @ self.delta.to(x.dtype)
-        return torch.cat([y, -y], dim=-1)
+    def mixed(self, x: Tensor) -> Tensor:
+        """Wx."""
+        delta = self.delta.to(x.dtype)
+        return x @ (delta + torch.eye(delta.shape[-1], dtype=x.dtype, device=x.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.exponents(x).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
+        y = self.mixed(x)
+        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
 
 
 @register
@@ -55,9 +56,6 @@ class Hedgehog(LinearAttention):
 
     def map_query_beside_softmax(self, x):
         """`[exp(Wx), exp(-Wx)]`: the softmax would rob the row of its scale, which only alone cancels."""
-        exponents = self.query_map.exponents(x)
-        return (exponents - exponents.amax(-1, keepdim=True).detach()).exp()
-
-    @torch.no_grad()
-    def query_log_scale(self, x):
-        return self.query_map.exponents(x).amax(-1, keepdim=True)
+        y = self.query_map.mixed(x)
+        largest = y.detach().abs().amax(-1, keepdim=True)
+        return torch.cat([y - largest, -y - largest], dim=-1).exp(), largest

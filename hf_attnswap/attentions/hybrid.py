@@ -14,9 +14,11 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..ops.heads import scores
-from ..ops.linear import causal_linear
-from ..ops.window import context
+from ..ops.chunks import from_chunks, to_chunks
+from ..ops.heads import compute_dtype, scores
+from ..ops.linear import linear_block, linear_step, values_with_ones
+from ..ops.rows import by_rows
+from ..ops.window import Step, context
 from .base import Attention, LinearAttention
 from .window import Window, near, read_state
 
@@ -47,16 +49,16 @@ class Hybrid(Attention):
     def _log_weights(self, query, key, allowed, scaling):
         """Logs of the terms of both sums, `[B, H, T, S]`, and which of them stand in the window. O(n^2)."""
         window = near(allowed, self.window, self.sinks)
-        kernel = scores(self.linear.map_query_beside_softmax(query), self.linear.map_key(key))
-        outside = self._log_scale(query) + _log(kernel)
+        features, left_out = self.linear.map_query_beside_softmax(query)
+        kernel = scores(features, self.linear.map_key(key))
+        outside = self._log_scale(query, left_out) + _log(kernel)
         logs = torch.where(window, scores(query, key) * scaling, outside)
         return logs.masked_fill(~allowed | (~window & (kernel <= _NO_MASS)), float("-inf")), window
 
-    def _log_scale(self, query):
+    def _log_scale(self, query, left_out):
         """Log of the factor of the linear term in each row, `[B, H, T, 1]`."""
-        mix = self.log_mix.to(query.dtype)[:, None, None]
-        scale = self.linear.query_log_scale(query)
-        return mix.expand(*query.shape[:3], 1) if scale is None else mix + scale
+        mix = self.log_mix.to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
+        return mix if left_out is None else mix + left_out
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):
@@ -73,31 +75,51 @@ class Hybrid(Attention):
 
     def forward(self, query, key, value, mask, scaling, state=None):
         at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
-        numerator, denominator, c = at.softmax_parts(scaling)
-        leaving_key, leaving_value, leaving = at.leaving()
-        linear_numerator, linear_denominator, after = causal_linear(
-            at.query,
-            leaving_key,
-            leaving_value,
-            self.linear.map_query_beside_softmax,
-            self.linear.map_key,
-            parameters=tuple(self.linear.parameters()),
-            key_mask=leaving.expand(query.shape[0], -1),
-            state=state["S"] if state else None,
-            eps=None,
-        )
-        # Each branch is a mean with the log of its mass; their softmax weighs them, and nothing can overflow.
-        nothing = torch.finfo(c.dtype).min
-        linear_denominator = linear_denominator[..., None]
-        window_mass = c + _log(denominator)
-        linear_mass = self._log_scale(at.query.to(c.dtype)) + _log(linear_denominator)
-        linear_mass = linear_mass.masked_fill(linear_denominator <= _NO_MASS, nothing)
-        share = torch.softmax(torch.cat([window_mass, linear_mass], dim=-1), dim=-1)
-        out = numerator * (share[..., :1] / _one_for_zero(denominator))
-        out = out + linear_numerator * (share[..., 1:] / _one_for_zero(linear_denominator))
+        dtype = compute_dtype(query.dtype)
+        if state:
+            S = state["S"].to(dtype)
+        else:
+            features = self.linear.map_key(key[:, :, :1].to(dtype)).shape[-1]
+            S = key.new_zeros(*key.shape[:2], features, value.shape[-1] + 1, dtype=dtype)
+        if isinstance(at, Step):
+            leaving_key, leaving_value, leaving = at.leaving()
+            x = query.to(dtype)
+            features, left_out = self.linear.map_query_beside_softmax(x)
+            k = self.linear.map_key(leaving_key.to(dtype)) * leaving[:, None, :, None].to(dtype)
+            linear, S = linear_step(features, k, leaving_value, S)
+            out = _joined(*at.softmax_parts(scaling), linear, self._log_scale(x, left_out))
+        else:
+            leaving = at.leaving()
+
+            def attend(query, key, value, bias, tile, S):
+                size, kv_heads, new = at.chunk_of(query), key.shape[1], slice(0, query.shape[2])
+                x = query.to(dtype)
+                features, left_out = self.linear.map_query_beside_softmax(x)
+                k = self.linear.map_key(key[:, :, new].to(dtype)) * leaving[:, None, tile.rows, None].to(dtype)
+                q, k, log_scale = (to_chunks(t, kv_heads, size) for t in (features, k, self._log_scale(x, left_out)))
+                linear, S = linear_block(q, k, values_with_ones(value[:, :, new], size, dtype), S)
+                out = _joined(*at.softmax_parts(query, key, value, tile, scaling), linear, log_scale)
+                return (from_chunks(out, query.shape[0], size),), S
+
+            parameters = (at.sink_key, at.sink_value, *self.parameters())
+            (out,), S = by_rows(attend, at.query, at.key, at.value, at.tiles(), parameters, carry=S.flatten(0, 1))
+            out, S = at.unalign(out), S.unflatten(0, key.shape[:2])
         if state is not None:
-            state.update(vars(at.state()), S=after)
-        return at.unalign(out).to(query.dtype)
+            state.update(vars(at.state()), S=S)
+        return out.to(query.dtype)
+
+
+def _joined(numerator, denominator, c, linear, log_scale):
+    """The result of rows, from the parts of both branches `[..., Dv]`, `[..., 1]`, `[..., 1]` and `[..., Dv + 1]`.
+
+    Each branch is a mean with the log of its mass; a sigmoid of the difference weighs them, and nothing can overflow.
+    """
+    linear_numerator, linear_denominator = linear[..., :-1], linear[..., -1:]
+    linear_mass = log_scale + _log(linear_denominator)
+    linear_mass = linear_mass.masked_fill(linear_denominator <= _NO_MASS, torch.finfo(c.dtype).min)
+    lead = (c + _log(denominator)).sub(linear_mass)
+    out = numerator * (torch.sigmoid(lead) / _one_for_zero(denominator))
+    return torch.addcmul(out, linear_numerator, torch.sigmoid(-lead) / _one_for_zero(linear_denominator))
 
 
 # Less mass than this counts as none: its reciprocal would overflow in the gradient.

@@ -5,8 +5,10 @@ Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language m
 
 import torch
 
+from ..ops.chunks import from_chunks
 from ..ops.heads import scores
-from ..ops.window import WindowState, context
+from ..ops.rows import by_rows
+from ..ops.window import Step, WindowState, context
 from .base import Attention, Option
 from .registry import register
 
@@ -46,8 +48,19 @@ class Window(Attention):
 
     def forward(self, query, key, value, mask, scaling, state=None):
         at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
-        numerator, denominator, _ = at.softmax_parts(scaling)
+        if isinstance(at, Step):
+            numerator, denominator, _ = at.softmax_parts(scaling)
+            out = numerator / denominator
+        else:
+
+            def attend(query, key, value, bias, tile, carry):
+                numerator, denominator, _ = at.softmax_parts(query, key, value, tile, scaling)
+                # Every valid row sees itself, so its denominator is at least 1.
+                out = numerator / denominator.clamp(min=1)
+                return (from_chunks(out, query.shape[0], at.chunk_of(query)),), carry
+
+            (out,), _ = by_rows(attend, at.query, at.key, at.value, at.tiles(), (at.sink_key, at.sink_value))
+            out = at.unalign(out)
         if state is not None:
             state.update(vars(at.state()))
-        # Every valid row sees itself, so its denominator is at least 1.
-        return at.unalign(numerator / denominator.clamp(min=1)).to(query.dtype)
+        return out.to(query.dtype)

@@ -15,8 +15,11 @@ inputs). Kept for the backward pass: the inputs and the state at the start of ev
 import torch
 from torch import Tensor
 
+from .backends import Op
+from .chunks import to_rows, tril_
 from .heads import compute_dtype
-from .linear import _rows, _tril_
+
+_delta = Op("causal_delta")
 
 
 def causal_delta(
@@ -35,6 +38,11 @@ def causal_delta(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    return _delta(query, key, value, beta, state, chunk)
+
+
+@_delta.form("torch")
+def _delta_torch(query, key, value, beta, state, chunk):
     if torch.is_grad_enabled():
         return _CausalDelta.apply(query, key, value, beta, state, chunk)
     if query.shape[2] == 1 and state is not None:
@@ -42,11 +50,23 @@ def causal_delta(
     return _forward(query, key, value, beta, state, chunk, keep_states=False)[:2]
 
 
+@_delta.form("reference")
+def _delta_reference(query, key, value, beta, state, chunk):
+    """Token by token."""
+    if state is None:
+        state = key.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1], dtype=compute_dtype(query.dtype))
+    outs = []
+    for i in range(query.shape[2]):
+        out, state = _step(*(t[:, :, i : i + 1] for t in (query, key, value, beta)), state)
+        outs.append(out)
+    return torch.cat(outs, dim=2), state.detach()
+
+
 def _step(query, key, value, beta, state):
     """One token after a state: the recurrent form, in few kernels."""
     batch, heads, _, _ = query.shape
     rows, dtype = batch * value.shape[1], compute_dtype(query.dtype)
-    q, k, v, b = (_rows(t.to(dtype), rows) for t in (query, key, value, beta[..., None]))
+    q, k, v, b = (to_rows(t.to(dtype), rows) for t in (query, key, value, beta[..., None]))
     S = state.to(dtype).flatten(0, 1)
     u = torch.baddbmm(v, k, S, alpha=-1).mul_(b)
     S = torch.baddbmm(S, k.transpose(1, 2), u)
@@ -56,7 +76,7 @@ def _step(query, key, value, beta, state):
 def _chunk(query, key, value, beta, part, dtype):
     """Queries `[B Hkv, G t, D]`, keys, values `[B Hkv, t, *]` and beta `[B Hkv, t, 1]` of one chunk."""
     rows = value.shape[0] * value.shape[1]
-    return (_rows(t[:, :, part].to(dtype), rows) for t in (query, key, value, beta[..., None]))
+    return (to_rows(t[:, :, part].to(dtype), rows) for t in (query, key, value, beta[..., None]))
 
 
 def _additions(k, v, b, S):
@@ -87,7 +107,7 @@ def _forward(query, key, value, beta, state, chunk, *, keep_states):
         if keep_states:
             states[index] = S
         U = _additions(k, v, b, S)[0]
-        mixed = torch.bmm(_tril_(torch.bmm(q, k.transpose(1, 2)), size), U).baddbmm_(q, S)
+        mixed = torch.bmm(tril_(torch.bmm(q, k.transpose(1, 2)), size), U).baddbmm_(q, S)
         out[:, :, part] = mixed.view(batch, heads, size, value_dim)
         S.baddbmm_(k.transpose(1, 2), U)
     return out, S.unflatten(0, (batch, kv_heads)), states
@@ -129,9 +149,9 @@ class _CausalDelta(torch.autograd.Function):
             q, k, v, b = _chunk(query, key, value, beta, part, dtype)
             S = states[index]
             U, error, overlap, N = _additions(k, v, b, S)
-            do = _rows(grad_out[:, :, part].to(dtype), rows)
-            P = _tril_(torch.bmm(do, U.transpose(1, 2)), size)
-            A = _tril_(torch.bmm(q, k.transpose(1, 2)), size)
+            do = to_rows(grad_out[:, :, part].to(dtype), rows)
+            P = tril_(torch.bmm(do, U.transpose(1, 2)), size)
+            A = tril_(torch.bmm(q, k.transpose(1, 2)), size)
             dU = torch.bmm(A.transpose(1, 2), do).baddbmm_(k, R)
             dX = torch.linalg.solve_triangular(N.transpose(1, 2), dU, upper=True, unitriangular=True)
             dv = b * dX

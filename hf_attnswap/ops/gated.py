@@ -14,8 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import Op
+from .chunks import to_rows
 from .heads import compute_dtype
-from .linear import _numerator_grad, _rows
+from .linear import _numerator_grad
+
+_gated = Op("causal_gated")
 
 
 def causal_gated(
@@ -43,6 +47,11 @@ def causal_gated(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    return _gated(query, key, value, log_gate, state, eps, chunk)
+
+
+@_gated.form("torch")
+def _gated_torch(query, key, value, log_gate, state, eps, chunk):
     arguments = (query, key, value, log_gate, state, eps, chunk)
     if torch.is_grad_enabled():
         return _CausalGated.apply(*arguments)
@@ -51,11 +60,26 @@ def causal_gated(
     return _forward(*arguments, keep_states=False)[:3]
 
 
+@_gated.form("reference")
+def _gated_reference(query, key, value, log_gate, state, eps, chunk):
+    """Token by token."""
+    if state is None:
+        dtype, value_dim = compute_dtype(query.dtype), value.shape[-1]
+        state = key.new_zeros(*key.shape[:2], key.shape[-1], value_dim + 1, dtype=dtype)
+    outs, denominators = [], []
+    for i in range(query.shape[2]):
+        token = (t[:, :, i : i + 1] for t in (query, key, value, log_gate))
+        out, denominator, state = _step(*token, state, eps)
+        outs.append(out)
+        denominators.append(denominator)
+    return torch.cat(outs, dim=2), torch.cat(denominators, dim=2), state.detach()
+
+
 def _step(query, key, value, log_gate, state, eps):
     """One token after a state: the recurrent form, in few kernels."""
     batch, heads, _, _ = query.shape
     rows, dtype = batch * value.shape[1], compute_dtype(query.dtype)
-    q, k = _rows(query.to(dtype), rows), _rows(key.to(dtype), rows)
+    q, k = to_rows(query.to(dtype), rows), to_rows(key.to(dtype), rows)
     v = F.pad(value.to(dtype), (0, 1), value=1.0).flatten(0, 1)
     kept = (state.to(dtype) * log_gate.to(dtype).exp()[..., None]).flatten(0, 1)
     S = torch.baddbmm(kept, k.transpose(1, 2), v)
@@ -98,7 +122,7 @@ def _forward(query, key, value, log_gate, state, eps, chunk, *, keep_states):
     for index, start in enumerate(range(0, length, chunk)):
         part = slice(start, min(start + chunk, length))
         size = part.stop - start
-        q, k = (_rows(t[:, :, part].to(dtype), rows) for t in (query, key))
+        q, k = (to_rows(t[:, :, part].to(dtype), rows) for t in (query, key))
         v = ones[:, :size]
         v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
         between, since = _decays(log_gate[:, :, part].to(dtype).reshape(rows, size))
@@ -144,17 +168,15 @@ class _CausalGated(torch.autograd.Function):
         rows, dtype = batch * kv_heads, compute_dtype(query.dtype)
         grad_query, grad_key, grad_value, grad_gate = (torch.empty_like(t) for t in (query, key, value, log_gate))
         ones = value.new_ones(rows, min(ctx.chunk, length), value_dim + 1, dtype=dtype)
-        grads = value.new_empty(batch, heads, min(ctx.chunk, length), value_dim + 1, dtype=dtype)
         R = torch.zeros_like(states[0])
         for index, start in reversed(list(enumerate(range(0, length, ctx.chunk)))):
             part = slice(start, min(start + ctx.chunk, length))
             size = part.stop - start
-            q, k = (_rows(t[:, :, part].to(dtype), rows) for t in (query, key))
+            q, k = (to_rows(t[:, :, part].to(dtype), rows) for t in (query, key))
             v = ones[:, :size]
             v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
-            dn = _numerator_grad(grads[:, :, :size], grad_out[:, :, part], grad_den[:, :, part], out[:, :, part],
-                                 den[:, :, part], ctx.eps)  # fmt: skip
-            dn = _rows(dn, rows)
+            dn = _numerator_grad(grad_out[:, :, part], grad_den[:, :, part], out[:, :, part], den[:, :, part], ctx.eps)
+            dn = to_rows(dn, rows)
             between, since = _decays(log_gate[:, :, part].to(dtype).reshape(rows, size))
             S, last = states[index], between[:, -1, :, None]
             P, A = torch.bmm(dn, v.transpose(1, 2)), torch.bmm(q, k.transpose(1, 2))

@@ -1,5 +1,7 @@
 """Attention by tiles of query rows: what a row needs of the `n x n` scores exists for one tile at a time.
 
+Tiles may hand a tensor on, each to the next: the state of a recurrence.
+
 The backward pass computes a tile again instead of keeping it (the recomputation of Chen 2016, per tile as in
 Rabe & Staats 2021). O(n^2 d) time for full rows, O(n w d) for a window of w keys; O(n d) memory either way.
 """
@@ -20,12 +22,12 @@ class Tile(NamedTuple):
     """Query rows, the slice of keys that they may see, and which of those.
 
     All rows see the first `free` of the columns; `allowed` is about the others, bool, broadcastable to
-    `[B, H, t, s - free]`.
+    `[B, H, t, s - free]`, or None where `attend` knows it.
     """
 
     rows: slice
     columns: slice
-    allowed: Tensor
+    allowed: Tensor | None
     free: int = 0
 
     def count(self) -> Tensor:
@@ -33,8 +35,11 @@ class Tile(NamedTuple):
         return (self.allowed.sum(-1, keepdim=True) + self.free).clamp(min=1)
 
 
-# query `[B, H, t, D]`, key `[B, Hkv, s, D]`, value `[B, Hkv, s, Dv]` and bias (or None) of one tile.
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tile], tuple[Tensor, ...]]
+# Given query `[B, H, t, D]`, key `[B, Hkv, s, D]`, value `[B, Hkv, s, Dv]` and bias (or None) of a tile, the tile, and
+# what the tile before handed on: the results of its rows, and what it hands on.
+Attend = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tile, Tensor | None], tuple[tuple[Tensor, ...], Tensor | None]
+]
 
 
 def rows_per_tile(batch: int, heads: int, key_length: int) -> int:
@@ -50,21 +55,28 @@ def by_rows(
     tiles: Iterable[Tile],
     parameters: Sequence[Tensor] = (),
     bias: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Run `attend(query_tile, key_columns, value_columns, bias_tile, tile)` over tiles and join the rows.
+    carry: Tensor | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Run `attend(query_tile, key_columns, value_columns, bias_tile, tile, carry)` over tiles and join the rows.
 
     Args:
-        attend: plain torch operations; returns tensors whose dimension 2 is the rows of the tile. It is called again
-            in the backward pass.
+        attend: plain torch operations; returns tensors whose dimension 2 is the rows of the tile, and what it hands on.
+            It is called again in the backward pass.
         query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`.
         tiles: cover the rows in order, each row once.
         parameters: every other tensor that `attend` uses and that needs a gradient.
         bias: `[1 or B, 1 or H, T, S]`, what is added to the scores.
+        carry: what the first tile gets, a constant to the gradient.
+
+    Returns:
+        The results of all rows, and what the last tile hands on, without a gradient.
     """
     tiles = tuple(tiles)
-    if torch.is_grad_enabled():
-        return _ByRows.apply(attend, tiles, query, key, value, bias, *parameters)
-    return _join(attend, tiles, query, key, value, bias)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        *results, carry = _ByRows.apply(attend, tiles, query, key, value, bias, carry, *parameters)
+        return tuple(results), carry
+    results, carry, _ = _join(attend, tiles, query, key, value, bias, carry)
+    return results, None if carry is None else carry.detach()
 
 
 def _slices(tile: Tile, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> list[Tensor | None]:
@@ -76,42 +88,57 @@ def _slices(tile: Tile, query: Tensor, key: Tensor, value: Tensor, bias: Tensor 
     ]
 
 
-def _join(attend, tiles, query, key, value, bias):
-    results = None
+def _join(attend, tiles, query, key, value, bias, carry):
+    results, carries = None, []
     for tile in tiles:
-        parts = attend(*_slices(tile, query, key, value, bias), tile)
+        carries.append(carry)
+        parts, carry = attend(*_slices(tile, query, key, value, bias), tile, carry)
+        if len(tiles) == 1:
+            return parts, carry, carries
         if results is None:  # [B, T, H, ...] in memory, as the model's output projection reads it
             results = tuple(
                 p.new_empty(p.shape[0], query.shape[2], p.shape[1], *p.shape[3:]).transpose(1, 2) for p in parts
             )
         for result, part in zip(results, parts, strict=True):
             result[:, :, tile.rows] = part
-    return results
+    return results, carry, carries
 
 
 class _ByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, attend, tiles, query, key, value, bias, *parameters):
+    def forward(ctx, attend, tiles, query, key, value, bias, carry, *parameters):
         ctx.attend, ctx.tiles = attend, tiles
-        ctx.save_for_backward(query, key, value, bias, *parameters)
-        return _join(attend, tiles, query, key, value, bias)
+        results, carry, carries = _join(attend, tiles, query, key, value, bias, carry)
+        ctx.save_for_backward(query, key, value, bias, *parameters, *carries)
+        if carry is not None:
+            ctx.mark_non_differentiable(carry)
+        return *results, carry
 
     @staticmethod
     def backward(ctx, *grad_results):
         saved = ctx.saved_tensors  # once: checkpointing computes them again
-        inputs, parameters = saved[:4], saved[4:]
+        inputs, parameters, carries = saved[:4], saved[4 : -len(ctx.tiles)], saved[-len(ctx.tiles) :]
         wanted = [p for p in parameters if p.requires_grad]
         totals = [None if t is None else torch.zeros_like(t, dtype=compute_dtype(t.dtype)) for t in inputs]
         grad_wanted = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in wanted]
-        for tile in ctx.tiles:
+        grad_carry = None
+        for tile, carry in reversed(list(zip(ctx.tiles, carries, strict=True))):
             with torch.enable_grad():
                 leaves = [None if t is None else t.detach().requires_grad_() for t in _slices(tile, *inputs)]
-                parts = ctx.attend(*leaves, tile)
-            pairs = [(p, g[:, :, tile.rows]) for p, g in zip(parts, grad_results, strict=True) if p.requires_grad]
+                carry = None if carry is None else carry.detach().requires_grad_()
+                parts, after = ctx.attend(*leaves, tile, carry)
+            pairs = [
+                (part, grad[:, :, tile.rows])
+                for part, grad in zip(parts, grad_results[:-1], strict=True)
+                if part.requires_grad
+            ]
+            if grad_carry is not None:
+                pairs.append((after, grad_carry))
             found = [i for i, leaf in enumerate(leaves) if leaf is not None]
-            grads = torch.autograd.grad(
-                [p for p, _ in pairs], [*(leaves[i] for i in found), *wanted], [g for _, g in pairs], allow_unused=True
-            )
+            sources = [*(leaves[i] for i in found), *wanted, *([] if carry is None else [carry])]
+            outputs, grad_outputs = zip(*pairs, strict=True)
+            grads = list(torch.autograd.grad(outputs, sources, grad_outputs, allow_unused=True))
+            grad_carry = None if carry is None else grads.pop()
             slices = _slices(tile, *totals)
             targets = [*(slices[i] for i in found), *grad_wanted]
             for target, grad in zip(targets, grads, strict=True):
@@ -119,4 +146,4 @@ class _ByRows(torch.autograd.Function):
                     target += grad
         grads = [None if g is None else g.to(t.dtype) for g, t in zip(totals, inputs, strict=True)]
         by_parameter = iter(cast_like(grad_wanted, wanted))
-        return None, None, *grads, *(next(by_parameter) if p.requires_grad else None for p in parameters)
+        return None, None, *grads, None, *(next(by_parameter) if p.requires_grad else None for p in parameters)

@@ -11,13 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chunks import blocks, product, to_chunks
 from .heads import compute_dtype, mix, scores
-from .rows import Tile, by_rows, rows_per_tile
+from .rows import Tile, rows_per_tile
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """x `[B, H, S, D]`, index `[B, t]` -> `[B, H, t, D]`."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+# Rows of a chunk; it sees its own tokens and the w before them.
+CHUNK = 64
+# Powers of two: on a CPU, torch's exp takes twenty times as long for -inf as for other numbers, its exp2 does not.
+_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Context:
         state: WindowState | None = None,
     ):
         self.window, self.sinks, self.length = window, sinks, query.shape[2]
+        self.chunk = max(16, min(CHUNK, window))
         self.order = None if valid is None else torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
         self.lengths = None if valid is None else valid.sum(1)
         if self.order is not None:
@@ -77,38 +85,34 @@ class Context:
         index = torch.arange(slots.start, slots.stop, device=self.query.device)[None] - self.window
         return index if self.count is None else index + self.count[:, None]
 
-    def tiles(self):
-        """Tiles of rows over the w slots before them and themselves."""
-        size = rows_per_tile(self.query.shape[0], self.query.shape[1], 2 * self.window)
-        size = min(size, max(32, 2 * self.window))
-        for start in range(0, self.length, size):
-            rows = slice(start, min(start + size, self.length))
-            columns = slice(start + 1, rows.stop + self.window)
-            row = torch.arange(rows.start, rows.stop, device=self.query.device)[:, None] + self.window
-            slot = torch.arange(columns.start, columns.stop, device=self.query.device)[None, :]
-            near = (slot <= row) & (row - slot < self.window)
-            yield Tile(rows, columns, near & (self.position(columns) >= self.sinks)[:, None, None, :])
-
-    def sinks_allowed(self, rows: slice) -> Tensor:
-        """bool `[1 or B, 1, t, m]`: which sinks are at or before the row."""
-        position = self.position(slice(rows.start + self.window, rows.stop + self.window))
-        slot = torch.arange(self.sinks, device=self.query.device)
-        return (slot <= position[:, :, None])[:, None]
+    def bias(self, rows: slice, chunk: int, dtype: torch.dtype) -> Tensor:
+        """0 or -inf for the sinks and the slots that a chunk sees: `[1 or c, 1 or B, 1, 1, chunk, m + chunk + w]`."""
+        row = torch.arange(chunk, device=self.query.device)[:, None]
+        slot = torch.arange(chunk + self.window, device=self.query.device)
+        near = ((slot > row) & (slot <= row + self.window))[None, None]
+        sinks = near.new_ones(1, 1, chunk, self.sinks)
+        if rows.start < self.window + self.sinks:  # sinks stand in the window, or slots before the text
+            position = self.position(slice(rows.start, rows.stop + self.window)).unfold(1, chunk + self.window, chunk)
+            near = near & (position >= self.sinks)[:, :, None, :]
+            sinks = torch.arange(self.sinks, device=row.device) <= position[:, :, self.window :, None]
+        allowed = torch.cat([sinks, near], dim=-1).transpose(0, 1)
+        return torch.zeros(allowed.shape, dtype=dtype, device=row.device).masked_fill_(~allowed, -math.inf)[
+            :, :, None, None
+        ]
 
     def unalign(self, rows: Tensor) -> Tensor:
         """`[B, H, T, D]` in the order of the call again."""
         return rows if self.order is None else _gather(rows, torch.argsort(self.order, dim=1))
 
-    def leaving(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The token that leaves the window as each row enters: key, value `[B, Hkv, T, *]`, bool `[1 or B, T]`.
+    def leaving(self) -> Tensor:
+        """Whether slot u leaves the window as row u enters: bool `[1 or B, T]`.
 
         False where no token leaves, where it is a sink, and in the rows of padding at the end.
         """
-        slots = slice(0, self.length)
-        exists = self.position(slots) >= self.sinks
+        exists = self.position(slice(0, self.length)) >= self.sinks
         if self.lengths is not None:
             exists = exists & (torch.arange(self.length, device=exists.device) < self.lengths[:, None])
-        return self.key[:, :, slots], self.value[:, :, slots], exists
+        return exists
 
     def state(self) -> WindowState:
         """What to remember after these tokens."""
@@ -123,22 +127,43 @@ class Context:
         sinks = (self.sink_key, self.sink_value)
         return WindowState(*(torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)), count)
 
-    def softmax_parts(self, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Numerator `sum e^{s - c} v` `[B, H, T, Dv]`, denominator `sum e^{s - c}` and row maximum c, `[B, H, T, 1]`.
+    def tiles(self) -> list[Tile]:
+        """Blocks of rows in whole chunks, over the w slots before them and themselves."""
+        batch, heads, _, _ = self.query.shape
+        most = rows_per_tile(batch, heads, self.sinks + self.chunk + self.window)
+        rows = blocks(self.length, self.chunk, most)
+        return [Tile(part, slice(part.start, part.stop + self.window), None) for part in rows]
 
-        Over the last `window` tokens and the first `sinks`; each token counts once. Float32 (or float64), aligned.
+    def softmax_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Numerator `sum e^{s - c} v`, denominator `sum e^{s - c}` and row maximum c of one tile.
+
+        Over the last `window` tokens and the first `sinks`; each token counts once.
+
+        Args:
+            query: `[B, H, t, D]`; key: `[B, Hkv, t + w, D]`; value: `[B, Hkv, t + w, Dv]`.
+
+        Returns:
+            `[c, B Hkv, G chunk, Dv]` and twice `[c, B Hkv, G chunk, 1]`, in `compute_dtype`.
         """
-        dtype = compute_dtype(self.query.dtype)
-        sinks = (self.sink_key, self.sink_value)
+        batch, dtype, size = query.shape[0], compute_dtype(query.dtype), self.chunk_of(query)
 
-        def attend(query, key, value, bias, tile: Tile):
-            key, value = (
-                torch.cat([s.to(dtype), t.to(dtype)], dim=2) for s, t in zip(sinks, (key, value), strict=True)
-            )
-            early = self.sinks_allowed(tile.rows).expand(tile.allowed.shape[0], -1, -1, -1)
-            return _softmax_parts(query.to(dtype), key, value, torch.cat([early, tile.allowed], dim=-1), scaling)
+        def columns(sinks: Tensor, slots: Tensor) -> Tensor:
+            """`[c, B Hkv, D, m + chunk + w]`: what each chunk sees."""
+            slots = slots.to(dtype).unfold(2, size + self.window, size).permute(2, 0, 1, 3, 4)
+            sinks = sinks.to(dtype).mT.expand(len(slots), -1, -1, -1, -1)
+            return torch.cat([sinks, slots], dim=-1).flatten(1, 2)
 
-        return by_rows(attend, self.query, self.key, self.value, self.tiles(), sinks)
+        q = to_chunks(query.to(dtype) * (scaling * _LOG2_E), key.shape[1], size)
+        s = product(q, columns(self.sink_key, key))
+        s.view(len(q), batch, key.shape[1], -1, size, s.shape[-1]).add_(self.bias(tile.rows, size, dtype))
+        e, c = _exponentials(s)
+        return product(e, columns(self.sink_value, value).mT), e.sum(-1, keepdim=True), c
+
+    def chunk_of(self, rows: Tensor) -> int:
+        """Rows per chunk in a tile of rows `[B, H, t, D]`."""
+        return min(self.chunk, rows.shape[2])
 
 
 class Step:
@@ -160,21 +185,20 @@ class Step:
         return torch.cat([sinks, old[:, :, m + 1 :], new.to(old.dtype)], dim=2)
 
     def leaving(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Context.leaving`."""
+        """The token that leaves the window: key, value `[B, Hkv, 1, *]`; bool `[B, 1]`, False where none does."""
         slot = slice(self.sinks, self.sinks + 1)
         window = self.key.shape[2] - self.sinks
         return self.old.key[:, :, slot], self.old.value[:, :, slot], self.old.count[:, None] >= window + self.sinks
-
-    def unalign(self, rows: Tensor) -> Tensor:
-        return rows
 
     def state(self) -> WindowState:
         return WindowState(self.key, self.value, self.old.count + 1)
 
     def softmax_parts(self, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Context.softmax_parts`."""
+        """As `Context.softmax_parts`, over `[B, H, 1, *]`."""
         dtype = compute_dtype(self.query.dtype)
-        return _softmax_parts(self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), self.allowed, scaling)
+        s = scores(self.query.to(dtype) * (scaling * _LOG2_E), self.key.to(dtype))
+        e, c = _exponentials(s.masked_fill_(~self.allowed, -math.inf))
+        return mix(e, self.value.to(dtype)), e.sum(-1, keepdim=True), c
 
 
 def context(query, key, value, valid, window: int, sinks: int, state: WindowState | None) -> Context | Step:
@@ -184,15 +208,12 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
     return Context(query, key, value, valid, window, sinks, state)
 
 
-_LOG2_E = math.log2(math.e)
+def _exponentials(s: Tensor) -> tuple[Tensor, Tensor]:
+    """`e^{s - c}` of scores times log2(e), in their place, and their maximum c, for each row `[..., 1]`.
 
-
-def _softmax_parts(query, key, value, allowed, scaling):
-    # Powers of two: on a CPU, torch's exp takes twenty times as long for -inf as for other numbers, its exp2 does not.
-    s = scores(query * (scaling * _LOG2_E), key)
-    learning = torch.is_grad_enabled()  # else nothing needs what is overwritten
-    s = s.masked_fill(~allowed, float("-inf")) if learning else s.masked_fill_(~allowed, float("-inf"))
+    c is a constant to the gradient: what is made of numerators and denominators does not depend on it.
+    """
     # Rows of padding may see nothing at all; their maximum must not be -inf.
-    c = s.amax(-1, keepdim=True).clamp(min=torch.finfo(s.dtype).min)
-    e = torch.exp2(s - c) if learning else s.sub_(c).exp2_()
-    return mix(e, value), e.sum(-1, keepdim=True), (c / _LOG2_E).clamp(min=torch.finfo(s.dtype).min)
+    lowest = torch.finfo(s.dtype).min
+    c = s.detach().amax(-1, keepdim=True).clamp_(min=lowest)
+    return s.sub_(c).exp2_(), (c / _LOG2_E).clamp_(min=lowest)

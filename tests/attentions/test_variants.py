@@ -270,13 +270,13 @@ def test_gradcheck_of_by_rows():
     bias = torch.randn(2, 1, 1, dtype=torch.float64, requires_grad=True)
     table = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
 
-    def attend(query, key, value, added, tile):
+    def attend(query, key, value, added, tile, carry):
         scores = (query @ key.transpose(-1, -2) + bias + added).tanh()
         scores = scores.masked_fill(~F.pad(tile.allowed, (tile.free, 0), value=True), 0)
-        return scores @ value, scores.square().sum(-1, keepdim=True)
+        return (scores @ value, scores.square().sum(-1, keepdim=True)), carry
 
     def run(*tensors):
-        return by_rows(attend, *tensors[:3], Mask(5, 5).tiles(2), tensors[3:4], tensors[4])
+        return by_rows(attend, *tensors[:3], Mask(5, 5).tiles(2), tensors[3:4], tensors[4])[0]
 
     assert torch.autograd.gradcheck(run, (query, key, value, bias, table))
 
@@ -291,7 +291,11 @@ def test_causal_linear_refuses_a_chunk_of_no_tokens(chunk):
 def test_by_rows_sums_parameter_gradients_in_float32():
     ones = torch.ones(1, 1, 1024, 1, dtype=torch.bfloat16)
     factor = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
-    out = by_rows(lambda q, k, v, b, tile: (q * factor,), ones, ones, ones, Mask(1024, 1024).tiles(1), (factor,))[0]
+
+    def attend(query, key, value, bias, tile, carry):
+        return (query * factor,), carry
+
+    (out,), _ = by_rows(attend, ones, ones, ones, Mask(1024, 1024).tiles(1), (factor,))
     (grad,) = torch.autograd.grad(out.sum(), factor)
     assert grad.item() == 1024
 
