@@ -114,7 +114,7 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
         mask = _from_lengths(kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key, causal)
     bias, softcap, sinks = kwargs.get("position_bias"), kwargs.get("softcap"), kwargs.get("s_aux")
     sinks = kwargs.get("sinks") if sinks is None else sinks
-    if bias is not None and not attention.any_mask and not bias.any():
+    if bias is not None and not attention.any_mask and not torch.compiler.is_compiling() and not bias.any():
         bias = None  # T5 passes zeros where it has no bias
     if bias is not None or softcap is not None or sinks is not None:
         if isinstance(mask, Packed):
@@ -127,7 +127,7 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     if isinstance(mask, Mask) and not mask.plain and not attention.any_mask:
         raise NotImplementedError(
             f"cannot honour {mask}: it takes causal or bidirectional masks with padding, and packed texts; "
-            f"{ANY_MASK} take any"
+            f"{ANY_MASK} take any{UNDER_COMPILE if mask.dense is not None else ''}"
         )
     kind = attention.kind if not mask.causal and attention.kind != "causal" else None
     kind = kind or ("causal" if mask.causal else "bidirectional")
@@ -136,6 +136,8 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     return mask
 
 
+# Without an attention_mask and without a cache, transformers looks for packed texts and makes a matrix of it.
+UNDER_COMPILE = " (torch.compile cannot look into masks: there, pass attention_mask, ones where nothing is padded)"
 ANY_MASK = "relu, relu_norm, relu_power, sigmoid and the other variants on the scores"
 
 
@@ -290,7 +292,9 @@ def attnswap_mask(
         else:
             valid = attention_mask[:, None, None, columns].bool()
         # As for SDPA, which then goes by the module's is_causal: some models rely on that.
-        skip = kwargs.get("allow_is_bidirectional_skip") and (attention_mask is None or valid.all())
+        skip = kwargs.get("allow_is_bidirectional_skip")
+        if attention_mask is not None:
+            skip = skip and not torch.compiler.is_compiling() and valid.all()
         return None if skip else valid.expand(-1, -1, q_length, -1)
     grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
     if not kwargs.get("allow_is_causal_skip", True) and mask_function is causal_mask_function:
@@ -302,7 +306,8 @@ def attnswap_mask(
                 return None
             return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
         valid = attention_mask[:, columns].bool()
-        return None if whole and valid.all() else valid
+        # torch.compile sees no entries, so it keeps the mask.
+        return None if whole and not torch.compiler.is_compiling() and valid.all() else valid
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def rows(start: int, stop: int) -> Tensor:
@@ -310,7 +315,7 @@ def attnswap_mask(
             batch_size, stop - start, kv_length, q_offset + start, kv_offset, mask_function, attention_mask, **kwargs
         )
 
-    if grows and q_offset == 0:
+    if grows and q_offset == 0 and not torch.compiler.is_compiling():
         segments = find_segments(rows, kv_length)
         if segments is not None:
             return segments if isinstance(from_segments(segments), Packed) else segments > 0

@@ -124,6 +124,8 @@ def parse(attention_mask: Tensor | None, query_length: int, key_length: int, cau
     if attention_mask.dim() not in (2, 4):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected 2 or 4 dimensions")
     causal = causal and query_length == 1
+    if torch.compiler.is_compiling():
+        return _parse(attention_mask, query_length, key_length, causal)
     # All layers of one forward pass receive the same tensor: look at its entries once.
     version = 0 if attention_mask.is_inference() else attention_mask._version
     call = (version, query_length, key_length, causal)
@@ -139,7 +141,7 @@ def _parse(attention_mask: Tensor, query_length: int, key_length: int, causal: b
     if attention_mask.dim() == 2:
         if attention_mask.dtype != torch.bool:
             return Packed(attention_mask)
-        return Mask(query_length, key_length, valid=None if attention_mask.all() else attention_mask)
+        return Mask(query_length, key_length, valid=None if _all(attention_mask) else attention_mask)
     dense, bias = split(attention_mask)
     parsed = _parse_matrix(dense.expand(-1, -1, query_length, -1), causal)
     if bias is None:
@@ -158,12 +160,19 @@ def split(attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return attention_mask, None
     lowest = torch.finfo(attention_mask.dtype).min / 2 if attention_mask.is_floating_point() else 0
     allowed = attention_mask > lowest
-    if attention_mask.isnan().any():
+    if not torch.compiler.is_compiling() and attention_mask.isnan().any():
         raise ValueError(
             "attention_mask has NaN; expected 0 where allowed, a very negative number where not, or a bias"
         )
     bias = attention_mask.masked_fill(~allowed, 0)
-    return allowed, bias if attention_mask.is_floating_point() and bias.any() else None
+    if not attention_mask.is_floating_point() or _all(bias == 0):
+        return allowed, None
+    return allowed, bias
+
+
+def _all(allowed: Tensor) -> bool:
+    """Whether all entries are True. torch.compile sees no entries: there this says no, and the mask is kept."""
+    return not torch.compiler.is_compiling() and bool(allowed.all())
 
 
 def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
@@ -173,9 +182,11 @@ def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
         return Mask(query_length, key_length, dense=dense)
     matrix = dense[:, 0]
     one_row = dense.stride(2) == 0 or query_length == 1  # expanded, as transformers makes it: nothing to compare
-    if not causal and (one_row or (matrix == matrix[:, :1]).all()):
+    if not causal and (one_row or _all(matrix == matrix[:, :1])):
         matrix = matrix[:, :1]
-        return Mask(query_length, key_length, valid=None if matrix.all() else matrix[:, 0], causal=False)
+        return Mask(query_length, key_length, valid=None if _all(matrix) else matrix[:, 0], causal=False)
+    if torch.compiler.is_compiling():
+        return Mask(query_length, key_length, dense=dense, causal=False)
 
     def rows(start: int, stop: int) -> Tensor:
         return dense[:, :, start:stop]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import Mask
+from ..ops.backends import Op, in_large_kernels
 from ..ops.heads import compute_dtype, mix, scores
 from ..ops.linear import causal_linear, full_linear
 from ..ops.rows import Tile, by_rows, rows_per_tile
@@ -17,6 +18,8 @@ from ..ops.scores import WORTH_IT, blocked_scores
 
 # What an attention module does: a text to its own past, a text to itself, a text to another.
 KINDS = ("causal", "bidirectional", "cross")
+
+_scores = Op("scores")
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,17 @@ def suggestion(name: str, known) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def by_definition(attention: Attention, query, key, value, mask, scaling, state=None) -> Tensor:
+    """The `reference` form of a whole variant."""
+    dtype = compute_dtype(query.dtype)
+    return attention.reference(*(t.to(dtype) for t in (query, key, value)), mask, scaling).to(query.dtype)
+
+
+def needs_state(attention: Attention, query, key, value, mask, scaling, state=None) -> str | None:
+    """Why `by_definition` cannot serve a call."""
+    return None if state is None else "the definition keeps no state for generation"
+
+
 class ScoreAttention(Attention):
     """Variants that act on the scores s_ij: O(n^2 d) time, and O(n d) memory by tiles of rows.
 
@@ -251,28 +265,35 @@ class ScoreAttention(Attention):
         return weights, self.denominator(total, count.to(weights.dtype))
 
     def forward(self, query, key, value, mask, scaling, state=None):
-        dtype = compute_dtype(query.dtype)
-        scores_per_head = query.shape[2] * key.shape[2] * query.shape[1] // key.shape[1]
-        if (
-            mask.plain
-            and mask.valid is None
-            and not torch.is_grad_enabled()
-            and query.device.type == "cpu"
-            and scores_per_head >= WORTH_IT
-        ):
-            return self._blocked(query, key, value, mask, scaling)
+        return _scores(self, query, key, value, mask, scaling)
 
+    def _attend(self, query, key, value, bias, tile: Tile, mask: Mask, scaling: float) -> Tensor:
+        """The rows of one tile."""
+        dtype = compute_dtype(query.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        weights, denominator = self._parts(query.to(dtype), key.to(dtype), tile, mask, bias, scaling)
+        out = mix(weights if mask.sinks is None else weights[..., :-1], value.to(dtype))
+        out = out if denominator is None else out / denominator
+        return self.finish(out).to(query.dtype)
+
+    def _by_tiles(self, query, key, value, mask: Mask, scaling: float) -> Tensor:
         def attend(query, key, value, bias, tile: Tile, carry):
-            bias = None if bias is None else bias.to(dtype)
-            weights, denominator = self._parts(query.to(dtype), key.to(dtype), tile, mask, bias, scaling)
-            out = mix(weights if mask.sinks is None else weights[..., :-1], value.to(dtype))
-            out = out if denominator is None else out / denominator
-            return (self.finish(out).to(query.dtype),), carry
+            return (self._attend(query, key, value, bias, tile, mask, scaling),), carry
 
         size = rows_per_tile(query.shape[0], query.shape[1], key.shape[2])
         parameters = [*self.parameters(), *([] if mask.sinks is None else [mask.sinks])]
         (out,), _ = by_rows(attend, query, key, value, mask.tiles(size, query.device), parameters, mask.bias)
         return out
+
+    def _one_row(self, query, key, value, mask: Mask, scaling: float) -> Tensor:
+        tile = Tile(slice(None), slice(None), mask.matrix(query.device))
+        return self._attend(query, key, value, mask.bias, tile, mask, scaling)
+
+    def _fits_blocks(self, query, key, mask: Mask) -> bool:
+        """Whether blocks of scores in a CPU's cache serve the call, and are worth it."""
+        scores_per_head = query.shape[2] * key.shape[2] * query.shape[1] // key.shape[1]
+        simple = mask.plain and mask.valid is None and not (torch.is_grad_enabled() and self.needs_peak)
+        return simple and scores_per_head >= WORTH_IT and not in_large_kernels(query)
 
     def _blocked(self, query, key, value, mask: Mask, scaling: float) -> Tensor:
         dtype, group = compute_dtype(query.dtype), query.shape[1] // key.shape[1]
@@ -288,12 +309,25 @@ class ScoreAttention(Attention):
             causal=mask.causal,
             needs_peak=self.needs_peak,
             needs_total=self.needs_total,
+            parameters=tuple(self.parameters()),
         )
         rows = torch.arange(query.shape[2], device=query.device) + mask.offset + 1
         count = rows[:, None] if mask.causal else torch.full_like(rows, key.shape[2])[:, None]
         denominator = self.denominator(total, count.to(dtype))
-        out = out if denominator is None else out.div_(denominator)
+        out = out if denominator is None else out / denominator
         return self.finish(out).to(query.dtype)
+
+
+@_scores.form("torch")
+def _scores_torch(attention: ScoreAttention, query, key, value, mask, scaling):
+    if query.shape[2] == 1:
+        form = attention._one_row
+    else:
+        form = attention._blocked if attention._fits_blocks(query, key, mask) else attention._by_tiles
+    return form(query, key, value, mask, scaling)
+
+
+_scores.form("reference")(by_definition)
 
 
 def forbid(scores: Tensor, tile: Tile) -> Tensor:

@@ -29,8 +29,9 @@ class Cosformer(LinearAttention):
     def prepare(self, query, key, mask, state):
         """Query and key with the angle of their position as one more number; float32 or wider, to hold it."""
         position = positions(query, mask.new_tokens() if mask.causal else mask.valid, state)
-        last = int(position.max()) + 1
-        if last > self.max_length:
+        if torch.compiler.is_compiling():  # it sees no numbers: the compiled code looks
+            torch._assert_async(position.max() < self.max_length, f"a text is longer than max_length={self.max_length}")
+        elif (last := int(position.max()) + 1) > self.max_length:
             raise NotImplementedError(f"a text of {last} tokens is longer than max_length={self.max_length}")
         if state is not None:
             state["count"] = position[:, -1] + 1

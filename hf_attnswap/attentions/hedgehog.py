@@ -58,4 +58,4 @@ class Hedgehog(LinearAttention):
         """`[exp(Wx), exp(-Wx)]`: the softmax would rob the row of its scale, which only alone cancels."""
         y = self.query_map.mixed(x)
         largest = y.detach().abs().amax(-1, keepdim=True)
-        return torch.cat([y - largest, -y - largest], dim=-1).exp(), largest
+        return torch.cat([y - largest, torch.sub(-largest, y)], dim=-1).exp_(), largest

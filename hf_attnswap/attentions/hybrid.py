@@ -14,13 +14,16 @@ from functools import cache
 import torch
 from torch import nn
 
+from ..ops.backends import Op
 from ..ops.chunks import from_chunks, to_chunks
 from ..ops.heads import compute_dtype, scores
 from ..ops.linear import linear_block, linear_step, values_with_ones
 from ..ops.rows import by_rows
 from ..ops.window import Step, context
-from .base import Attention, LinearAttention
+from .base import Attention, LinearAttention, by_definition, needs_state
 from .window import Window, near, read_state
+
+_hybrid = Op("hybrid")
 
 
 class Hybrid(Attention):
@@ -74,6 +77,9 @@ class Hybrid(Attention):
         self.log_mix += torch.where(seen, softmax / ours, 1).log().to(self.log_mix.dtype)
 
     def forward(self, query, key, value, mask, scaling, state=None):
+        return _hybrid(self, query, key, value, mask, scaling, state)
+
+    def _fast(self, query, key, value, mask, scaling, state):
         at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
         dtype = compute_dtype(query.dtype)
         if state:
@@ -107,6 +113,10 @@ class Hybrid(Attention):
         if state is not None:
             state.update(vars(at.state()), S=S)
         return out.to(query.dtype)
+
+
+_hybrid.form("torch")(Hybrid._fast)
+_hybrid.form("reference", needs_state)(by_definition)
 
 
 def _joined(numerator, denominator, c, linear, log_scale):

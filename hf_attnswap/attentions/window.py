@@ -5,13 +5,15 @@ Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language m
 
 import torch
 
+from ..ops.backends import Op
 from ..ops.chunks import from_chunks
 from ..ops.heads import scores
 from ..ops.rows import by_rows
 from ..ops.window import Step, WindowState, context
-from .base import Attention, Option
+from .base import Attention, Option, by_definition, needs_state
 from .registry import register
 
+_window = Op("window")
 WINDOW_STATE = WindowState.__dataclass_fields__
 
 
@@ -47,6 +49,9 @@ class Window(Attention):
         return torch.softmax(s, dim=-1).nan_to_num(0.0)
 
     def forward(self, query, key, value, mask, scaling, state=None):
+        return _window(self, query, key, value, mask, scaling, state)
+
+    def _fast(self, query, key, value, mask, scaling, state):
         at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
         if isinstance(at, Step):
             numerator, denominator, _ = at.softmax_parts(scaling)
@@ -64,3 +69,7 @@ class Window(Attention):
         if state is not None:
             state.update(vars(at.state()))
         return out.to(query.dtype)
+
+
+_window.form("torch")(Window._fast)
+_window.form("reference", needs_state)(by_definition)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,11 @@ class Op:
                 return run(*arguments)
             _pass_over(self.name, backend, reason)
         raise NotImplementedError(f"{self.name}: no backend of {', '.join(_order)} can serve this call")
+
+
+def in_large_kernels(x: Tensor) -> bool:
+    """Whether the portable forms take long texts in a few large kernels instead of in blocks for a CPU's cache."""
+    return torch.compiler.is_compiling() or x.device.type != "cpu"
 
 
 def _pass_over(op: str, backend: str, reason: str) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Op
+from .backends import Op, in_large_kernels
 from .chunks import BLOCK, blocks, by_heads, from_chunks, product, to_chunks, to_rows, tril_
 from .heads import cast_like, compute_dtype
 
@@ -90,7 +90,7 @@ def full_linear(
 @_full.form("torch")
 def _full_torch(query, key, value, map_query, map_key, scale, key_mask, eps):
     # With a gradient, autograd keeps all features anyway.
-    block = max(query.shape[2], key.shape[2], 1) if _in_large_kernels(query) or torch.is_grad_enabled() else BLOCK
+    block = max(query.shape[2], key.shape[2], 1) if in_large_kernels(query) or torch.is_grad_enabled() else BLOCK
     rows, dtype = value.shape[0] * value.shape[1], compute_dtype(query.dtype)
     S = None
     for start in range(0, key.shape[2], block):
@@ -151,15 +151,11 @@ def _divided(mixed: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
 def _causal_torch(query, key, value, key_mask, state, *rest):
     if query.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
         return _step(query, key, value, key_mask, state, *rest)
-    if _in_large_kernels(query):
+    if in_large_kernels(query):
         return _at_once(query, key, value, key_mask, state, *rest)
     if torch.is_grad_enabled():
         return _CausalLinear.apply(query, key, value, key_mask, state, *rest)
     return _by_blocks(query, key, value, key_mask, state, *rest)[:3]
-
-
-def _in_large_kernels(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
 
 
 def _step(query, key, value, key_mask, state, map_query, map_key, scale, eps, chunk, *parameters):
@@ -353,11 +349,7 @@ class _CausalLinear(torch.autograd.Function):
 
 def _numerator_grad(grad_out: Tensor, grad_den: Tensor, out: Tensor, den: Tensor, eps: float | None) -> Tensor:
     """Gradients of numerator and denominator side by side, `[B, H, t, Dv + 1]`, in the dtype of `den`."""
-    both = den.new_empty(*grad_out.shape[:-1], grad_out.shape[-1] + 1)
     if eps is None:
-        both[..., :-1] = grad_out
-        both[..., -1] = grad_den
-    else:
-        torch.mul(grad_out, (den + eps).reciprocal()[..., None], out=both[..., :-1])
-        torch.sub(grad_den, (both[..., :-1] * out).sum(-1), out=both[..., -1])
-    return both
+        return torch.cat([grad_out, grad_den[..., None]], dim=-1)
+    grad_numerator = grad_out * (den + eps).reciprocal()[..., None]
+    return torch.cat([grad_numerator, (grad_den - (grad_numerator * out).sum(-1))[..., None]], dim=-1)

@@ -1,18 +1,17 @@
-"""`o_i = sum_j a(s_ij) v_j / d_i` without gradients on a CPU: blocks of scores that stay in a core's cache.
+"""`sum_j a(s_ij) v_j` and `sum_j a(s_ij)` on a CPU: blocks of scores that stay in a core's cache.
 
 One key/value head with its group of query heads at a time, rows by rows and keys by keys: a block of scores is made by
-one product, activated in place and consumed by the next product. A column of ones behind the values gives the sum of
-the weights with the same product. Where an activation needs the largest score of its row, all scores of fewer rows are
-made first. O(n^2 d) time, O(n d) memory.
+one product, activated in place and consumed by the next product. Where an activation needs the largest score of its
+row, all scores of fewer rows are made first. The backward pass makes each block again (as Dao 2022, "FlashAttention",
+does for softmax) and goes through its activation alone by autograd. O(n^2 d) time, O(n d) memory.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .heads import compute_dtype
+from .heads import cast_like, compute_dtype
 
 # Rows and keys of a block; with a group of three query heads its scores take 0.8 MB.
 ROWS, KEYS = 256, 256
@@ -21,18 +20,19 @@ WHOLE_ROWS = 1 << 19
 # Below this many scores per key/value head, the loop costs more than the cache gains.
 WORTH_IT = 1 << 18
 
-Activate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Activate = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def blocked_scores(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    activate: Callable[[int, Tensor, Tensor, Tensor | None], Tensor],
+    activate: Activate,
     *,
     causal: bool,
     needs_peak: bool,
     needs_total: bool,
+    parameters: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Sums over all keys, or all up to the row.
 
@@ -40,11 +40,21 @@ def blocked_scores(
         query: `[B, H, T, D]`, scaled; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`. Causal queries are the last T.
         activate: `(key/value head, scores [G, t, s], count [t, 1], peak [G, t, 1] or None) -> [G, t, s]`; may overwrite
             the scores, which are -inf where a row may not attend.
-        needs_peak: give `activate` the largest score of each row. needs_total: return the sums of the weights.
+        needs_peak: give `activate` the largest score of each row; not with a gradient.
+        needs_total: return the sums of the weights.
+        parameters: every tensor that `activate` uses and that needs a gradient.
 
     Returns:
         `[B, H, T, Dv]` and, where `needs_total`, `[B, H, T, 1]`; both in `compute_dtype`.
     """
+    if not torch.is_grad_enabled():
+        return _sums(query, key, value, activate, causal, needs_peak, needs_total)
+    if needs_peak:
+        raise ValueError("blocked_scores has no gradient through the largest score of a row")
+    return _Blocked.apply(query, key, value, activate, causal, needs_total, *parameters)
+
+
+def _sums(query, key, value, activate, causal, needs_peak, needs_total):
     dtype = compute_dtype(query.dtype)
     batch, heads, length, dim = query.shape
     kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -54,27 +64,26 @@ def blocked_scores(
     totals = query.new_empty(batch, heads, length, 1, dtype=dtype) if needs_total else None
     rows = max(16, min(ROWS, WHOLE_ROWS // (group * keys))) if needs_peak else ROWS
     block = max(KEYS, ROWS * KEYS // rows)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu_(1)
+    # Added: masked_fill takes many times as long.
+    future = query.new_full((rows, rows), float("-inf"), dtype=dtype).triu_(1)
     for b in range(batch):
         for h in range(kv_heads):
             of_group = slice(h * group, (h + 1) * group)
             k = key[b, h].to(dtype).t()
             v = value[b, h].to(dtype)
-            v = F.pad(v, (0, 1), value=1.0) if needs_total else v
             for start in range(0, length, rows):
                 stop = min(start + rows, length)
                 size = stop - start
                 seen = offset + stop if causal else keys
                 diagonal = offset + start if causal else keys  # keys from here on are not seen by all rows
-                count = query.new_full((size, 1), keys, dtype=dtype)
-                if causal:
-                    count = torch.arange(diagonal + 1, seen + 1, dtype=dtype, device=query.device)[:, None]
+                count = _count(query, diagonal, size, seen, causal)
                 q = query[b, of_group, start:stop].to(dtype).reshape(group * size, dim)
                 whole = peak = None
                 if needs_peak:
                     whole = _forbid(torch.mm(q, k[:, :seen]).view(group, size, seen), 0, diagonal, future)
                     peak = whole.amax(-1, keepdim=True)
-                numerator = q.new_zeros(group * size, v.shape[1])
+                numerator = q.new_zeros(group * size, value_dim)
+                total = q.new_zeros(group, size, 1) if needs_total else None
                 for first in range(0, seen, block):
                     last = min(first + block, seen)
                     if whole is None:
@@ -84,11 +93,76 @@ def blocked_scores(
                         s = whole[..., first:last]
                     weights = activate(h, s, count, peak)
                     numerator.addmm_(weights.reshape(group * size, last - first), v[first:last])
-                numerator = numerator.view(group, size, -1)
-                out[b, of_group, start:stop] = numerator[..., :value_dim]
+                    if needs_total:
+                        total += weights.sum(-1, keepdim=True)
+                out[b, of_group, start:stop] = numerator.view(group, size, value_dim)
                 if needs_total:
-                    totals[b, of_group, start:stop] = numerator[..., value_dim:]
+                    totals[b, of_group, start:stop] = total
     return out, totals
+
+
+class _Blocked(torch.autograd.Function):
+    """With dn and dl the gradients of both sums, per block: da = dn v^T + dl, dv = a^T dn; autograd from a to q, k."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, activate, causal, needs_total, *parameters):
+        ctx.save_for_backward(query, key, value, *parameters)
+        ctx.activate, ctx.causal = activate, causal
+        return _sums(query, key, value, activate, causal, False, needs_total)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_total):
+        query, key, value, *parameters = ctx.saved_tensors
+        wanted = [p for p in parameters if p.requires_grad]
+        grad_wanted = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in wanted]
+        dtype = compute_dtype(query.dtype)
+        _, heads, length, dim = query.shape
+        keys, group = key.shape[2], heads // key.shape[1]
+        offset = keys - length
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(t, dtype=dtype) for t in (key, value))
+        future = query.new_full((ROWS, ROWS), float("-inf"), dtype=dtype).triu_(1)
+        for b in range(key.shape[0]):
+            for h in range(key.shape[1]):
+                of_group = slice(h * group, (h + 1) * group)
+                k, v = key[b, h].to(dtype), value[b, h].to(dtype)
+                for start in range(0, length, ROWS):
+                    stop = min(start + ROWS, length)
+                    size = stop - start
+                    seen = offset + stop if ctx.causal else keys
+                    diagonal = offset + start if ctx.causal else keys
+                    count = _count(query, diagonal, size, seen, ctx.causal)
+                    q = query[b, of_group, start:stop].to(dtype).reshape(group * size, dim)
+                    dn = grad_out[b, of_group, start:stop].reshape(group * size, -1)
+                    dq = torch.zeros_like(q)
+                    for first in range(0, seen, KEYS):
+                        part = slice(first, min(first + KEYS, seen))
+                        with torch.enable_grad():
+                            ends = q.detach().requires_grad_(), k[part].detach().requires_grad_()
+                            s = torch.mm(ends[0], ends[1].t()).view(group, size, -1)
+                            weights = ctx.activate(h, _forbid(s, first, diagonal, future), count, None)
+                        da = torch.mm(dn, v[part].t()).view_as(weights)
+                        if grad_total is not None:
+                            da += grad_total[b, of_group, start:stop]
+                        grads = torch.autograd.grad(weights, [*ends, *wanted], da, allow_unused=True)
+                        dq += grads[0]
+                        grad_key[b, h, part] += grads[1]
+                        grad_value[b, h, part].addmm_(weights.detach().reshape(group * size, -1).t(), dn)
+                        for total, grad in zip(grad_wanted, grads[2:], strict=True):
+                            if grad is not None:
+                                total += grad
+                    grad_query[b, of_group, start:stop] = dq.view(group, size, dim)
+        by_parameter = iter(cast_like(grad_wanted, wanted))
+        grads = grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+        return *grads, None, None, None, *(next(by_parameter) if p.requires_grad else None for p in parameters)
+
+
+def _count(like: Tensor, diagonal: int, size: int, seen: int, causal: bool) -> Tensor:
+    """How many keys each of `size` rows may attend to, `[size, 1]`; the first of them sees those up to `diagonal`."""
+    dtype = compute_dtype(like.dtype)
+    if not causal:
+        return like.new_full((size, 1), seen, dtype=dtype)
+    return torch.arange(diagonal + 1, seen + 1, dtype=dtype, device=like.device)[:, None]
 
 
 def _forbid(scores: Tensor, first: int, diagonal: int, future: Tensor) -> Tensor:
@@ -96,5 +170,5 @@ def _forbid(scores: Tensor, first: int, diagonal: int, future: Tensor) -> Tensor
     size, last = scores.shape[1], first + scores.shape[2]
     if last > diagonal:
         start = max(first, diagonal)
-        scores[..., start - first :].masked_fill_(future[:size, start - diagonal : last - diagonal], float("-inf"))
+        scores[..., start - first :].add_(future[:size, start - diagonal : last - diagonal])
     return scores

@@ -155,9 +155,10 @@ class Context:
             sinks = sinks.to(dtype).mT.expand(len(slots), -1, -1, -1, -1)
             return torch.cat([sinks, slots], dim=-1).flatten(1, 2)
 
-        q = to_chunks(query.to(dtype) * (scaling * _LOG2_E), key.shape[1], size)
-        s = product(q, columns(self.sink_key, key))
-        s.view(len(q), batch, key.shape[1], -1, size, s.shape[-1]).add_(self.bias(tile.rows, size, dtype))
+        # The factor goes to the keys: there are fewer of them, in groups.
+        key, sink_key = (t.to(dtype) * (scaling * _LOG2_E) for t in (key, self.sink_key))
+        s = product(to_chunks(query.to(dtype), key.shape[1], size), columns(sink_key, key))
+        s.view(len(s), batch, key.shape[1], -1, size, s.shape[-1]).add_(self.bias(tile.rows, size, dtype))
         e, c = _exponentials(s)
         return product(e, columns(self.sink_value, value).mT), e.sum(-1, keepdim=True), c
 

@@ -1,0 +1,50 @@
+"""Both implementations of causal linear attention, and the gradient of blocked scores, against float64 definitions."""
+
+import pytest
+import torch
+
+from hf_attnswap import attentions
+from hf_attnswap.attentions import Heads
+from hf_attnswap.masks import Mask
+from hf_attnswap.ops import linear
+
+
+def inputs(length: int):
+    torch.manual_seed(length)
+    return [torch.randn(2, h, length, d, dtype=torch.float64, requires_grad=True) for h, d in ((6, 4), (2, 4), (2, 3))]
+
+
+@pytest.mark.parametrize("length", (1, 7, 8, 9, 70))
+@pytest.mark.parametrize("eps", (1e-6, None))
+@pytest.mark.parametrize("masked", (False, True))
+def test_all_chunks_at_once(length, eps, masked):
+    weight = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
+    key_mask = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
+    state = torch.rand(2, 2, 4, 4, dtype=torch.float64)
+    found = []
+    for form in (linear._at_once, linear._causal_reference):
+        tensors = [*inputs(length), weight]
+
+        def phi(x):
+            return (x @ weight).sigmoid()
+
+        out, den, after = form(*tensors[:3], key_mask, state, phi, phi, 0.5, eps, 8, weight)
+        grads = torch.autograd.grad(out.square().sum() + den.sum(), tensors)
+        found.append([out, den, after, *grads])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("name", ("relu_norm", "sigmoid", "softplus"))
+def test_gradient_of_blocked_scores(name):
+    """Long enough for several blocks of rows and of keys, and no multiple of them."""
+    attention = attentions.get(name)(Heads(2, 1, 4)).double()
+    length, found = 600, []
+    for form in (attention._blocked, attention.reference):
+        torch.manual_seed(0)
+        tensors = [torch.randn(1, h, length, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1)]
+        out = form(*tensors, Mask(length, length), 0.5)
+        sources = [*tensors, *attention.parameters()]
+        found.append([out, *torch.autograd.grad(out.square().sum(), sources)])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference)
