@@ -81,21 +81,24 @@ def list_attentions(as_json: Json = False) -> None:
     Example: attnswap ls
     """
     from . import available
+    from .ops.backends import order
 
     entries = [_description(cls) for cls in available()]
     table = Table(
         title="Attention variants (control: for comparison)",
-        caption="Attention: all means causal, bidirectional and cross. Masks: any includes a bias, a soft cap and "
+        caption=f"Runs: the first that can serve a call, of the backends {', '.join(order())}; HF_ATTNSWAP_BACKEND puts "
+        "one in front. Attention: all means causal, bidirectional and cross. Masks: any includes a bias, a soft cap and "
         "sinks; padding, packed refuses all others. State: kept between generated tokens; constant does not grow. "
         "None takes attention dropout.",
     )
-    for column in ("name", "computes", "cost", "attention", "masks", "state", "learns", "options", "source"):
+    for column in ("name", "computes", "cost", "runs", "attention", "masks", "state", "learns", "options", "source"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for e in entries:
         cells = (
             e["name"] + ("\n(control)" if e["control"] else ""),
             e["formula"],
             e["cost"],
+            e["backend"],
             "all" if len(e["kinds"]) == 3 else ", ".join(e["kinds"]),
             e["masks"],
             e["state"],
@@ -109,6 +112,7 @@ def list_attentions(as_json: Json = False) -> None:
 
 def _description(cls: type) -> dict[str, Any]:
     from .attentions import Heads
+    from .ops.backends import backends_of
 
     return {
         "name": cls.name,
@@ -116,6 +120,8 @@ def _description(cls: type) -> dict[str, Any]:
         "formula": cls.formula,
         "cost": cls.cost,
         "cost_class": cls.cost_class,
+        "backend": backends_of(cls.ops[0])[0] if cls.ops else "torch",
+        "ops": list(cls.ops),
         "kinds": list(cls.kinds),
         "masks": "any" if cls.any_mask else "padding, packed",
         "state": "constant" if cls.stateful else "keys, values",

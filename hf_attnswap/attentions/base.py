@@ -84,6 +84,7 @@ class Attention(nn.Module):
         stateful: keeps a state of constant size in place of keys and values when generating.
         kinds: the kinds of attention that it can stand in for, of `KINDS`.
         kind, place: of the module it stands on: one of `KINDS`, and its layer in words.
+        ops: the ops of `hf_attnswap.ops.backends` that its fast form is made of; none where it is one call of torch.
         any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The others take causal and
             bidirectional masks with padding, and packed texts.
     """
@@ -97,6 +98,7 @@ class Attention(nn.Module):
     stateful: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = KINDS
     any_mask: ClassVar[bool] = False
+    ops: ClassVar[tuple[str, ...]] = ()
     kind: str = "causal"
     place: str = "attention"
 
@@ -205,6 +207,7 @@ class ScoreAttention(Attention):
     cost = "O(n^2 d)"
     cost_class = "quadratic"
     any_mask = True
+    ops = ("scores",)
     needs_peak: ClassVar[bool] = False
     needs_total: ClassVar[bool] = False
 
@@ -348,6 +351,7 @@ class LinearAttention(Attention):
 
     cost_class = "linear"
     stateful = True
+    ops = ("causal_linear", "full_linear")
     scaled: ClassVar[bool] = False
     divide_by_count: ClassVar[bool] = False
     hybrid: ClassVar[bool] = True

@@ -44,6 +44,7 @@ class Gated(Attention):
     source = "Yang 2024 (GLA), Sun 2023 (RetNet)"
     stateful = True
     kinds = ("causal",)
+    ops = ("causal_gated",)
     eps = 1e-6
     feature_map = Elu.feature_map
 

@@ -32,6 +32,7 @@ class Hybrid(Attention):
     cost_class = "linear"
     stateful = True
     kinds = ("causal",)
+    ops = ("hybrid",)
     window, sinks = (Window.options()[name] for name in ("window", "sinks"))
     linear_class: type[LinearAttention]
 

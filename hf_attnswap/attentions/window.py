@@ -40,6 +40,7 @@ class Window(Attention):
     control = True
     stateful = True
     kinds = ("causal",)
+    ops = ("window",)
     window = Option(64, "most recent keys attended to, the token itself included", minimum=1)
     sinks = Option(4, "first tokens of the text always attended to", minimum=0)
 

@@ -91,6 +91,11 @@ def order() -> tuple[str, ...]:
     return _order
 
 
+def backends_of(op: str) -> list[str]:
+    """Backends that have a form of this op, in the order in which they are tried."""
+    return [name for name in _order if name in OPS[op].forms]
+
+
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """Within it, `name` is tried first, as if HF_ATTNSWAP_BACKEND had said so; None: the usual order.
