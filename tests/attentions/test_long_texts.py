@@ -16,6 +16,8 @@ from hf_attnswap.masks import Mask
 LENGTH, ROWS = 16384, 1000
 # Rounding the result alone to bfloat16 gives 1.7e-3.
 ALLOWED = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+# Features that are exp of numbers as large as 26 have an error of 8e-7 each, on any text; a kernel is a product of two.
+ABOVE = {("performer", torch.float32): 2e-6}
 LINEAR = named(lambda cls: cls.cost_class == "linear")
 
 
@@ -35,6 +37,6 @@ def test_rounding_is_small_and_does_not_drift(name, dtype):
     with torch.no_grad():
         found = attention(*given, mask, 0.125)
         expected = copy.deepcopy(attention).double()(*(t.double() for t in given), mask, 0.125)
-    assert error(found, expected) <= ALLOWED[dtype]
+    assert error(found, expected) <= ABOVE.get((name, dtype), ALLOWED[dtype])
     first, last = (error(found[:, :, rows], expected[:, :, rows]) for rows in (slice(ROWS), slice(-ROWS, None)))
     assert last <= 2 * first
