@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, UNUSUAL, randomise, tiny, tokens
 from transformers import DynamicCache, set_seed
 
 import hf_attnswap
+from hf_attnswap.benchmark.generation import decode
 from hf_attnswap.cache import cache_nbytes
 
 STATEFUL = named(lambda cls: cls.stateful)
@@ -414,23 +415,23 @@ def test_size_of_the_cache(name):
         assert sizes == [(n + m - 1) * per_token for n, m in ((8, 2), (24, 2), (24, 20))]
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("elu", "window", "hedgehog+window") else pytest.param(n, marks=pytest.mark.long) for n in STATEFUL],
+)
 def test_state_has_one_size_however_many_tokens_are_written(name):
     """After 8, 64 and 512 new tokens; the window of those that have one is full long before."""
     model = tiny(max_position_embeddings=1024)
     del model.model.layers[1:]  # the others would say the same
     model.config.num_hidden_layers = 1
     hf_attnswap.swap(model, name, **small_options(name))
-    ids, cache, sizes = tokens(LENGTH, batch=1), None, []
-    for length in (8, 64, 512):
-        given = {} if cache is None else {"past_key_values": cache}
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH + length - ids.shape[1], do_sample=False,
-            return_dict_in_generate=True, **given,
-        )  # fmt: skip
-        ids, cache = out.sequences, out.past_key_values
-        assert ids.shape[1] == LENGTH + length and cache.get_seq_length() == LENGTH + length - 1
+    out = greedy(model, tokens(LENGTH, batch=1), new=8)
+    cache, token = out.past_key_values, out.sequences[:, -1:]
+    sizes = [cache_nbytes(cache)]
+    for more in (64 - 8, 512 - 64):
+        token = decode(model, cache, token, more)
         sizes.append(cache_nbytes(cache))
+    assert cache.get_seq_length() == LENGTH + 512 - 1
     assert len(set(sizes)) == 1 and (sizes[0] > 0 or name == "none")
 
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from conftest import EXAMPLES
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
 
-from hf_attnswap import UsageError, swap
+from hf_attnswap import UsageError, attentions, swap
 from hf_attnswap.attentions import Heads
-from hf_attnswap.benchmark.attention import random_inputs
+from hf_attnswap.benchmark.attention import bench, random_inputs
 from hf_attnswap.benchmark.generation import decode, filled_cache
 from hf_attnswap.benchmark.measure import Spread, interleaved
 from hf_attnswap.cache import cache_nbytes
+from hf_attnswap.masks import Mask
 
 FOLDER = EXAMPLES / "benchmarks"
 MODULES = ("attention", "model", "figures", "peers")
@@ -103,9 +105,6 @@ def test_peers_compute_what_they_are_named_for(benchmark):
     torch.testing.assert_close(peers.Eager()(query, key, value), expected)
     torch.testing.assert_close(peers.Eager().step(query, key, value)(), expected[:, :, -1:])
     pytest.importorskip("fast_transformers", reason="pytorch-fast-transformers is not installed (extra bench-peer)")
-    from hf_attnswap import attentions
-    from hf_attnswap.masks import Mask
-
     elu = attentions.get("elu")(heads)(query, key, value, Mask(20, 20), 1.0)
     peer = peers.FastTransformers()
     torch.testing.assert_close(peer(query, key, value), elu, rtol=1e-4, atol=1e-5)
@@ -138,8 +137,6 @@ def test_model(benchmark, checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", (None, "elu", "hedgehog+window", "window", "relu_norm"))
 def test_a_filled_cache_is_that_of_a_prompt(checkpoint, name):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     if name:
         swap(model, name)
@@ -150,6 +147,13 @@ def test_a_filled_cache_is_that_of_a_prompt(checkpoint, name):
     assert cache_nbytes(filled) == cache_nbytes(read)
     decode(model, filled, torch.ones(1, 1, dtype=torch.long), 3)
     assert filled.get_seq_length() == 103
+
+
+def test_bench_of_the_command_line():
+    heads = Heads(4, 2, 8)
+    (row,) = bench({"elu": attentions.get("elu")(heads)}, heads, [16], rounds=2)
+    assert (row.attention, row.length, row.forward.runs, row.forward_backward.runs) == ("elu", 16, 2, 2)
+    assert row.forward_ms > 0 and row.forward.low <= row.forward.median <= row.forward.high
 
 
 def test_rounds_end_with_the_budget():
