@@ -237,10 +237,13 @@ def _check_window(where: str, attention: Attention, sliding_window: int | None, 
 
 
 def _check_heads(where: str, attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> None:
-    found = Heads(query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    if found != attention.heads and next(iter(attention.state_dict()), None) is not None:
+    heads = attention.heads
+    # Tuples, because a Heads takes longer to make than all other checks of a step together.
+    expected = heads.num_attention_heads, heads.num_key_value_heads, heads.head_dim, heads.value_dim
+    found = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    if found != expected and attention.state_dict():
         raise NotImplementedError(
-            f"{where}: its parameters were made for {attention.heads}, but it is called with {found}"
+            f"{where}: its parameters were made for {heads}, but it is called with {Heads(*found)}"
         )
 
 

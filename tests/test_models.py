@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, UNUSUAL, randomise, tiny, tokens
 from transformers import DynamicCache, set_seed
 
 import hf_attnswap
+from hf_attnswap.benchmark.generation import decode
 from hf_attnswap.cache import cache_nbytes
 
 STATEFUL = named(lambda cls: cls.stateful)
@@ -389,6 +390,20 @@ def test_continue_from_a_returned_cache(name, layers):
 
 
 @every_name
+def test_row_of_a_left_padded_batch_generates_what_it_generates_alone(name):
+    """Alone with its padding, and alone without."""
+    model, (ids, mask) = swapped(name), left_padded()
+    batch = greedy(model, ids, mask)
+    for found, row in (
+        (greedy(model, ids[:1]), 0),
+        (greedy(model, ids[1:], mask[1:]), 1),
+        (greedy(model, ids[1:, PADDED:]), 1),
+    ):
+        assert torch.equal(found.sequences[:, -10:], batch.sequences[row : row + 1, -10:])
+        torch.testing.assert_close(torch.stack(found.logits)[:, 0], torch.stack(batch.logits)[:, row], **CLOSE)
+
+
+@every_name
 def test_size_of_the_cache(name):
     """What `generate` remembers: of constant size for stateful variants, a row per token for the others."""
     model = swapped(name)
@@ -398,6 +413,26 @@ def test_size_of_the_cache(name):
     else:
         per_token = 2 * 3 * 2 * 2 * 8 * 4  # keys and values, layers, rows, heads, head dimension, bytes
         assert sizes == [(n + m - 1) * per_token for n, m in ((8, 2), (24, 2), (24, 20))]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("elu", "window", "hedgehog+window") else pytest.param(n, marks=pytest.mark.long) for n in STATEFUL],
+)
+def test_state_has_one_size_however_many_tokens_are_written(name):
+    """After 8, 64 and 512 new tokens; the window of those that have one is full long before."""
+    model = tiny(max_position_embeddings=1024)
+    del model.model.layers[1:]  # the others would say the same
+    model.config.num_hidden_layers = 1
+    hf_attnswap.swap(model, name, **small_options(name))
+    out = greedy(model, tokens(LENGTH, batch=1), new=8)
+    cache, token = out.past_key_values, out.sequences[:, -1:]
+    sizes = [cache_nbytes(cache)]
+    for more in (64 - 8, 512 - 64):
+        token = decode(model, cache, token, more)
+        sizes.append(cache_nbytes(cache))
+    assert cache.get_seq_length() == LENGTH + 512 - 1
+    assert len(set(sizes)) == 1 and (sizes[0] > 0 or name == "none")
 
 
 @pytest.mark.parametrize("layers", ([1], None), ids=("one", "all"))

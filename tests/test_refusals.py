@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_attnswap
 from hf_attnswap import UsageError
+from hf_attnswap.dispatch import attnswap_attention
 
 ENDS = torch.tensor([0, 5, 12], dtype=torch.int32)
 PACKED = torch.cat([torch.arange(5), torch.arange(7)])[None]
@@ -33,6 +34,15 @@ def test_calls(given, says):
     model = hf_attnswap.swap(tiny(), "relu_norm")
     with pytest.raises(NotImplementedError, match=rf"layer 0 \(relu_norm\).*{says}"):
         model(tokens(12, batch=1), use_cache=False, **given)
+
+
+def test_heads_that_the_parameters_were_not_made_for():
+    module = hf_attnswap.swap(tiny(), "hedgehog").model.layers[0].self_attn
+    query, key, value = (torch.randn(1, heads, 5, 16) for heads in (4, 2, 2))
+    with pytest.raises(
+        NotImplementedError, match=r"layer 0 \(hedgehog\).*made for Heads.*head_dim=8.*called with.*=16"
+    ):
+        attnswap_attention(module, query, key, value, None)
 
 
 def test_dropout_of_a_kept_layer_beside_a_soft_cap():

@@ -2,13 +2,95 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..attentions import Attention, Heads
 from ..masks import Mask
 from .measure import Spread, interleaved, peak_memory_mib, speedup
+
+
+class Candidate(Protocol):
+    """What is timed: attention of query `[B, H, n, D]` to key and value `[B, Hkv, n, *]`."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+    def step(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Any]:
+        """One more token after these n, as a call to be made again and again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """torch's scaled_dot_product_attention, the control."""
+
+    causal: bool = True
+
+    def __call__(self, query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=_shared(query, key))
+
+    def step(self, query, key, value):
+        new = query[:, :, -1:]
+        return lambda: F.scaled_dot_product_attention(new, key, value, enable_gqa=_shared(query, key))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant; its step goes from the state after n tokens, or, where it keeps none, to n keys."""
+
+    attention: Attention
+    causal: bool = True
+
+    def __call__(self, query, key, value):
+        length = query.shape[2]
+        return self.attention(query, key, value, Mask(length, length, causal=self.causal), query.shape[-1] ** -0.5)
+
+    def step(self, query, key, value):
+        length, scaling = key.shape[2], query.shape[-1] ** -0.5
+        new = [t[:, :, -1:].contiguous() for t in (query, key, value)]
+        if not self.attention.stateful:
+            return lambda: self.attention(new[0], key, value, Mask(1, length), scaling)
+        state: dict[str, Tensor] = {}
+        self.attention(query, key, value, Mask(length, length), scaling, state)
+        return lambda: self.attention(*new, Mask(1, length + 1), scaling, state)
+
+
+def _shared(query: Tensor, key: Tensor) -> bool:
+    return query.shape[1] != key.shape[1]
+
+
+def random_inputs(
+    heads: Heads,
+    length: int,
+    *,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normal query, key and value, the same for the same length; without a graph."""
+    generator = torch.Generator(device=device).manual_seed(length)
+    counts = (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)
+    dims = (heads.head_dim, heads.head_dim, heads.value_dim)
+    return tuple(
+        torch.randn(batch_size, count, length, dim, dtype=dtype, device=device, generator=generator)
+        for count, dim in zip(counts, dims, strict=True)
+    )
+
+
+def forward(candidate: Candidate, inputs: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        candidate(*inputs)
+
+
+def forward_backward(candidate: Candidate, inputs: Sequence[Tensor]) -> None:
+    """Gradients of all inputs; each call starts without any."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = candidate(*inputs)
+    out.backward(torch.ones_like(out))
 
 
 @dataclass(frozen=True)
@@ -38,54 +120,24 @@ def bench(
 ) -> list[Row]:
     """Measure every variant at every length; feature maps included, inputs random."""
     rows = []
+    candidates = {"sdpa": Sdpa()} | {name: Variant(attention) for name, attention in variants.items()}
     for length in lengths:
-        generator = torch.Generator(device=device).manual_seed(length)
-        query, key, value = (
-            torch.randn(
-                batch_size,
-                h,
-                length,
-                heads.head_dim,
-                dtype=dtype,
-                device=device,
-                generator=generator,
-                requires_grad=True,
-            )
-            for h in (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)
+        inputs = random_inputs(heads, length, batch_size=batch_size, dtype=dtype, device=device)
+        alone, both = (
+            {name: partial(work, candidate, inputs) for name, candidate in candidates.items()}
+            for work in (forward, forward_backward)
         )
-        mask, scaling = Mask(length, length), heads.head_dim**-0.5
-
-        def sdpa(query=query, key=key, value=value, scaling=scaling):
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-            )
-
-        def call(attention, query=query, key=key, value=value, mask=mask, scaling=scaling):
-            return attention(query, key, value, mask, scaling)
-
-        runs = {"sdpa": sdpa} | {name: (lambda a=a, call=call: call(a)) for name, a in variants.items()}
-
-        def both(run, query=query, key=key, value=value):
-            query.grad = key.grad = value.grad = None
-            run().sum().backward()
-
-        with torch.no_grad():
-            forward = interleaved(runs, rounds, device)
-        train = {name: (lambda run=run, both=both: both(run)) for name, run in runs.items()}
-        trained = interleaved(train, rounds, device)
-        peaks = {}
-        for name, run in train.items():
-            query.grad = key.grad = value.grad = None  # what one candidate leaves is not a start for the next
-            peaks[name] = peak_memory_mib(run, device)
+        forwards, trained = (interleaved(runs, rounds, device) for runs in (alone, both))
+        peaks = {name: peak_memory_mib(run, device) for name, run in both.items()}
         for name in variants:
             rows.append(
                 Row(
                     name,
                     length,
-                    speedup(forward["sdpa"], forward[name]),
+                    speedup(forwards["sdpa"], forwards[name]),
                     speedup(trained["sdpa"], trained[name]),
-                    Spread.of(forward[name]).median * 1e3,
-                    Spread.of(forward["sdpa"]).median * 1e3,
+                    Spread.of(forwards[name]).median * 1e3,
+                    Spread.of(forwards["sdpa"]).median * 1e3,
                     peaks[name],
                     peaks["sdpa"],
                 )

@@ -4,9 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ..cache import cache_nbytes
+from ..dispatch import NAME, attend
+from ..masks import Mask
+from ..patching import head_shape, inspect
+from .attention import random_inputs
 from .measure import peak_memory_mib, seconds
 
 
@@ -38,10 +42,34 @@ def run(model: nn.Module, prompt: Tensor, new_tokens: int) -> Run:
 
     peak = peak_memory_mib(timed_prefill, device)
 
-    def decode() -> None:
-        for _ in range(new_tokens):
-            token = logits["next"].argmax(-1)
-            logits["next"] = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+    def steps() -> None:
+        decode(model, cache, logits["next"].argmax(-1), new_tokens)
 
-    decode_s = seconds(decode, device) / new_tokens
+    decode_s = seconds(steps, device) / new_tokens
     return Run(elapsed["prefill"], decode_s, cache_nbytes(cache), peak)
+
+
+@torch.no_grad()
+def decode(model: nn.Module, cache: DynamicCache, token: Tensor, steps: int) -> Tensor:
+    """Continue greedily from `token` `[B, 1]`, one token at a time; the last one, `[B, 1]`."""
+    for _ in range(steps):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+    return token
+
+
+@torch.no_grad()
+def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
+    """The cache of a decoder as after `length` tokens, for one row: of random keys and values and their states.
+
+    What a step costs does not depend on which tokens they were, and a prompt of that length need not be read.
+    """
+    cache = DynamicCache(config=model.config)
+    for entry in inspect(model):
+        heads, module = head_shape(model, [entry]), model.get_submodule(entry.name)
+        query, key, value = random_inputs(heads, length, dtype=model.dtype, device=model.device)
+        cache.update(key, value, module.layer_idx)
+        variant = getattr(module, NAME, None)
+        if variant is not None and variant.stateful:
+            layer = cache.layers[module.layer_idx]
+            attend(variant, query, key, value, Mask(length, length), heads.head_dim**-0.5, layer)
+    return cache

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import statistics
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and extremes of repeated measurements."""
+    """Median of repeated measurements with, as low and high, their extremes (`of`) or quartiles (`quartiles`)."""
 
     median: float
     low: float
@@ -26,6 +27,13 @@ class Spread:
     def of(cls, values) -> "Spread":
         values = sorted(values)
         return cls(statistics.median(values), values[0], values[-1], len(values))
+
+    @classmethod
+    def quartiles(cls, values) -> "Spread":
+        """The middle half: one call that something else disturbed does not widen it."""
+        values = list(values)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(median, low, high, len(values))
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -47,22 +55,40 @@ def seconds(run: Callable[[], Any], device: torch.device | str = "cpu") -> float
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", warmup: int = 1
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    warmup: int = 1,
+    budget_s: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; in a round they take turns, so that they share its noise."""
-    for _ in range(warmup):
-        for run in candidates.values():
-            run()
+    """Seconds of each candidate in each round; in a round they take turns, so that they share its noise.
+
+    Args:
+        warmup: rounds before the others, which do not count.
+        budget_s: no round begins that would end later than this. The first always runs, and where the budget ends the
+            rounds early, all that ran count: calls that long need no warm-up.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    elapsed, done = 0.0, 0
+    while done < warmup + rounds:
         for name, run in candidates.items():
             times[name].append(seconds(run, device))
-    return times
+        done += 1
+        last = sum(values[-1] for values in times.values())
+        elapsed += last
+        if elapsed + last > budget_s:
+            break
+    return times if done < warmup + rounds else {name: values[warmup:] for name, values in times.items()}
+
+
+def ratios(control: list[float], ours: list[float]) -> list[float]:
+    """How many times faster than the control, round by round."""
+    return [c / o for c, o in zip(control, ours, strict=True)]
 
 
 def speedup(control: list[float], ours: list[float]) -> Spread:
-    """How many times faster than the control, round by round."""
-    return Spread.of([c / o for c, o in zip(control, ours, strict=True)])
+    """Median and extremes of `ratios`."""
+    return Spread.of(ratios(control, ours))
 
 
 def peak_memory_mib(run: Callable[[], Any], device: torch.device | str = "cpu") -> float | None:
