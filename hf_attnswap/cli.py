@@ -81,24 +81,23 @@ def list_attentions(as_json: Json = False) -> None:
     Example: attnswap ls
     """
     from . import available
-    from .ops.backends import order
+    from .ops.backends import OPS, backends_of
 
     entries = [_description(cls) for cls in available()]
+    runs = ", ".join(f"{op} {backends_of(op)[0]}" for op in sorted(OPS))
     table = Table(
         title="Attention variants (control: for comparison)",
-        caption=f"Runs: the first that can serve a call, of the backends {', '.join(order())}; HF_ATTNSWAP_BACKEND puts "
-        "one in front. Attention: all means causal, bidirectional and cross. Masks: any includes a bias, a soft cap and "
+        caption="Attention: all means causal, bidirectional and cross. Masks: any includes a bias, a soft cap and "
         "sinks; padding, packed refuses all others. State: kept between generated tokens; constant does not grow. "
-        "None takes attention dropout.",
+        f"None takes attention dropout. Backends that run: {runs} (HF_ATTNSWAP_BACKEND puts another in front).",
     )
-    for column in ("name", "computes", "cost", "runs", "attention", "masks", "state", "learns", "options", "source"):
+    for column in ("name", "computes", "cost", "attention", "masks", "state", "learns", "options", "source"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for e in entries:
         cells = (
             e["name"] + ("\n(control)" if e["control"] else ""),
             e["formula"],
             e["cost"],
-            e["backend"],
             "all" if len(e["kinds"]) == 3 else ", ".join(e["kinds"]),
             e["masks"],
             e["state"],

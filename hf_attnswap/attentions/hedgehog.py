@@ -27,7 +27,9 @@ class HedgehogMap(nn.Module):
     def mixed(self, x: Tensor) -> Tensor:
         """Wx."""
         delta = self.delta.to(x.dtype)
-        return x @ (delta + torch.eye(delta.shape[-1], dtype=x.dtype, device=x.device))
+        if x.shape[2] < x.shape[3]:  # the smaller of the two additions
+            return x + x @ delta
+        return x @ (delta + torch.eye(x.shape[3], dtype=x.dtype, device=x.device))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mixed(x)

@@ -92,7 +92,8 @@ class Hybrid(Attention):
             leaving_key, leaving_value, leaving = at.leaving()
             x = query.to(dtype)
             features, left_out = self.linear.map_query_beside_softmax(x)
-            k = self.linear.map_key(leaving_key.to(dtype)) * leaving[:, None, :, None].to(dtype)
+            k = self.linear.map_key(leaving_key.to(dtype))
+            k = k if leaving is None else k * leaving[:, None, :, None].to(dtype)
             linear, S = linear_step(features, k, leaving_value, S)
             out = _joined(*at.softmax_parts(scaling), linear, self._log_scale(x, left_out))
         else:
@@ -126,6 +127,23 @@ def _joined(numerator, denominator, c, linear, log_scale):
     Each branch is a mean with the log of its mass; a sigmoid of the difference weighs them, and nothing can overflow.
     """
     linear_numerator, linear_denominator = linear[..., :-1], linear[..., -1:]
+    empty = linear_denominator <= _NO_MASS
+    denominator, linear_denominator = _one_for_zero(denominator), linear_denominator.masked_fill(empty, 1)
+    lead = (c + denominator.log() - log_scale - linear_denominator.log()).masked_fill(empty, float("inf"))
+    out = numerator * (lead.sigmoid() / denominator)
+    return torch.addcmul(out, linear_numerator, (-lead).sigmoid() / linear_denominator)
+
+
+_hybrid.form("torch")(Hybrid._fast)
+_hybrid.form("reference", needs_state)(by_definition)
+
+
+def _joined(numerator, denominator, c, linear, log_scale):
+    """The result of rows, from the parts of both branches `[..., Dv]`, `[..., 1]`, `[..., 1]` and `[..., Dv + 1]`.
+
+    Each branch is a mean with the log of its mass; a sigmoid of the difference weighs them, and nothing can overflow.
+    """
+    linear_numerator, linear_denominator = linear[..., :-1], linear[..., -1:]
     linear_mass = log_scale + _log(linear_denominator)
     linear_mass = linear_mass.masked_fill(linear_denominator <= _NO_MASS, torch.finfo(c.dtype).min)
     lead = (c + _log(denominator)).sub(linear_mass)
@@ -138,7 +156,7 @@ _NO_MASS = 1e-30
 
 
 def _one_for_zero(x):
-    return torch.where(x > _NO_MASS, x, 1)
+    return x.masked_fill(x <= _NO_MASS, 1)
 
 
 def _log(x):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import in_large_kernels
 from .chunks import blocks, product, to_chunks
 from .heads import compute_dtype, mix, scores
 from .rows import Tile, rows_per_tile
@@ -173,23 +174,30 @@ class Step:
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, sinks: int, state: WindowState):
         self.query, self.sinks, self.old = query, sinks, state
         slots = state.key.shape[2]
-        slot = torch.arange(slots, device=query.device)
-        count = state.count[:, None]
-        # A sink slot is filled from its own position on; a recent slot counts where it holds no sink.
-        self.allowed = torch.where(slot < sinks, count >= slot, count + slot >= slots - 1 + sinks)[:, None, None]
+        # Where all slots are taken there is less to do; elsewhere than on the CPU it would take long to look.
+        self.full = not in_large_kernels(query) and bool((state.count >= slots).all())
+        if not self.full:
+            slot = torch.arange(slots, device=query.device)
+            count = state.count[:, None]
+            # A sink slot is filled from its own position on; a recent slot counts where it holds no sink.
+            self.allowed = torch.where(slot < sinks, count >= slot, count + slot >= slots - 1 + sinks)[:, None, None]
         self.key, self.value = (self._push(old, new) for old, new in ((state.key, key), (state.value, value)))
 
     def _push(self, old: Tensor, new: Tensor) -> Tensor:
-        m = self.sinks
-        slot = torch.arange(m, device=new.device)
-        sinks = torch.where((slot == self.old.count[:, None])[:, None, :, None], new.to(old.dtype), old[:, :, :m])
-        return torch.cat([sinks, old[:, :, m + 1 :], new.to(old.dtype)], dim=2)
+        sinks, new = old[:, :, : self.sinks], new.to(old.dtype)
+        if not self.full:
+            slot = torch.arange(self.sinks, device=new.device)
+            sinks = torch.where((slot == self.old.count[:, None])[:, None, :, None], new, sinks)
+        return torch.cat([sinks, old[:, :, self.sinks + 1 :], new], dim=2)
 
-    def leaving(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The token that leaves the window: key, value `[B, Hkv, 1, *]`; bool `[B, 1]`, False where none does."""
+    def leaving(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The token that leaves the window: key, value `[B, Hkv, 1, *]`; bool `[B, 1]`, False where none does.
+
+        None for the last where one leaves in every row.
+        """
         slot = slice(self.sinks, self.sinks + 1)
-        window = self.key.shape[2] - self.sinks
-        return self.old.key[:, :, slot], self.old.value[:, :, slot], self.old.count[:, None] >= window + self.sinks
+        leaves = None if self.full else self.old.count[:, None] >= self.key.shape[2]
+        return self.old.key[:, :, slot], self.old.value[:, :, slot], leaves
 
     def state(self) -> WindowState:
         return WindowState(self.key, self.value, self.old.count + 1)
@@ -198,7 +206,7 @@ class Step:
         """As `Context.softmax_parts`, over `[B, H, 1, *]`."""
         dtype = compute_dtype(self.query.dtype)
         s = scores(self.query.to(dtype) * (scaling * _LOG2_E), self.key.to(dtype))
-        e, c = _exponentials(s.masked_fill_(~self.allowed, -math.inf))
+        e, c = _exponentials(s if self.full else s.masked_fill_(~self.allowed, -math.inf))
         return mix(e, self.value.to(dtype)), e.sum(-1, keepdim=True), c
 
 
