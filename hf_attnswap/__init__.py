@@ -4,9 +4,9 @@ import hf_attnswap
 model = hf_attnswap.swap(model, "hedgehog+window", window=64, sinks=4)
 """
 
+from . import building as _building
 from . import cache as _cache
 from . import dispatch as _dispatch
-from . import patching as _patching
 from .attentions import get as _get
 from .attentions import names as _names
 from .config import SwapConfig
@@ -24,4 +24,4 @@ def available() -> list[type]:
 
 _dispatch.register()
 _cache.make_state_layers_up_front()
-_patching.hook_into_transformers()
+_building.hook_into_transformers()

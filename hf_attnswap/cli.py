@@ -32,6 +32,7 @@ Revision = Annotated[str | None, typer.Option("--revision", help="of a Hub model
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust_remote_code", help="run code that the model's repository brings")
 ]
+AllowPickle = Annotated[bool, typer.Option("--allow_pickle", help="read pickled weights where it has no safetensors")]
 AttentionName = Annotated[str, typer.Option("--attention", help="a variant, see `attnswap ls`")]
 Layers = Annotated[str | None, typer.Option("--layers", help="all, or a slice '1::2', or indices '0,3,5'")]
 Kinds = Annotated[
@@ -157,6 +158,7 @@ def convert(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Swap the attention of a model and save it, untrained. Load it after `import hf_attnswap` as any model.
 
@@ -169,7 +171,9 @@ def convert(
     from .tradeoff import parse_options
 
     require_empty(output_dir)
-    loaded, processor = load_any(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    loaded, processor = load_any(
+        model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     swap(loaded, attention, layers=_layers(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
     with whole_folder(output_dir) as folder:
         loaded.save_pretrained(folder)
@@ -194,6 +198,7 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Perplexity of a model, swapped or not, by context length, with the standard error.
 
@@ -206,7 +211,9 @@ def evaluate(
 
     source = _source(validation_file, dataset_name, dataset_config_name, split, text_column)
     contexts = context_lengths or [512]
-    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, max(contexts)))
     rows = []
     table = Table(title=f"{model}: {describe(loaded)}")
@@ -326,6 +333,7 @@ def tradeoff(
     revision: Revision = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """What each attention costs in quality and gains in speed on a model: report.json, .md, .html and plots.
 
@@ -349,7 +357,12 @@ def tradeoff(
     console = Console(stderr=True)
     with console.status("loading the model") as status:
         loaded, tokenizer = load(
-            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
         )
 
         def progress(line: str) -> None:
