@@ -5,6 +5,7 @@ import inspect as python_inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -127,6 +128,9 @@ def swap(
         saved[part] = plans_to_dict(own, part_config._attn_implementation or "sdpa")
         if others_read_masks:
             saved[part]["matrix_masks"] = True
+    origin = model.config.name_or_path
+    if origin and not Path(origin).exists():
+        saved[""]["base"] = origin
     mark_swapped(model, saved)
     return model
 
