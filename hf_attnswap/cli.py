@@ -216,6 +216,24 @@ def push(
     _out(as_json, {"repo_id": repo_id, "files": files, "url": url}, table, url)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="such as lm_eval, transformers, accelerate")],
+) -> None:
+    """Run another Python program with hf_attnswap imported, so that it loads conversions as any other model.
+
+    Example: attnswap run lm_eval --model hf --model_args pretrained=converted --tasks hellaswag
+    """
+    from importlib.metadata import entry_points
+
+    found = next(iter(entry_points(group="console_scripts", name=program)), None)
+    if found is None:
+        raise UsageError(f"no installed package has a program {program!r}")
+    sys.argv = [program, *context.args]
+    sys.exit(found.load()())
+
+
 @app.command()
 def evaluate(
     model: Model,

@@ -69,7 +69,7 @@ def inspect(model: PreTrainedModel) -> list[AttentionModule]:
 
 def swap(
     model: PreTrainedModel,
-    attention: str | SwapConfig | Mapping[int | str, Any] | None = None,
+    attention: str | SwapConfig | None = None,
     layers: Any = None,
     kinds: Sequence[str] = SwapConfig.kinds,
     **options: Any,
@@ -120,7 +120,7 @@ def swap(
         attach(model.get_submodule(entry.name), new, kind, index)
     # A model where other modules read the masks too goes on making those that they know.
     others_read_masks = any(
-        _reads_mask(type(m)) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
+        _reads_mask(m.__class__) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
     )
     saved = {}
     for part, part_config in model_parts(model).items():
@@ -187,15 +187,15 @@ def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     named = {
         name: m
         for name, m in model.named_modules()
-        if (re.search("attention|attn", type(m).__name__, re.I) or _dispatches(type(m)))
+        if (re.search("attention|attn", type(m).__name__, re.I) or _dispatches(m.__class__))
         and not isinstance(m, Attention)
         and f".{NAME}" not in name
     }
-    dispatching = [f"{name}." for name, m in named.items() if _dispatches(type(m))]
+    dispatching = [f"{name}." for name, m in named.items() if _dispatches(m.__class__)]
     return [
         (name, m)
         for name, m in named.items()
-        if _dispatches(type(m))
+        if _dispatches(m.__class__)
         or not any(name.startswith(outer) for outer in dispatching)
         and not any(other.startswith(f"{name}.") for other in named)
         and next(m.parameters(), None) is not None
@@ -232,7 +232,7 @@ def _kind(model: nn.Module, name: str, module: nn.Module) -> str:
     if causal is None:
         causal = getattr(getattr(module, "config", None), "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not causal:  # the text model of CLIP says it with every call
-        causal = _calls_it_causal(type(_owner(model, name)))
+        causal = _calls_it_causal(_owner(model, name).__class__)
     return "causal" if causal else "bidirectional"
 
 
@@ -267,7 +267,7 @@ def _reads_mask(cls: type[nn.Module]) -> bool:
 
 
 def _refusal(module: nn.Module) -> str | None:
-    if not _dispatches(type(module)):
+    if not _dispatches(module.__class__):
         return "its attention is written out in the model's own file, not dispatched through AttentionInterface"
     if not isinstance(getattr(module, "config", None), PreTrainedConfig):
         return "it has no config to read its attention implementation from"
@@ -320,11 +320,10 @@ def _indices(found: list[tuple[str, str, nn.Module]]) -> list[int]:
     groups: dict[tuple[str, str], list[nn.Module]] = {}
     for part, kind, module in found:
         groups.setdefault((part, kind), []).append(module)
-    indices = {}
+    indices: dict[int, int] = {}
     for modules in groups.values():
-        own = [getattr(module, "layer_idx", None) for module in modules]
-        if not counted(modules):
-            own = range(len(modules))
+        ranks = range(len(modules))
+        own = [module.layer_idx for module in modules] if counted(modules) else ranks
         indices.update((id(module), index) for module, index in zip(modules, own, strict=True))
     return [indices[id(module)] for _, _, module in found]
 
@@ -461,7 +460,7 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> No
     this package, in an error that quotes it.
     """
     parts = model_parts(model)
-    configs = [(part, config) for part, config in parts.items()]
+    configs: list[tuple[str | None, PreTrainedConfig]] = list(parts.items())
     for name, module in model.named_modules():  # some hold copies
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             configs.append((_part_of(model, name, module, parts), module.config))
