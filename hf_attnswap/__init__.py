@@ -4,14 +4,15 @@ import hf_attnswap
 model = hf_attnswap.swap(model, "hedgehog+window", window=64, sinks=4)
 """
 
+from . import building as _building
 from . import cache as _cache
 from . import dispatch as _dispatch
-from . import patching as _patching
 from .attentions import get as _get
 from .attentions import names as _names
 from .config import SwapConfig
 from .errors import UsageError
 from .patching import AttentionModule, inspect, restore, swap
+from .publish import push as _push
 from .version import __version__
 
 __all__ = ["AttentionModule", "SwapConfig", "UsageError", "__version__", "available", "inspect", "restore", "swap"]
@@ -24,4 +25,5 @@ def available() -> list[type]:
 
 _dispatch.register()
 _cache.make_state_layers_up_front()
-_patching.hook_into_transformers()
+_building.hook_into_transformers()
+_push.hook_into_transformers()

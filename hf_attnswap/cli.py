@@ -32,6 +32,7 @@ Revision = Annotated[str | None, typer.Option("--revision", help="of a Hub model
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust_remote_code", help="run code that the model's repository brings")
 ]
+AllowPickle = Annotated[bool, typer.Option("--allow_pickle", help="read pickled weights where it has no safetensors")]
 AttentionName = Annotated[str, typer.Option("--attention", help="a variant, see `attnswap ls`")]
 Layers = Annotated[str | None, typer.Option("--layers", help="all, or a slice '1::2', or indices '0,3,5'")]
 Kinds = Annotated[
@@ -162,6 +163,7 @@ def convert(
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Swap the attention of a model and save it, untrained. Load it after `import hf_attnswap` as any model.
 
@@ -174,13 +176,67 @@ def convert(
     from .tradeoff import parse_options
 
     require_empty(output_dir)
-    loaded, processor = load_any(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    loaded, processor = load_any(
+        model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     swap(loaded, attention, layers=_layers(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
     with whole_folder(output_dir) as folder:
         loaded.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
     print(f"{output_dir}: {describe(loaded)}, not trained" + ("" if processor else "; it has no tokenizer"))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="the repository, made where there is none")],
+    private: Annotated[bool, typer.Option("--private", help="a new repository that only you see")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="a branch, made where there is none")] = None,
+    create_pr: Annotated[bool, typer.Option("--create_pr", help="a pull request in place of a commit")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="list what would go, and stop")] = False,
+    base_model: Annotated[
+        str | None, typer.Option("--base_model", help="Hub id of the model that was converted, or none")
+    ] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="where its card does not say it")] = None,
+    as_json: Json = False,
+) -> None:
+    """Push a conversion to the Hub, with a card written from its config.json and report.json. Repeat it to continue.
+
+    Example: attnswap push converted user/smollm2-hedgehog --private --dry_run
+    """
+    from .publish import push as publish
+
+    operations = publish.prepare(folder, repo_id, base_model=base_model, licence=licence)
+    files = {operation.path_in_repo: operation.upload_info.size for operation in operations}
+    table = Table(title=f"to {repo_id}" + (f", revision {revision}" if revision else ""))
+    table.add_column("file", overflow="fold")
+    table.add_column("bytes", justify="right")
+    for name, size in files.items():
+        table.add_row(escape(name), f"{size:,}")
+    if dry_run:
+        _out(as_json, {"repo_id": repo_id, "files": files, "url": None}, table)
+        return
+    url = publish.push(operations, repo_id, private=private or None, revision=revision, create_pr=create_pr)
+    _out(as_json, {"repo_id": repo_id, "files": files, "url": url}, table, url)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(
+    context: typer.Context,
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="such as lm_eval, transformers, accelerate")],
+) -> None:
+    """Run another Python program with hf_attnswap imported, so that it loads conversions as any other model.
+
+    Example: attnswap run lm_eval --model hf --model_args pretrained=converted --tasks hellaswag
+    """
+    from importlib.metadata import entry_points
+
+    found = next(iter(entry_points(group="console_scripts", name=program)), None)
+    if found is None:
+        raise UsageError(f"no installed package has a program {program!r}")
+    sys.argv = [program, *context.args]
+    sys.exit(found.load()())
 
 
 @app.command()
@@ -199,6 +255,7 @@ def evaluate(
     device: Device = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Perplexity of a model, swapped or not, by context length, with the standard error.
 
@@ -211,7 +268,9 @@ def evaluate(
 
     source = _source(validation_file, dataset_name, dataset_config_name, split, text_column)
     contexts = context_lengths or [512]
-    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = load(
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, max(contexts)))
     rows = []
     table = Table(title=f"{model}: {describe(loaded)}")
@@ -331,6 +390,7 @@ def tradeoff(
     revision: Revision = None,
     as_json: Json = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """What each attention costs in quality and gains in speed on a model: report.json, .md, .html and plots.
 
@@ -354,7 +414,12 @@ def tradeoff(
     console = Console(stderr=True)
     with console.status("loading the model") as status:
         loaded, tokenizer = load(
-            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+            model,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
         )
 
         def progress(line: str) -> None:

@@ -51,7 +51,9 @@ class SwapConfig:
         if isinstance(self.layers, Mapping):
             if not self.layers:
                 raise UsageError("layers is empty; leave it out to swap all layers")
-            choices = [(layers, *self._choice(given)) for layers, given in self.layers.items()]
+            choices: list[tuple[Any, str, dict[str, Any]]] = [
+                (layers, *self._choice(given)) for layers, given in self.layers.items()
+            ]
         else:
             choices = [(self.layers, self.attention, self.options)]
         plan: Plan = {}

@@ -1,4 +1,4 @@
-"""The seam: one attention function and one mask function, registered with transformers under one name."""
+"""The seam: one attention function and one mask function, which transformers finds by name."""
 
 import contextlib
 from collections.abc import Callable
@@ -21,6 +21,8 @@ from .masks import Mask, Packed, find_segments, from_segments, parse
 from .packing import unpack_rows
 
 NAME = "attnswap"
+# The name that stands in config.json: where this package is not imported, transformers' error quotes it.
+GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
 # sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss.
@@ -326,6 +328,7 @@ def attnswap_mask(
 
 
 def register() -> None:
-    """Make the name known to transformers; done once, when the package is imported."""
-    AttentionInterface.register(NAME, attnswap_attention)
-    AttentionMaskInterface.register(NAME, attnswap_mask)
+    """Make the names known to transformers; done once, when the package is imported."""
+    for name in (NAME, GUARD):
+        AttentionInterface.register(name, attnswap_attention)
+        AttentionMaskInterface.register(name, attnswap_mask)

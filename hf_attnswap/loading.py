@@ -29,10 +29,12 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model in eval mode, and its tokenizer.
 
-    A GGUF file is dequantised and loses its quantised mark, so that it can be saved and trained as any model.
+    A GGUF file is dequantised and loses its quantised mark, so that it can be saved and trained as any model. Weights
+    that are pickled rather than safetensors are read with `allow_pickle` alone.
 
     Raises:
         UsageError: no such model, a file that is not a GGUF, or a device that is not there.
@@ -44,14 +46,20 @@ def load(
     where |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where)
+        weights = {} if "gguf_file" in where else _weights(allow_pickle)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **weights, **where)
     if "gguf_file" in where:
         _forget_quantisation(model)
     return model.to(device).eval(), tokenizer
 
 
 def load_any(
-    model_name_or_path: str, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
+    model_name_or_path: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """A model of any kind, of the class that it was saved with, and its tokenizer or processor (None without one).
 
@@ -68,7 +76,7 @@ def load_any(
         config = AutoConfig.from_pretrained(source, **where)
         saved_as = getattr(transformers, (config.architectures or [""])[0], None)
         auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-        model = (saved_as or auto_class).from_pretrained(source, dtype=dtype, **where)
+        model = (saved_as or auto_class).from_pretrained(source, dtype=dtype, **_weights(allow_pickle), **where)
     return model.eval(), _processor(source, where)
 
 
@@ -108,11 +116,19 @@ def load_classifier(
         for name in _ATTENTION_DROPOUT:
             if hasattr(config, name):
                 setattr(config, name, 0.0)
-        model = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype=dtype, **where)
+        weights = {} if "gguf_file" in where else _weights(allow_pickle=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, dtype=dtype, **weights, **where
+        )
     return model.to(find_device(device)).eval(), tokenizer
 
 
 _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+
+
+def _weights(allow_pickle: bool) -> dict[str, Any]:
+    """What from_pretrained is told of the files that it may read."""
+    return {} if allow_pickle else {"use_safetensors": True}
 
 
 @contextmanager
@@ -124,6 +140,8 @@ def _one_line(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, huggingface_hub, safetensors and gguf raise many kinds
         first_line = (str(error).strip() or repr(error)).splitlines()[0]
+        if "file named model.safetensors" in first_line:
+            first_line += " Pickled weights are refused, unless you trust them and pass --allow_pickle"
         raise UsageError(f"{what}: {first_line}") from error
 
 

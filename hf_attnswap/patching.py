@@ -5,9 +5,9 @@ import inspect as python_inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from . import attentions
 from .attentions import Attention, Heads
 from .cache import state_layer
-from .config import SwapConfig, plans_from_dict, plans_to_dict, select
-from .dispatch import ANY_MASK, NAME
+from .config import SwapConfig, plans_to_dict
+from .dispatch import ANY_MASK, GUARD, NAME
 from .errors import UsageError
 
 
@@ -44,7 +44,7 @@ class AttentionModule:
 def inspect(model: PreTrainedModel) -> list[AttentionModule]:
     """Every attention module of a model: what it runs, and whether (or why not) it can be swapped."""
     found = []
-    parts = _parts(model)
+    parts = model_parts(model)
     for name, module in _attention_modules(model):
         reason, part = _refusal(module), None
         if reason is None:
@@ -69,7 +69,7 @@ def inspect(model: PreTrainedModel) -> list[AttentionModule]:
 
 def swap(
     model: PreTrainedModel,
-    attention: str | SwapConfig | Mapping[int | str, Any] | None = None,
+    attention: str | SwapConfig | None = None,
     layers: Any = None,
     kinds: Sequence[str] = SwapConfig.kinds,
     **options: Any,
@@ -112,23 +112,26 @@ def swap(
     groups = _swappable(model, config.kinds)
     plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
     built = [
-        (groups[group][index], index, group, _build(model, groups[group][index], group[1], *choice))
+        (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], *choice))
         for group, plan in plans.items()
         for index, choice in plan.items()
     ]
     for entry, index, (_, kind), new in built:
-        _attach(model.get_submodule(entry.name), new, kind, index)
+        attach(model.get_submodule(entry.name), new, kind, index)
     # A model where other modules read the masks too goes on making those that they know.
     others_read_masks = any(
-        _reads_mask(type(m)) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
+        _reads_mask(m.__class__) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
     )
     saved = {}
-    for part, part_config in _parts(model).items():
+    for part, part_config in model_parts(model).items():
         own = {kind: plan for (of, kind), plan in plans.items() if of == part}
         saved[part] = plans_to_dict(own, part_config._attn_implementation or "sdpa")
         if others_read_masks:
             saved[part]["matrix_masks"] = True
-    _mark(model, saved)
+    origin = model.config.name_or_path
+    if origin and not Path(origin).exists():
+        saved[""]["base"] = origin
+    mark_swapped(model, saved)
     return model
 
 
@@ -141,11 +144,11 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     if not getattr(model.config, NAME, None):
         raise UsageError("the model is not swapped, there is nothing to restore")
     for _, module in _attention_modules(model):
-        _detach(module)
+        detach(module)
     holders = {
         id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
     }
-    for config in (holders | {id(config): config for config in _parts(model).values()}).values():
+    for config in (holders | {id(config): config for config in model_parts(model).values()}).values():
         saved = config.__dict__.pop(NAME, None)
         config.__dict__.pop("attn_implementation", None)
         if saved is not None:
@@ -184,15 +187,15 @@ def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     named = {
         name: m
         for name, m in model.named_modules()
-        if (re.search("attention|attn", type(m).__name__, re.I) or _dispatches(type(m)))
+        if (re.search("attention|attn", type(m).__name__, re.I) or _dispatches(m.__class__))
         and not isinstance(m, Attention)
         and f".{NAME}" not in name
     }
-    dispatching = [f"{name}." for name, m in named.items() if _dispatches(type(m))]
+    dispatching = [f"{name}." for name, m in named.items() if _dispatches(m.__class__)]
     return [
         (name, m)
         for name, m in named.items()
-        if _dispatches(type(m))
+        if _dispatches(m.__class__)
         or not any(name.startswith(outer) for outer in dispatching)
         and not any(other.startswith(f"{name}.") for other in named)
         and next(m.parameters(), None) is not None
@@ -229,7 +232,7 @@ def _kind(model: nn.Module, name: str, module: nn.Module) -> str:
     if causal is None:
         causal = getattr(getattr(module, "config", None), "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if not causal:  # the text model of CLIP says it with every call
-        causal = _calls_it_causal(type(_owner(model, name)))
+        causal = _calls_it_causal(_owner(model, name).__class__)
     return "causal" if causal else "bidirectional"
 
 
@@ -264,7 +267,7 @@ def _reads_mask(cls: type[nn.Module]) -> bool:
 
 
 def _refusal(module: nn.Module) -> str | None:
-    if not _dispatches(type(module)):
+    if not _dispatches(module.__class__):
         return "its attention is written out in the model's own file, not dispatched through AttentionInterface"
     if not isinstance(getattr(module, "config", None), PreTrainedConfig):
         return "it has no config to read its attention implementation from"
@@ -275,7 +278,7 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
+def model_parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
     """The model's config ("") and, by their path in it, the configs of its parts."""
     found = {"": model.config}
 
@@ -306,7 +309,7 @@ def _part_of(model: PreTrainedModel, name: str, module: nn.Module, parts: dict[s
     return same[0] if len(same) == 1 else None
 
 
-def _counted(modules: Sequence[nn.Module]) -> bool:
+def counted(modules: Sequence[nn.Module]) -> bool:
     """Whether their `layer_idx` tell them apart."""
     own = [getattr(module, "layer_idx", None) for module in modules]
     return all(type(index) is int for index in own) and len(set(own)) == len(own)
@@ -317,11 +320,10 @@ def _indices(found: list[tuple[str, str, nn.Module]]) -> list[int]:
     groups: dict[tuple[str, str], list[nn.Module]] = {}
     for part, kind, module in found:
         groups.setdefault((part, kind), []).append(module)
-    indices = {}
+    indices: dict[int, int] = {}
     for modules in groups.values():
-        own = [getattr(module, "layer_idx", None) for module in modules]
-        if not _counted(modules):
-            own = range(len(modules))
+        ranks = range(len(modules))
+        own = [module.layer_idx for module in modules] if counted(modules) else ranks
         indices.update((id(module), index) for module, index in zip(modules, own, strict=True))
     return [indices[id(module)] for _, _, module in found]
 
@@ -391,7 +393,7 @@ def _swappable(model: PreTrainedModel, kinds: Sequence[str]) -> dict[Group, dict
     return groups
 
 
-def _build(model: nn.Module, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]) -> Attention:
+def build_variant(model: nn.Module, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]) -> Attention:
     """The variant for a module; UsageError where it cannot do what the module needs."""
     cls, module = attentions.get(name), model.get_submodule(entry.name)
     where = f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name})"
@@ -420,14 +422,14 @@ _SCORE_TERMS = {
 }
 
 
-def _attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
+def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
     new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
     new.layer = index
     module.add_module(NAME, new)
     module._attnswap_hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
-def _detach(module: nn.Module) -> None:
+def detach(module: nn.Module) -> None:
     module.__dict__.pop("_attnswap_kept", None)
     if hasattr(module, NAME):
         module._attnswap_hook.remove()
@@ -451,14 +453,14 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     return args, kwargs
 
 
-def _mark(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> None:
+def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> None:
     """Say in the config of every part what is swapped there, and route its attention here where anything is.
 
     `attn_implementation` is written to config.json, where it makes transformers refuse to load the checkpoint without
-    this package.
+    this package, in an error that quotes it.
     """
-    parts = _parts(model)
-    configs = [(part, config) for part, config in parts.items()]
+    parts = model_parts(model)
+    configs: list[tuple[str | None, PreTrainedConfig]] = list(parts.items())
     for name, module in model.named_modules():  # some hold copies
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             configs.append((_part_of(model, name, module, parts), module.config))
@@ -467,72 +469,7 @@ def _mark(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> None:
             continue
         setattr(config, NAME, saved[part])
         config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
-    model.config.attn_implementation = NAME
+    model.config.attn_implementation = GUARD
     for _, module in _attention_modules(model):
         if not hasattr(module, NAME):
             module._attnswap_kept = True
-
-
-def _inject(model: PreTrainedModel) -> None:
-    """Put the variants that a loaded config asks for on a model that is being built.
-
-    Parts are built first, and the model around them may count their modules otherwise: the outermost is right.
-    """
-    configs = _parts(model)
-    saved = {part: getattr(config, NAME, None) for part, config in configs.items()}
-    if saved[""] is None and model.config._attn_implementation != NAME:
-        return
-    if not saved[""]:
-        raise UsageError(
-            f"attn_implementation is 'attnswap', but the config says {saved['']!r} of what is swapped: load the model "
-            "without it and call hf_attnswap.swap, or repair config.json"
-        )
-    saved = {part: entry for part, entry in saved.items() if entry}
-    plans = {(part, kind): plan for part, entry in saved.items() for kind, plan in plans_from_dict(entry).items()}
-    for part, _ in plans:
-        if configs[part]._attn_implementation != NAME:
-            raise UsageError(
-                f"the checkpoint is a conversion by hf_attnswap, and attn_implementation="
-                f"{configs[part]._attn_implementation!r} would run softmax: leave attn_implementation out"
-            )
-    groups: dict[Group, dict[int, AttentionModule]] = {}
-    for entry in inspect(model):
-        groups.setdefault((entry.part, entry.kind), {})[entry.layer] = entry
-    for group, entries in groups.items():
-        plan = plans.get(group, {})
-        counted = _counted([model.get_submodule(entry.name) for entry in entries.values()])
-        if counted and set(plan) - set(entries):
-            select(sorted(plan), sorted(entries))  # says which layer is not there
-        for index, entry in entries.items():
-            module = model.get_submodule(entry.name)
-            _detach(module)
-            if index in plan:
-                if entry.reason:
-                    raise UsageError(f"config.json says that {entry.name} is swapped, but {entry.reason}")
-                _attach(module, _build(model, entry, group[1], *plan[index]), group[1], index)
-    _mark(model, saved)
-
-
-def hook_into_transformers() -> None:
-    """Make `from_pretrained` build conversions whole; done once, when the package is imported."""
-    post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
-    if hasattr(post_init, "__wrapped__"):
-        return
-
-    @functools.wraps(post_init)
-    def post_init_with_variants(self):
-        _inject(self)
-        post_init(self)
-
-    @functools.wraps(initialize)
-    def initialize_with_variants(self, module, *args, **kwargs):
-        if type(module).__module__.startswith(f"{__package__}.") and not getattr(module, "_is_hf_initialized", False):
-            if hasattr(module, "reset_parameters"):
-                with torch.no_grad():
-                    module.reset_parameters()
-            module._is_hf_initialized = True
-            return
-        initialize(self, module, *args, **kwargs)
-
-    PreTrainedModel.post_init = post_init_with_variants
-    PreTrainedModel._initialize_weights = initialize_with_variants

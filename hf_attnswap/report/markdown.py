@@ -14,11 +14,11 @@ def render(report: Report, pictures: Sequence[Picture]) -> str:
     """The whole page; `pictures` are referred to by their file names."""
     parts = [f"# Attention swaps in {escape(plain(report['model']['name']))}"]
     parts += [escape(paragraph) for paragraph in summary(report)]
-    parts += [f"## {table.QUALITY}", _table(table.rows(report))]
-    parts += [f"## {table.SPEED}", _table(table.speed_rows(report))]
+    parts += [f"## {table.QUALITY}", markdown_table(table.rows(report))]
+    parts += [f"## {table.SPEED}", markdown_table(table.speed_rows(report))]
     for picture in pictures:
         parts += [f"## {picture.title}", f"![{picture.title}]({picture.file})", escape(picture.caption)]
-    parts += ["## Arms", _table(table.arm_rows(report))]
+    parts += ["## Arms", markdown_table(table.arm_rows(report))]
     parts += ["## How it was measured"]
     parts += ["\n".join(f"- {key}: {escape(value)}" for key, value in table.details(report))]
     return "\n\n".join(parts) + "\n"
@@ -30,7 +30,8 @@ def escape(words: str) -> str:
     return re.sub(r"([\\`*|$~\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", words)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """`rows`, the first of them the header, as a table."""
     lines = [" | ".join(escape(cell) for cell in row) for row in rows]
     lines.insert(1, " | ".join("---" for _ in rows[0]))
     return "\n".join(f"| {line} |" for line in lines)

@@ -1,0 +1,136 @@
+"""A saved conversion comes back whole: variants are built from config.json, and weights that do not fit are refused."""
+
+import functools
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, modeling_utils
+from transformers.integrations import accelerate as integration
+
+from .config import plans_from_dict, select
+from .dispatch import GUARD, NAME
+from .errors import UsageError
+from .patching import (
+    AttentionModule,
+    Group,
+    attach,
+    build_variant,
+    counted,
+    detach,
+    inspect,
+    mark_swapped,
+    model_parts,
+    swapped_modules,
+)
+
+
+def hook_into_transformers() -> None:
+    """Make `from_pretrained` build conversions whole; done once, when the package is imported."""
+    if hasattr(PreTrainedModel.post_init, "__wrapped__"):
+        return
+    post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
+    finalize, dispatch = PreTrainedModel._finalize_model_loading, integration.dispatch_model
+
+    @functools.wraps(post_init)
+    def post_init_with_variants(self):
+        _inject(self)
+        post_init(self)
+
+    @functools.wraps(initialize)
+    def initialize_with_variants(self, module, *args, **kwargs):
+        if type(module).__module__.startswith(f"{__package__}.") and not getattr(module, "_is_hf_initialized", False):
+            if hasattr(module, "reset_parameters"):
+                with torch.no_grad():
+                    module.reset_parameters()
+            module._is_hf_initialized = True
+            return
+        initialize(self, module, *args, **kwargs)
+
+    @functools.wraps(finalize)
+    def finalize_checked(model, load_config, info):
+        _check_variants(model, load_config, info)
+        info = finalize(model, load_config, info)
+        _check_nothing_missing(model, load_config, info)
+        return info
+
+    @functools.wraps(dispatch)
+    def dispatch_with_variants(model, *args, preload_module_classes=None, **kwargs):
+        # Offloaded weights come in with a call of their own module, and a variant calls its maps by other methods.
+        own = {type(variant).__name__ for variant in swapped_modules(model).values()}
+        return dispatch(model, *args, preload_module_classes=[*(preload_module_classes or ()), *own], **kwargs)
+
+    PreTrainedModel.post_init = post_init_with_variants
+    PreTrainedModel._initialize_weights = initialize_with_variants
+    PreTrainedModel._finalize_model_loading = staticmethod(finalize_checked)
+    integration.dispatch_model = dispatch_with_variants
+
+
+def _inject(model: PreTrainedModel) -> None:
+    """Put the variants that a loaded config asks for on a model that is being built.
+
+    Parts are built first, and the model around them may count their modules otherwise: the outermost is right.
+    """
+    configs = model_parts(model)
+    saved = {part: getattr(config, NAME, None) for part, config in configs.items()}
+    if saved[""] is None and model.config._attn_implementation not in (NAME, GUARD):
+        return
+    if not saved[""]:
+        raise UsageError(
+            f"attn_implementation is 'attnswap', but the config says {saved['']!r} of what is swapped: load the model "
+            "without it and call hf_attnswap.swap, or repair config.json"
+        )
+    saved = {part: entry for part, entry in saved.items() if entry}
+    plans = {(part, kind): plan for part, entry in saved.items() for kind, plan in plans_from_dict(entry).items()}
+    for part, _ in plans:
+        if configs[part]._attn_implementation not in (NAME, GUARD):
+            raise UsageError(
+                f"the checkpoint is a conversion by hf_attnswap, and attn_implementation="
+                f"{configs[part]._attn_implementation!r} would run softmax: leave attn_implementation out"
+            )
+    groups: dict[Group, dict[int, AttentionModule]] = {}
+    for entry in inspect(model):
+        groups.setdefault((entry.part, entry.kind), {})[entry.layer] = entry
+    for group, entries in groups.items():
+        plan = plans.get(group, {})
+        numbered = counted([model.get_submodule(entry.name) for entry in entries.values()])
+        if numbered and set(plan) - set(entries):
+            select(sorted(plan), sorted(entries))  # says which layer is not there
+        for index, entry in entries.items():
+            module = model.get_submodule(entry.name)
+            detach(module)
+            if index in plan:
+                if entry.reason:
+                    raise UsageError(f"config.json says that {entry.name} is swapped, but {entry.reason}")
+                attach(module, build_variant(model, entry, group[1], *plan[index]), group[1], index)
+    mark_swapped(model, saved)
+
+
+def _check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
+    """UsageError where the weights of a checkpoint and its config.json disagree on what is swapped."""
+    inside = f".{NAME}."
+    wrong = {key: "is not among the weights" for key in info.missing_keys if inside in key}
+    for key, found, expected in info.mismatched_keys:
+        if inside in key:
+            wrong[key] = f"has shape {tuple(found)} in the weights, and config.json makes it {tuple(expected)}"
+    modules = {name for name, _ in model.named_modules()}
+    for key in info.unexpected_keys:
+        owner, found, _ = key.partition(inside)  # absent where only a part of the model was asked for
+        if found and not modules.isdisjoint((owner, owner.removeprefix(f"{model.base_model_prefix}."))):
+            wrong[key] = "is among the weights, and config.json does not ask for it"
+    _refuse(load_config, wrong)
+
+
+def _check_nothing_missing(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
+    """UsageError where a conversion, loaded as the class that it was saved with, would have new random weights."""
+    if swapped_modules(model) and type(model).__name__ in (model.config.architectures or ()):
+        _refuse(load_config, {key: "is not among the weights" for key in info.missing_keys})
+
+
+def _refuse(load_config: modeling_utils.LoadStateDictConfig, wrong: dict[str, str]) -> None:
+    if wrong:
+        key = min(wrong)
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UsageError(
+            f"{load_config.pretrained_model_name_or_path}: config.json and weights do not belong together: {key} "
+            f"{wrong[key]}{others}; take both from one save"
+        )

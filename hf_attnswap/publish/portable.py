@@ -1,0 +1,187 @@
+"""One self-contained file that loads a conversion without this package, under trust_remote_code=True.
+
+The file is made of the package's own source: the definitions of the variants (`weights`, O(n^2)) and all that these
+need, without the fast forms and the constant-size state, and below them `portable_runtime.py`, which puts them on the
+model. It gives the same numbers up to rounding, at the cost of softmax or more.
+"""
+
+import ast
+import inspect as python_inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from ..attentions import LinearAttention
+from ..attentions.hybrid import Hybrid, hybrid_of
+from ..dispatch import GUARD
+from ..errors import UsageError
+from ..files import write_whole
+from ..patching import swapped_modules
+from ..version import __version__
+
+FILE = "modeling_attnswap.py"
+_AUTO = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM"}
+# The fast forms, which no definition needs.
+_LEFT_OUT = {"forward", "_blocked", "calibrate", "tiles", "new_tokens", "_divide"}
+
+
+def add(folder: str | Path) -> Path:
+    """Write `modeling_attnswap.py` into the folder of a saved conversion, and name it in its config.json.
+
+    For decoder-only language models whose swapped attention is causal; the path of the file.
+
+    Raises:
+        UsageError: another kind of model, or a variant that is not defined by its scores alone.
+    """
+    folder = Path(folder)
+    config = AutoConfig.from_pretrained(folder)
+    architecture = (config.architectures or [""])[0]
+    auto = next((auto for suffix, auto in _AUTO.items() if architecture.endswith(suffix)), None)
+    cls = getattr(transformers, architecture, None)
+    if auto is None or cls is None or config.is_encoder_decoder:
+        raise UsageError(f"{architecture or 'this model'} cannot be portable: only decoder-only language models can")
+    with torch.device("meta"):
+        model = cls(config)
+    text = _source(model, architecture)
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    saved["auto_map"] = {auto: f"{FILE.removesuffix('.py')}.Swapped{architecture}"}
+    path = write_whole(folder / FILE, text.encode())
+    write_whole(folder / "config.json", f"{json.dumps(saved, indent=2, sort_keys=True)}\n".encode())
+    return path
+
+
+def _source(model: PreTrainedModel, architecture: str) -> str:
+    """The whole file for a swapped model."""
+    modules, roots, made = {}, [], {}
+    for name, variant in swapped_modules(model).items():
+        cls = type(variant)
+        linear = cls.linear_class if issubclass(cls, Hybrid) else cls
+        if variant.kind != "causal" or issubclass(linear, LinearAttention) and linear.prepare is not _PREPARE:
+            raise UsageError(f"{name} cannot be portable: {variant.kind} {cls.name} is not defined by its scores alone")
+        modules[name] = (cls.name, variant.option_values(), *vars(variant.heads).values())
+        roots += [linear] if linear is cls else [linear, hybrid_of]
+        made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
+    runtime = Path(__file__).with_name("portable_runtime.py").read_text(encoding="utf-8")
+    imports, definitions = _Shaken(roots).text()
+    table = "".join(f"    {name!r}: {entry!r},\n" for name, entry in modules.items())
+    variants = "".join(f"    {name!r}: {expression},\n" for name, expression in made.items())
+    return "\n".join(
+        [
+            f'"""{architecture} with swapped attention, without hf_attnswap: the definitions, O(n^2).',
+            "",
+            f"Written by hf_attnswap {__version__} from its own source, which also has the fast forms: pip install",
+            'hf_attnswap. Apache-2.0.\n"""',
+            "",
+            "import sys",
+            imports,
+            f"from transformers import AttentionInterface, {architecture}",
+            "from transformers.masking_utils import AttentionMaskInterface, sdpa_mask",
+            "",
+            definitions,
+            f"\nVARIANTS = {{\n{variants}}}",
+            "# Which variant stands where: its options, query heads, key/value heads, head dimension, value dimension.",
+            f"SWAPPED = {{\n{table}}}",
+            f"GUARD = {GUARD!r}\n",
+            runtime[runtime.index("# From here on") :].replace("Architecture", architecture),
+        ]
+    )
+
+
+_PREPARE = LinearAttention.prepare
+
+
+class _Shaken:
+    """Of the package's source, what some of its objects need."""
+
+    def __init__(self, roots: list[Any]):
+        self.needed: dict[str, set[str]] = {}  # by module
+        self.uses: dict[str, list[str]] = {}  # the modules that a module builds on
+        self.external: set[str] = set()
+        self.trees: dict[str, ast.Module] = {}
+        for root in roots:
+            self._need(root.__module__, root.__name__)
+
+    def text(self) -> tuple[str, str]:
+        """The import statements, and the definitions."""
+        owner: dict[str, str] = {}
+        parts = []
+        for module in self._ordered():
+            for node in self._tree(module).body:
+                names = _bound(node) & self.needed[module]
+                for name in names:
+                    if owner.setdefault(name, module) != module:
+                        raise UsageError(f"{name} is defined in {owner[name]} and in {module}: rename one")
+                if names:
+                    parts.append(ast.unparse(_without(node)))
+        return "\n".join(sorted(self.external)), "\n\n\n".join(parts)
+
+    def _tree(self, module: str) -> ast.Module:
+        if module not in self.trees:
+            self.trees[module] = ast.parse(python_inspect.getsource(sys.modules[module]))
+        return self.trees[module]
+
+    def _need(self, module: str, name: str) -> None:
+        if name in self.needed.setdefault(module, set()):
+            return
+        for node in self._tree(module).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                if name in _bound(node):
+                    source = f"{module.rsplit('.', node.level)[0]}.{node.module}"
+                    self.uses.setdefault(module, []).append(source)
+                    self._need(source, name)
+                    return
+            elif name in _bound(node):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    self.external.add(ast.unparse(_only(node, name)))
+                    return
+                self.needed[module].add(name)
+                for other in {n.id for n in ast.walk(_without(node)) if isinstance(n, ast.Name)} - {name}:
+                    self._need(module, other)
+
+    def _ordered(self) -> list[str]:
+        """The modules, each after those that it builds on."""
+        order: list[str] = []
+
+        def visit(module: str) -> None:
+            for other in self.uses.get(module, ()):
+                visit(other)
+            if module not in order:
+                order.append(module)
+
+        for module in sorted(self.needed):
+            visit(module)
+        return order
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a statement of a module binds."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    if isinstance(node, ast.Assign):
+        return {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return {node.target.id} if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else set()
+
+
+def _only(node: ast.Import | ast.ImportFrom, name: str) -> ast.stmt:
+    names = [alias for alias in node.names if (alias.asname or alias.name.split(".")[0]) == name]
+    return ast.Import(names) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, names, node.level)
+
+
+def _without(node: ast.stmt) -> ast.stmt:
+    """A definition without its fast forms and its registration."""
+    if not isinstance(node, ast.ClassDef):
+        return node
+    variant = any(isinstance(base, ast.Name) and base.id != "Module" for base in node.bases) or node.name == "Mask"
+    left_out = _LEFT_OUT if variant or node.name == "Attention" else set()
+    body = [item for item in node.body if not (isinstance(item, ast.FunctionDef) and item.name in left_out)]
+    decorators = [d for d in node.decorator_list if not (isinstance(d, ast.Name) and d.id == "register")]
+    return ast.ClassDef(
+        name=node.name, bases=node.bases, keywords=node.keywords, body=body, decorator_list=decorators, type_params=[]
+    )

@@ -1,0 +1,247 @@
+"""Push a conversion to the Hub: weights, config, tokenizer, report and card, in one commit that can be repeated."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+
+from .. import report as reports
+from ..dispatch import NAME
+from ..errors import UsageError
+from ..patching import swapped_modules
+from . import card
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def prepare(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    tags: list[str] | None = None,
+    token: str | None = None,
+) -> list[CommitOperationAdd]:
+    """What a push of `folder` would upload: all its files but hidden ones, and a card where it has no README.md.
+
+    Args:
+        folder: what `save_pretrained` wrote; a report.json in it is what the card is written from.
+        base_model: Hub id of the model that was converted, where config.json does not say it; "none" leaves it out.
+        licence: where the card of `base_model` on the Hub does not say it.
+
+    Raises:
+        UsageError: a folder that does not hold a whole conversion, or a card that cannot be written.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is not the name of a repository: {str(error).splitlines()[0]}") from None
+    folder = Path(folder)
+    config = _config(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    pickled = next((path.name for path in files if path.suffix in _PICKLED), None)
+    if pickled:
+        raise UsageError(f"{folder} has {pickled}, which may hold pickled data: take it out, or save as safetensors")
+    _check_weights(folder)
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    if not (folder / "README.md").is_file():
+        report = reports.read(folder / "report.json") if (folder / "report.json").is_file() else None
+        base_model, licence = _origin(config, base_model, licence, token)
+        text = card.render(config, repo_id, report=report, base_model=base_model, licence=licence, tags=tags or ())
+        operations.append(CommitOperationAdd("README.md", text.encode()))
+    return operations
+
+
+def push(
+    operations: list[CommitOperationAdd],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> str:
+    """Upload in one commit to a repository that is made where there is none; the address of the commit or pull request.
+
+    After an interruption the same call continues: files that the Hub has by then are not sent again.
+
+    Raises:
+        UsageError: no token, no right to write, or a repository that holds something else.
+        ConnectionError: the Hub cannot be reached.
+    """
+    if (token or get_token()) is None:
+        raise UsageError("there is no Hub token: run `hf auth login`, or set HF_TOKEN")
+    api = HfApi(token=token)
+    with _one_line(repo_id):
+        try:
+            api.create_repo(repo_id, private=private)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409 and not create_pr:
+                raise
+            _require_conversion(api, repo_id)
+        if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        done = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload conversion by hf_attnswap",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return done.pr_url or done.commit_url
+
+
+@contextmanager
+def _one_line(repo_id: str) -> Iterator[None]:
+    """What the Hub or the network answers, as one line that says what to do."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, HTTPError, RuntimeError) as error:
+        reason: BaseException = error
+        while isinstance(reason, RuntimeError) and reason.__cause__:  # "Error while uploading ..."
+            reason = reason.__cause__
+        raise _explained(reason, repo_id) from error
+
+
+def _explained(error: BaseException, repo_id: str) -> Exception:
+    first_line = (str(error).strip() or repr(error)).splitlines()[0]
+    if not isinstance(error, HfHubHTTPError):
+        return ConnectionError(
+            f"the Hub at {constants.ENDPOINT} cannot be reached ({first_line}): run the same command again to continue"
+        )
+    status, said = error.response.status_code, error.server_message or first_line
+    if status == 401:
+        return UsageError(f"the Hub does not know this token ({said}): run `hf auth login`, or set HF_TOKEN")
+    if status == 403:
+        return UsageError(f"this token may not write to {repo_id} ({said}): use one that may, or --create_pr")
+    if isinstance(error, RepositoryNotFoundError):
+        return UsageError(f"{repo_id} does not exist, or this token may not see it")
+    return ConnectionError(f"the Hub refused {repo_id}: {status}: {said}")
+
+
+def _require_conversion(api: HfApi, repo_id: str) -> None:
+    """UsageError where a repository that exists holds another kind of model."""
+    try:
+        path = api.hf_hub_download(repo_id, "config.json", force_download=True)
+    except EntryNotFoundError:
+        files = [name for name in api.list_repo_files(repo_id) if name not in (".gitattributes", "README.md")]
+        taken = bool(files)
+    else:
+        taken = NAME not in json.loads(Path(path).read_text(encoding="utf-8"))
+    if taken:
+        raise UsageError(f"{repo_id} is taken: it exists and is no conversion by hf_attnswap; choose another name")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{folder} has no config.json: push a folder that save_pretrained wrote") from None
+    except ValueError as error:
+        raise UsageError(f"{folder}/config.json is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{folder}/config.json is damaged: it holds no object")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{index} is damaged: {error!r}") from None
+    else:
+        needed = {"model.safetensors"}
+    missing = sorted(name for name in needed if not (folder / name).is_file())
+    if missing:
+        raise UsageError(f"{folder} has no {missing[0]}: its weights are not whole")
+
+
+def _origin(
+    config: dict[str, Any], base_model: str | None, licence: str | None, token: str | None
+) -> tuple[str | None, str | None]:
+    """Base model and licence, from what the user says, config.json, and the card of the base model."""
+    base_model = base_model or (config.get(NAME) or {}).get("base")
+    if base_model is None:
+        raise UsageError("which model was converted is not known: pass its Hub id with --base_model (or none)")
+    if base_model == "none":
+        base_model = None
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", base_model):
+        raise UsageError(f"base_model is {base_model!r}; expected a Hub id such as org/name, or none")
+    if licence is None and base_model is not None:
+        try:
+            licence = ModelCard.load(base_model, token=token).data.license
+        except (OSError, HTTPError, ValueError):
+            licence = None
+    if licence is None:
+        raise UsageError(f"the licence of {base_model or 'the model'} is not known: pass it with --license")
+    return base_model, licence
+
+
+def hook_into_transformers() -> None:
+    """Make `push_to_hub` of a swapped model write this package's card; done once, when the package is imported."""
+    original = PreTrainedModel.push_to_hub
+    if original.__module__ == __name__:
+        return
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
+        if not swapped_modules(self):
+            return original(self, repo_id, max_shard_size=max_shard_size, **kwargs)
+        return push_model(self, repo_id, max_shard_size=max_shard_size, **kwargs)
+
+    push_to_hub.__doc__ = f"{original.__doc__}\n\nOf a swapped model: see `hf_attnswap.publish.push.push_model`."
+    PreTrainedModel.push_to_hub = push_to_hub
+
+
+def push_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    max_shard_size: int | str = "50GB",
+    tokenizer: Any = None,
+    report: str | Path | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    tags: list[str] | None = None,
+    token: str | None = None,
+    **to: Any,
+) -> str:
+    """Save a swapped model, and its tokenizer and report.json where they are given, and push the whole.
+
+    Args:
+        to: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`, as `push`.
+
+    Raises:
+        UsageError, ConnectionError: as `prepare` and `push`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if report is not None:
+            shutil.copyfile(report, Path(folder, "report.json"))
+        operations = prepare(folder, repo_id, base_model=base_model, licence=licence, tags=tags, token=token)
+        return push(operations, repo_id, token=token, **to)

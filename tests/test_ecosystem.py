@@ -1,0 +1,87 @@
+"""Programs that know nothing of this package load a conversion as any other model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import randomise, tiny, tiny_encoder
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+
+import hf_attnswap
+
+WORDS = "the cat sat on a mat and it was hat of one man".split()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"[PAD]": 0, "<s>": 1, "[UNK]": 2, **{word: i + 3 for i, word in enumerate(WORDS)}}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="<s>", model_max_length=128
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ecosystem") / "converted"
+    randomise(hf_attnswap.swap(tiny(), "hedgehog+window", window=8, sinks=2)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_pipeline(converted):
+    pipe = pipeline("text-generation", str(converted))
+    assert [entry.swapped for entry in hf_attnswap.inspect(pipe.model)] == ["hedgehog+window"] * 3
+    assert len(pipe(["the cat", "it was one man"], max_new_tokens=4, batch_size=2)) == 2
+
+
+def test_lm_eval_scores_as_the_model_does(converted):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+
+    evaluated = huggingface.HFLM(pretrained=str(converted), device="cpu", dtype="float32", batch_size=2)
+    pairs = [("the cat sat on", " a mat"), ("it was", " one man of the hat"), ("the", " cat")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    model, words = AutoModelForCausalLM.from_pretrained(converted), tokenizer()
+    for (context, rest), (found, _) in zip(pairs, evaluated.loglikelihood(requests, disable_tqdm=True), strict=True):
+        ids = words(context + rest, return_tensors="pt").input_ids
+        with torch.no_grad():
+            logs = model(ids).logits[0, :-1].log_softmax(-1)
+        each = logs.gather(1, ids[0, 1:, None])[len(context.split()) - 1 :]
+        assert found == pytest.approx(each.sum().item(), abs=1e-4)
+
+
+def test_sentence_transformers(tmp_path):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    encoder = randomise(hf_attnswap.swap(tiny_encoder(), "sigmoid"))
+    encoder.save_pretrained(tmp_path / "encoder")
+    words = tokenizer()
+    words.save_pretrained(tmp_path / "encoder")
+    loaded = library.SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    texts = ["the cat sat on a mat", "it was one man"]
+    batch = words(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        hidden = encoder.eval()(**{k: v for k, v in batch.items() if k != "token_type_ids"}).last_hidden_state
+    mask = batch.attention_mask[..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(loaded.encode(texts, convert_to_tensor=True), expected, rtol=1e-4, atol=1e-4)
+    loaded.save(str(tmp_path / "sentences"))
+    again = library.SentenceTransformer(str(tmp_path / "sentences"), device="cpu")
+    torch.testing.assert_close(again.encode(texts, convert_to_tensor=True), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_peft_free_command_lines_of_others_run_with_the_package(converted):
+    """`attnswap run` imports the package, then becomes the other program; here a transformers command."""
+    command = [sys.executable, "-m", "hf_attnswap", "run"]
+    root = str(Path(hf_attnswap.__file__).parents[1])
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+    run = subprocess.run([*command, "transformers", "version"], capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0 and run.stdout.strip(), run.stderr
+    run = subprocess.run([*command, "no-such-program"], capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 2 and "no installed package has a program 'no-such-program'" in run.stderr
+    assert json.loads((converted / "config.json").read_text())["attnswap"]
