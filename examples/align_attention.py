@@ -6,10 +6,13 @@ Softmax and the new attention share one forward pass; only the new attention's o
         --attention hedgehog+window --train_file book.txt --max_train_tokens 500000 --output_dir aligned
 """
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from common import read_text, run, save, start, swap_as_asked, training_parser
+from common import read_text, run, run_script, save, swap_as_asked, training_parser
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
@@ -24,9 +27,11 @@ from hf_attnswap.training.align import (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = training_parser(__doc__, DEFAULT_LEARNING_RATE).parse_args(argv)
-    accelerator = start(args)
+def build_parser() -> argparse.ArgumentParser:
+    return training_parser(__doc__, DEFAULT_LEARNING_RATE)
+
+
+def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     if accelerator.distributed_type == DistributedType.FSDP:
         # FSDP gathers a layer's parameters for the backward pass of its output; these losses arise inside the layer.
         raise UsageError("alignment does not work under FSDP, and trains few parameters: use multi_gpu.yaml")
@@ -40,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         history = run(args, accelerator, model, blocks, lambda model, batch: alignment_loss(model, batch, losses))
     folder = save(args, accelerator, model, tokenizer)
     accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_script(build_parser(), stage, argv)
 
 
 if __name__ == "__main__":

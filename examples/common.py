@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 from hf_attnswap import UsageError, swap
 from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.files import require_empty, whole_folder
+from hf_attnswap.loading import load
 from hf_attnswap.tradeoff import parse_options
-from hf_attnswap.training.loop import Batches, Step, batches, find_checkpoint, train
+from hf_attnswap.training.batches import Batches, batches
+from hf_attnswap.training.loop import Step, find_checkpoint, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
     "model_name_or_path dtype attention layers option use_lora lora_r lora_alpha lora_dropout align_steps "
-    "align_learning_rate".split()
+    "align_learning_rate teacher_name_or_path temperature hidden_weight".split()
 )
 
 OUTPUT = """\
@@ -143,6 +145,29 @@ def start(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def run_script(
+    parser: argparse.ArgumentParser,
+    stage: Callable[[argparse.Namespace, Accelerator], Any],
+    argv: Sequence[str] | None = None,
+) -> Any:
+    """Parse the arguments, run the stage on the accelerator that they ask for, and end the processes' group."""
+    args = parser.parse_args(argv)
+    accelerator = start(args)
+    found = stage(args, accelerator)
+    accelerator.end_training()
+    return found
+
+
+def load_as_asked(args: argparse.Namespace, accelerator: Accelerator) -> tuple[PreTrainedModel, Any]:
+    """The model to train, swapped if `--attention` says so, and its tokenizer."""
+    model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
+    if args.attention:
+        swap_as_asked(model, args, args.attention)
+    elif args.layers or args.option:
+        raise UsageError("--layers and --option belong to --attention, which is missing")
+    return model, tokenizer
+
+
 def swap_as_asked(model: PreTrainedModel, args: argparse.Namespace, attention: str | None) -> None:
     """Swap the model to `attention`, with the layers and options of the arguments."""
     layers = args.layers if args.layers is None or ":" in args.layers else args.layers.split(",")
@@ -235,7 +260,7 @@ def run_steps(
 def save(
     args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
-    """The model and its tokenizer in `output_dir/model`, which appears whole; ends the run."""
+    """The model and its tokenizer in `output_dir/model`, which appears whole; ends what trackers record."""
     folder = args.output_dir / "model"
     state = accelerator.get_state_dict(model)  # of all processes together
     if accelerator.is_main_process:
@@ -243,7 +268,8 @@ def save(
             model.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
 
 

@@ -5,17 +5,16 @@ flows on, and the variant is compared with it on the same query, key and value. 
 do not disturb each other, and only the variants' parameters get gradients (attention transfer of LoLCATs, Zhang 2024).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attentions import Attention, Heads, get
 from ..errors import UsageError
-from ..masks import Mask
 from ..patching import swapped_modules
+from .batches import model_inputs
+from .teacher import softmax_flows_on
 
 DEFAULT_LEARNING_RATE = 1e-2  # as LoLCATs
 
@@ -27,33 +26,6 @@ class LayerLosses(dict[str, Tensor]):
     def mean(self) -> Tensor:
         """The same weight for every layer."""
         return torch.stack(list(self.values())).mean()
-
-
-Observe = Callable[[str, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
-
-
-@contextmanager
-def _softmax_flows_on(model: nn.Module, observe: Observe) -> Iterator[None]:
-    """While this is open, swapped layers run softmax and show `observe` what came in, and what softmax made of it."""
-    modules = swapped_modules(model)
-    softmax = get("softmax")(Heads(1, 1, 1))
-
-    def observer(layer: str):
-        def call(attention, query, key, value, mask, scaling, state):
-            with torch.no_grad():
-                teacher = softmax(query, key, value, mask, scaling)
-            observe(layer, attention, teacher, *(t.detach() for t in (query, key, value)), mask, scaling)
-            return teacher
-
-        return call
-
-    try:
-        for layer, attention in modules.items():
-            attention.observer = observer(layer)
-        yield
-    finally:
-        for attention in modules.values():
-            del attention.observer
 
 
 @contextmanager
@@ -68,7 +40,7 @@ def aligning(model: nn.Module) -> Iterator[LayerLosses]:
         student = attention(query, key, value, mask, scaling)
         losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
 
-    with _softmax_flows_on(model, compare):
+    with softmax_flows_on(model, compare):
         yield losses
 
 
@@ -84,8 +56,13 @@ def calibrate(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
         attention.calibrate(query, key, value, mask, scaling)
 
     device = next(model.parameters()).device
-    with _softmax_flows_on(model, show):
-        model(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in _inputs(batch).items()})
+    with softmax_flows_on(model, show):
+        model(
+            **{
+                name: x.to(device) if torch.is_tensor(x) else x
+                for name, x in model_inputs(batch, last_logits_only=True).items()
+            }
+        )
 
 
 def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -126,9 +103,5 @@ def alignment_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor], losse
             `attention_mask` for an encoder.
     """
     losses.clear()
-    model(**_inputs(batch))
+    model(**model_inputs(batch, last_logits_only=True))
     return losses.mean()
-
-
-def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Any]:
-    return batch if isinstance(batch, Mapping) else {"input_ids": batch, "use_cache": False, "logits_to_keep": 1}

@@ -1,6 +1,5 @@
 """A training loop on Accelerate that survives a kill: whole checkpoints, and the same run after resuming."""
 
-import functools
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..files import write_whole
+from .batches import Batches
 
 Step = Callable[[nn.Module, Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """Blocks of tokens or examples in an endless order, each epoch shuffled anew. A batch is a function of its number
-    and the seed alone, so a run can go on from any step, on any number of processes, and still see the same tokens."""
-
-    blocks: Tensor
-    batch_size: int
-    seed: int
-
-    def __getitem__(self, number: int) -> Tensor:
-        """Batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
-        length, first = len(self.blocks), number * self.batch_size
-        positions = range(first, first + self.batch_size)
-        return self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]]
-
-
-@functools.lru_cache(maxsize=2)
-def _order(length: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(length, generator=generator).tolist()
-
-
-def batches(blocks: Tensor, batch_size: int, seed: int) -> Batches:
-    """Batches of token blocks `[N, n]`. UsageError where the blocks do not fill one batch."""
-    if len(blocks) < batch_size:
-        raise UsageError(f"the training text gives {len(blocks)} blocks, less than one batch of {batch_size}")
-    return Batches(blocks, batch_size, seed)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:

@@ -118,6 +118,41 @@ def test_lora_on_a_conversion_is_merged_and_trains_the_new_parameters(trained, a
     assert own and all(".attnswap." in name and new[name].any() for name in own)
 
 
+@pytest.mark.parametrize("rate, more", [("3e-3", []), ("1e-2", ["--use_lora", "--lora_r", "8"])])
+def test_distillation_teaches_what_the_original_says(trained, arguments, checkpoint, text, tmp_path, rate, more):
+    """The divergence from the original, measured apart from the training, becomes smaller."""
+    given = [*arguments, "--attention", "relu_norm", "--learning_rate", rate, "--max_train_steps", "40", *more]
+    expected = trained("distill", given)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert torch.equal(logits(model), expected)
+    source = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = load(checkpoint)[1]
+    blocks = token_blocks(TextSource(text), tokenizer, 32, 320)
+
+    def divergence(model):
+        with torch.no_grad():
+            p, q = (m.eval()(input_ids=blocks).logits.log_softmax(-1) for m in (source, model))
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    untrained = hf_attnswap.swap(AutoModelForCausalLM.from_pretrained(checkpoint), "relu_norm")
+    assert divergence(model) < 0.9 * divergence(untrained)
+    names = changed(source.state_dict(), model.state_dict())
+    assert all("self_attn" in name for name in names) if more else names == source.state_dict().keys()
+
+
+def test_distillation_by_a_named_teacher(script, arguments, checkpoint, tmp_path):
+    """Of a model whose own weights have moved, the original has to be named."""
+    finetune, distill = script("finetune"), script("distill")
+    finetune.main([*arguments, "--attention", "relu_norm", "--learning_rate", "3e-2"])
+    moved = ["--model_name_or_path", str(tmp_path / "out" / "model"), "--max_train_steps", "1"]
+    for name, more in (("itself", []), ("named", ["--teacher_name_or_path", checkpoint])):
+        distill.main([*arguments, *moved, *more, "--output_dir", str(tmp_path / name)])
+    itself, named = (read_log(tmp_path / name)[0]["loss"] for name in ("itself", "named"))
+    assert named > itself > 0
+    with pytest.raises(UsageError, match="is not swapped: give --attention"):
+        distill.main([*arguments, "--output_dir", str(tmp_path / "plain")])
+
+
 def test_lora_finds_the_projections_of_another_family(script, arguments, save_tiny, tmp_path):
     """GPT-2 has other names and classes for them, and dropout by default."""
     folder = save_tiny("gpt2", attn_pdrop=0.1, resid_pdrop=0.1)
@@ -132,6 +167,7 @@ def test_lora_finds_the_projections_of_another_family(script, arguments, save_ti
 RUNS = {
     "align": ("align_attention", [*WINDOW, "--checkpointing_steps", "2"]),
     "finetune": ("finetune", ["--checkpointing_steps", "2"]),
+    "distill": ("distill", ["--attention", "relu_norm", "--checkpointing_steps", "2"]),
     "lora": ("finetune", [*WINDOW, "--use_lora", "--lora_dropout", "0.2", "--checkpointing_steps", "2"]),
 }
 

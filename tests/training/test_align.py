@@ -10,7 +10,8 @@ from tiny_models import randomise, tiny, tiny_encoder, tokens
 from hf_attnswap import UsageError, restore, swap
 from hf_attnswap.patching import swapped_modules
 from hf_attnswap.training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, calibrate, trainable_parameters
-from hf_attnswap.training.loop import batches, train
+from hf_attnswap.training.batches import batches
+from hf_attnswap.training.loop import train
 
 
 def swapped(attention, layers=None):

@@ -11,7 +11,8 @@ from tiny_models import tiny, tokens
 
 from hf_attnswap import UsageError
 from hf_attnswap.training import loop
-from hf_attnswap.training.loop import batches, find_checkpoint, next_token_loss, train, warmup_cosine
+from hf_attnswap.training.batches import batches
+from hf_attnswap.training.loop import find_checkpoint, next_token_loss, train, warmup_cosine
 
 BLOCKS = tokens(16, batch=7)
 

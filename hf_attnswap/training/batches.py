@@ -1,0 +1,51 @@
+"""Blocks of tokens in an endless order, and what a model is given of them."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Blocks of tokens or examples in an endless order, each epoch shuffled anew. A batch is a function of its number
+    and the seed alone, so a run can go on from any step, on any number of processes, and still see the same tokens."""
+
+    blocks: Tensor
+    batch_size: int
+    seed: int
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
+        length, first = len(self.blocks), number * self.batch_size
+        positions = range(first, first + self.batch_size)
+        return self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]].long()
+
+
+@functools.lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(length, generator=generator).tolist()
+
+
+def batches(blocks: Tensor, batch_size: int, seed: int) -> Batches:
+    """Batches of token blocks `[N, n, ...]`. UsageError where the blocks do not fill one batch."""
+    if len(blocks) < batch_size:
+        raise UsageError(f"the training text gives {len(blocks)} blocks, less than one batch of {batch_size}")
+    return Batches(blocks, batch_size, seed)
+
+
+def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = False) -> dict[str, Any]:
+    """What a language model takes for a batch of blocks, `[B, n]`; a mapping is taken as it is.
+
+    Args:
+        last_logits_only: for losses that do not need the logits of the whole text.
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return {"input_ids": batch, "use_cache": False, **({"logits_to_keep": 1} if last_logits_only else {})}
