@@ -26,7 +26,7 @@ from hf_attnswap.training.loop import Step, find_checkpoint, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
-    "model_name_or_path dtype attention layers option use_lora lora_r lora_alpha lora_dropout align_steps "
+    "model_name_or_path dtype attention layers option train use_lora lora_r lora_alpha lora_dropout align_steps "
     "align_learning_rate teacher_name_or_path temperature hidden_weight".split()
 )
 
@@ -77,7 +77,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     )
     parser.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     parser.add_argument("--learning_rate", type=float, default=learning_rate, help="(default: %(default)s)")
-    parser.add_argument("--num_warmup_steps", type=int, default=0, help="before a cosine to zero")
+    parser.add_argument(
+        "--final_learning_rate", type=float, default=0.0, help="a cosine ends there (default: %(default)s)"
+    )
+    parser.add_argument("--num_warmup_steps", type=int, default=0, help="before the cosine (default: %(default)s)")
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--checkpointing_steps", type=positive, help="a checkpoint every so many steps (default: none)")
     parser.add_argument(
@@ -243,6 +246,7 @@ def run_steps(
             step_loss,
             learning_rate=args.learning_rate if learning_rate is None else learning_rate,
             steps=steps,
+            final_learning_rate=args.final_learning_rate if learning_rate is None else 0.0,
             warmup=args.num_warmup_steps,
             weight_decay=args.weight_decay,
             output_dir=output_dir,

@@ -22,13 +22,16 @@ from .batches import Batches
 Step = Callable[[nn.Module, Tensor], Tensor]
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine to zero, over `steps` optimiser steps."""
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int, end: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine to the share `end` of the learning rate, over `steps` optimiser steps."""
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        return end + (1 - end) * cosine
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -42,6 +45,7 @@ def train(
     learning_rate: float,
     steps: int,
     parameters: list[nn.Parameter] | None = None,
+    final_learning_rate: float = 0.0,
     warmup: int = 0,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
@@ -61,7 +65,7 @@ def train(
         accelerator: its gradient accumulation, mixed precision and processes are used.
         step_loss: `(model, batch) -> loss` of one batch of token blocks.
         parameters: what trains; all that require a gradient by default.
-        warmup: steps of linear warm-up before a cosine to zero.
+        warmup: steps of linear warm-up to `learning_rate`, before a cosine to `final_learning_rate`.
         output_dir: where `checkpoints/step_N` and the log `training_log.jsonl` go; neither is written without it.
         checkpointing_steps: a checkpoint every so many steps; None for none.
         resume_from_checkpoint: a checkpoint folder, or "latest" for the newest whole one in `output_dir`, which
@@ -76,15 +80,15 @@ def train(
     """
     accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     settings = {
-        "steps": steps, "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm, "blocks per step": processes * accumulation * loader.batch_size,
-        "seed": loader.seed, "block size": loader.blocks.shape[1], "text": zlib.crc32(loader.blocks.numpy()),
-        **(settings or {}),
+        "steps": steps, "learning_rate": learning_rate, "final_learning_rate": final_learning_rate, "warmup": warmup,
+        "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "seed": loader.seed,
+        "blocks per step": processes * accumulation * loader.batch_size, "block size": loader.blocks.shape[1],
+        "text": zlib.crc32(loader.blocks.numpy()), **(settings or {}),
     }  # fmt: skip
     parameters = parameters if parameters is not None else [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     # The scheduler is not prepared: it counts optimiser steps, whatever the number of processes.
-    scheduler = warmup_cosine(optimizer, steps, warmup)
+    scheduler = warmup_cosine(optimizer, steps, warmup, final_learning_rate and final_learning_rate / learning_rate)
     if accelerator.state.deepspeed_plugin is not None:  # it would read this from a prepared DataLoader
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = loader.batch_size
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -95,6 +95,19 @@ def test_alignment_of_a_conversion_goes_on_from_its_parameters(script, arguments
         align.main([*arguments, *WINDOW, "--model_name_or_path", aligned, "--output_dir", str(tmp_path / "again")])
 
 
+@pytest.mark.parametrize("more", [[], ["--use_lora", "--lora_r", "2"]])
+def test_alignment_of_projections(trained, arguments, checkpoint, tmp_path, more):
+    given = ["--attention", "relu_norm", "--option", "gain=true", "--train", "attention", "--learning_rate", "3e-3"]
+    expected = trained("align_attention", [*arguments, *given, "--max_train_steps", "20", *more])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert torch.equal(logits(model), expected)
+    losses = [entry["loss"] for entry in read_log(tmp_path / "out")]
+    assert sum(losses[10:]) < 0.95 * sum(losses[:10])
+    source = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    names = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(3) for name in "qkvo"}
+    assert changed(source, model.state_dict()) == names
+
+
 def test_finetuning_trains_all_weights_of_the_control(trained, arguments, checkpoint, tmp_path):
     expected = trained("finetune", [*arguments, "--learning_rate", "1e-2", "--max_train_steps", "20"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
@@ -167,6 +180,10 @@ def test_lora_finds_the_projections_of_another_family(script, arguments, save_ti
 RUNS = {
     "align": ("align_attention", [*WINDOW, "--checkpointing_steps", "2"]),
     "finetune": ("finetune", ["--checkpointing_steps", "2"]),
+    "projections": (
+        "align_attention",
+        ["--attention", "relu_norm", "--train", "attention", "--checkpointing_steps", "2"],
+    ),
     "distill": ("distill", ["--attention", "relu_norm", "--checkpointing_steps", "2"]),
     "lora": ("finetune", [*WINDOW, "--use_lora", "--lora_dropout", "0.2", "--checkpointing_steps", "2"]),
 }
@@ -253,6 +270,7 @@ def test_evaluate(script, checkpoint, text, tmp_path, capsys):
     "name, more, message",
     [
         ("align_attention", ["--attention", "relu"], "no parameters to align"),
+        ("align_attention", ["--use_lora"], "--use_lora is for the projections"),
         ("align_attention", ["--attention", "hedghog"], "Did you mean 'hedgehog'"),
         ("align_attention", ["--option", "window"], "expected name=value"),
         ("finetune", ["--layers", "1::2"], "--layers and --option belong to --attention"),

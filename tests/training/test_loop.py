@@ -81,6 +81,8 @@ def test_warmup_cosine():
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[7] == pytest.approx(0.5) and rates[10] == pytest.approx(0.0)
+    scheduler = warmup_cosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3), 10, 4, end=0.01)
+    assert [scheduler.lr_lambdas[0](step) for step in (4, 7, 10)] == pytest.approx([1.0, 0.505, 0.01])
 
 
 def test_the_loss_goes_down():
