@@ -39,7 +39,7 @@ from hf_attnswap.loading import load_classifier
 from hf_attnswap.patching import describe, swapped_modules
 from hf_attnswap.training.align import aligning, alignment_loss, calibrate, trainable_parameters
 from hf_attnswap.training.batches import Batches
-from hf_attnswap.training.loop import find_checkpoint
+from hf_attnswap.training.checkpoints import find_checkpoint
 
 OUTPUT = """\
 output_dir:

@@ -22,7 +22,8 @@ from hf_attnswap.files import require_empty, whole_folder
 from hf_attnswap.loading import load
 from hf_attnswap.tradeoff import parse_options
 from hf_attnswap.training.batches import Batches, batches
-from hf_attnswap.training.loop import Step, find_checkpoint, train
+from hf_attnswap.training.checkpoints import find_checkpoint
+from hf_attnswap.training.loop import Step, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
