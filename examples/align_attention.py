@@ -54,7 +54,7 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     blocks = read_text(args, accelerator, tokenizer)
     if not swapped_modules(model) or args.attention or args.layers or args.option:
         swap_as_asked(model, args, args.attention or "hedgehog+window")
-        calibrate(model, blocks[:2])
+        calibrate(model, blocks[:2].long())
     trained = model
     if args.train == "attention":
         projection_parameters(model)

@@ -20,8 +20,9 @@ from hf_attnswap import UsageError, swap
 from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.files import require_empty, whole_folder
 from hf_attnswap.loading import load
+from hf_attnswap.token_cache import default_folder
 from hf_attnswap.tradeoff import parse_options
-from hf_attnswap.training.batches import Batches, batches
+from hf_attnswap.training.batches import Batches, batches, require_separate
 from hf_attnswap.training.checkpoints import find_checkpoint
 from hf_attnswap.training.loop import Step, train
 
@@ -59,6 +60,11 @@ def training_parser(description: str, learning_rate: float) -> argparse.Argument
     )
     add_text_arguments(parser, "--train_file")
     parser.add_argument("--block_size", type=positive, default=512, help="tokens per block (default: %(default)s)")
+    parser.add_argument(
+        "--separate_documents",
+        action="store_true",
+        help="rows of the source (paragraphs of a .txt) share blocks, but neither attention nor loss reaches across",
+    )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--max_train_steps", type=positive, help="optimiser steps")
     length.add_argument("--max_train_tokens", type=positive, help="over all processes; whole steps of them")
@@ -186,12 +192,20 @@ def count_steps(args: argparse.Namespace, accelerator: Accelerator) -> tuple[int
 
 
 def read_text(args: argparse.Namespace, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The blocks to train on, `[N, block_size]`, no more than the steps take."""
+    """The blocks to train on, `[N, block_size, ...]`, no more than the steps take; their tokens are cached."""
     steps, tokens = count_steps(args, accelerator)
     source = TextSource(
         args.train_file or args.dataset_name, config_name=args.dataset_config_name, column=args.text_column
     )
-    return token_blocks(source, tokenizer, args.block_size, max_tokens=steps * tokens)
+    with accelerator.local_main_process_first():  # the others find its tokens in the cache
+        return token_blocks(
+            source,
+            tokenizer,
+            args.block_size,
+            max_tokens=steps * tokens,
+            separate=args.separate_documents,
+            cache_dir=default_folder(),
+        )
 
 
 def run(
@@ -199,7 +213,9 @@ def run(
 ) -> list[float]:
     """Train on blocks of text what requires a gradient, with a progress bar; the loss of each step."""
     steps, tokens = count_steps(args, accelerator)
-    say(accelerator, f"a text of {blocks.numel():,} tokens")
+    say(accelerator, f"a text of {len(blocks) * args.block_size:,} tokens")
+    if args.separate_documents:
+        require_separate(model)
     loader = batches(blocks, args.per_device_train_batch_size, args.seed)
     return run_steps(args, accelerator, model, loader, step_loss, steps=steps, step_size=tokens)
 

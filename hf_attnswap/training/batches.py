@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 
@@ -41,11 +41,38 @@ def batches(blocks: Tensor, batch_size: int, seed: int) -> Batches:
 
 
 def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = False) -> dict[str, Any]:
-    """What a language model takes for a batch of blocks, `[B, n]`; a mapping is taken as it is.
+    """What a language model takes for a batch of blocks; a mapping is taken as it is.
 
     Args:
+        batch: `[B, n]`, or `[B, n, 2]` where documents are separate (see `data.token_blocks`). Positions then begin
+            anew with each of them, which tells transformers that attention must not reach across.
         last_logits_only: for losses that do not need the logits of the whole text.
     """
     if isinstance(batch, Mapping):
         return dict(batch)
-    return {"input_ids": batch, "use_cache": False, **({"logits_to_keep": 1} if last_logits_only else {})}
+    inputs = {"input_ids": batch, "use_cache": False, **({"logits_to_keep": 1} if last_logits_only else {})}
+    if batch.dim() == 3:
+        here = torch.arange(batch.shape[1], device=batch.device).expand(batch.shape[:2])
+        begin = (here * batch[..., 1]).cummax(dim=1).values
+        inputs |= {"input_ids": batch[..., 0], "position_ids": here - begin}
+    return inputs
+
+
+def next_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Labels `[B, n]` for `inputs`: the first token of a document follows from nothing, -100."""
+    positions = inputs.get("position_ids")
+    return inputs["input_ids"] if positions is None else inputs["input_ids"].masked_fill(positions == 0, -100)
+
+
+@torch.no_grad()
+def require_separate(model: nn.Module) -> None:
+    """UsageError where a document reaches into the next one of its row: not every model hands positions to its
+    mask."""
+    device = next(model.parameters()).device
+    rows = torch.tensor([[[3, 1], [4, 0], [5, 0], [6, 1], [7, 0]], [[8, 1], [9, 0], [2, 0], [6, 1], [7, 0]]])
+    first, other = (model(**model_inputs(row[None].to(device))).logits[:, 3:] for row in rows)
+    if not torch.allclose(first, other, rtol=1e-3, atol=1e-3):
+        raise UsageError(
+            f"{type(model).__name__} does not keep documents of one row apart by their positions: train without "
+            "separate documents"
+        )

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..files import write_whole
-from .batches import Batches
+from .batches import Batches, model_inputs, next_tokens
 from .checkpoints import checkpoint_what_trains, find_checkpoint, resume, save_checkpoint
 from .watch import first_not_finite, spike
 
@@ -164,7 +164,8 @@ def _not_finite(
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy of the next token."""
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
+    inputs = model_inputs(batch)
+    return model(**inputs, labels=next_tokens(inputs)).loss
 
 
 def _cut_log(log: Path, steps: int) -> None:

@@ -19,6 +19,7 @@ from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.perplexity import perplexity
 from hf_attnswap.loading import load
 from hf_attnswap.training import loop
+from hf_attnswap.training.align import calibrate
 
 WINDOW = ["--attention", "hedgehog+window", "--option", "window=4", "--option", "sinks=1"]
 
@@ -95,17 +96,55 @@ def test_alignment_of_a_conversion_goes_on_from_its_parameters(script, arguments
         align.main([*arguments, *WINDOW, "--model_name_or_path", aligned, "--output_dir", str(tmp_path / "again")])
 
 
-@pytest.mark.parametrize("more", [[], ["--use_lora", "--lora_r", "2"]])
-def test_alignment_of_projections(trained, arguments, checkpoint, tmp_path, more):
-    given = ["--attention", "relu_norm", "--option", "gain=true", "--train", "attention", "--learning_rate", "3e-3"]
-    expected = trained("align_attention", [*arguments, *given, "--max_train_steps", "20", *more])
+def first_layer_error(model, checkpoint, blocks):
+    """Of what its attention module gives, against the original's, on the same input."""
+    outputs = []
+    with torch.no_grad():
+        for one in (model.eval(), AutoModelForCausalLM.from_pretrained(checkpoint)):
+            module = one.model.layers[0].self_attn
+            handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+            one(input_ids=blocks, use_cache=False)
+            handle.remove()
+    return (outputs[0] - outputs[1]).square().mean().item()
+
+
+@pytest.mark.parametrize("more", [[], ["--use_lora", "--lora_r", "4"]])
+def test_alignment_of_projections(trained, arguments, checkpoint, text, tmp_path, more):
+    given = ["--attention", "relu_norm", "--option", "gain=true", "--train", "attention", "--learning_rate", "1e-2"]
+    given += ["--max_train_steps", "40", "--per_device_train_batch_size", "2"]
+    expected = trained("align_attention", [*arguments, *given, *more])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert torch.equal(logits(model), expected)
-    losses = [entry["loss"] for entry in read_log(tmp_path / "out")]
-    assert sum(losses[10:]) < 0.95 * sum(losses[:10])
+    blocks = token_blocks(TextSource(text), load(checkpoint)[1], 32, 640)
+    untrained = hf_attnswap.swap(AutoModelForCausalLM.from_pretrained(checkpoint), "relu_norm", gain=True)
+    calibrate(untrained, blocks)
+    assert first_layer_error(model, checkpoint, blocks) < 0.95 * first_layer_error(untrained, checkpoint, blocks)
     source = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
     names = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(3) for name in "qkvo"}
     assert changed(source, model.state_dict()) == names
+
+
+def test_documents_of_one_block_train_apart(script, arguments, tmp_path):
+    """Where they are separate the loss of the first step is another, and all scripts take the blocks."""
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": "abcdefghijklm"[i % 5 : 6 + i % 7]}) + "\n" for i in range(40)))
+    arguments = [*arguments, "--train_file", str(path)]
+    for name, more in (("finetune", []), ("distill", ["--attention", "relu"]), ("align_attention", WINDOW)):
+        for folder, option in (("joined", []), ("apart", ["--separate_documents"])):
+            output = tmp_path / f"{name}_{folder}"
+            script(name).main([*arguments, *more, *option, "--max_train_steps", "2", "--output_dir", str(output)])
+        joined, apart = (read_log(tmp_path / f"{name}_{folder}")[0]["loss"] for folder in ("joined", "apart"))
+        assert joined != apart and apart > 0
+
+
+def test_the_trainer_of_transformers_trains_a_swapped_model(script, checkpoint, text, tmp_path, capsys):
+    given = ["--model_name_or_path", checkpoint, "--train_file", text, "--output_dir", str(tmp_path / "out")]
+    more = ["--attention", "relu_norm", "--block_size", "32", "--max_steps", "4", "--learning_rate", "1e-2"]
+    script("finetune_trainer").main([*given, *more])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [module.swapped for module in hf_attnswap.inspect(model)] == ["relu_norm"] * 3
+    source = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert changed(source, model.state_dict()) == source.keys()
 
 
 def test_finetuning_trains_all_weights_of_the_control(trained, arguments, checkpoint, tmp_path):
