@@ -42,6 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="the new parameters, or the attention modules with their projections (default: %(default)s); for the "
         f"latter the papers have a --learning_rate of {DEFAULT_PROJECTIONS_LEARNING_RATE:g}",
     )
+    parser.add_argument(
+        "--linear_branch_alone",
+        action="store_true",
+        help="of X+window train the linear variant X, without the window: a first stage before the whole",
+    )
     add_lora_arguments(parser)
     return parser
 
@@ -55,16 +60,22 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     if not swapped_modules(model) or args.attention or args.layers or args.option:
         swap_as_asked(model, args, args.attention or "hedgehog+window")
         calibrate(model, blocks[:2].long())
-    trained = model
-    if args.train == "attention":
+    trained, alone = model, args.linear_branch_alone
+    if args.train == "new":
+        if args.use_lora:
+            raise UsageError("--use_lora is for the projections, which --train attention trains")
+        trainable_parameters(model, alone)
+        observing = aligning(model, alone)
+    else:
+        if alone:
+            raise UsageError("--linear_branch_alone compares no whole attention modules, as --train attention does")
         projection_parameters(model)
         trained = with_lora_if_asked(model, args, accelerator)
-    elif args.use_lora:
-        raise UsageError("--use_lora is for the projections, which --train attention trains")
-    else:
-        trainable_parameters(model)
-    with (aligning if args.train == "new" else aligning_projections)(trained) as losses:
+        observing = aligning_projections(trained)
+    with observing as losses:
         history = run(args, accelerator, trained, blocks, lambda model, batch: alignment_loss(model, batch, losses))
+    if alone:  # the branch has another mass now
+        calibrate(model, blocks[:2].long())
     model = merged(trained)
     folder = save(args, accelerator, model, tokenizer)
     accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")

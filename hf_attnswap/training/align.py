@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..attentions.hybrid import Hybrid
 from ..errors import UsageError
 from ..patching import swapped_modules
 from .batches import model_inputs
@@ -42,15 +43,20 @@ class LayerLosses(dict[str, Tensor]):
 
 
 @contextmanager
-def aligning(model: nn.Module) -> Iterator[LayerLosses]:
+def aligning(model: nn.Module, linear_branch_alone: bool = False) -> Iterator[LayerLosses]:
     """While this is open, a forward pass runs softmax everywhere and fills the losses of the swapped layers.
 
     Call `losses.clear()` before the next forward pass.
+
+    Args:
+        linear_branch_alone: of each `X+window`, compare the linear variant X over all keys. The window gives most of
+            the output and leaves X little to learn from; LoLCATs trains X first, and adds the window then.
     """
     losses = LayerLosses()
 
     def compare(layer, attention, teacher, query, key, value, mask, scaling):
-        student = attention(query, key, value, mask, scaling)
+        learner = attention.linear if linear_branch_alone else attention
+        student = learner(query, key, value, mask, scaling)
         losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
 
     with softmax_flows_on(model, compare):
@@ -127,13 +133,19 @@ def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = No
     return (error / spread.clamp(min=1e-12)).mean()
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze the model but for its variants, and return their parameters.
+def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) -> list[nn.Parameter]:
+    """Freeze the model but for its variants, or for their linear branches, and return the parameters of these.
 
     Raises:
-        UsageError: no variant of this model has parameters.
+        UsageError: no variant of this model has parameters, or one has no linear branch.
     """
-    own = [p for attention in swapped_modules(model).values() for p in attention.parameters()]
+    variants = list(swapped_modules(model).values())
+    if linear_branch_alone:
+        for variant in variants:
+            if not isinstance(variant, Hybrid):
+                raise UsageError(f"{variant.name} has no linear branch beside a window that could be aligned alone")
+        variants = [variant.linear for variant in variants]
+    own = [p for variant in variants for p in variant.parameters()]
     if not own:
         raise UsageError(
             "the swapped attention has no parameters to align: train the projections around it (--train attention), "

@@ -92,6 +92,23 @@ def test_gradients_reach_every_new_parameter_and_nothing_else():
     assert all(p.grad is None for p in model.parameters() if id(p) not in new)
 
 
+def test_the_linear_branch_learns_alone():
+    """The loss is that of the variant without its window, and the mix does not train."""
+    model, text = randomise(swapped("hedgehog+window")), tokens(48)
+    alone = swapped("hedgehog")
+    for variant, whole in zip(swapped_modules(alone).values(), swapped_modules(model).values(), strict=True):
+        variant.load_state_dict(whole.linear.state_dict())
+    parameters = trainable_parameters(model, linear_branch_alone=True)
+    assert all(variant.log_mix.requires_grad is False for variant in swapped_modules(model).values())
+    with aligning(model, linear_branch_alone=True) as losses:
+        loss = alignment_loss(model, text, losses)
+        loss.backward()
+    assert loss.item() == pytest.approx(sum(layer_losses(alone, text).values()) / 3, rel=1e-5)
+    assert parameters and all(p.grad.abs().max() > 0 for p in parameters)
+    with pytest.raises(UsageError, match="hedgehog has no linear branch beside a window"):
+        trainable_parameters(alone, linear_branch_alone=True)
+
+
 def with_gain(attention):
     return swap(tiny(), attention, gain=True)
 
