@@ -1,6 +1,7 @@
 """Recipes: what they say, what they may not say, and a run that goes on where it stopped."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import hf_attnswap
 from hf_attnswap import UsageError
 from hf_attnswap.loading import load
 from hf_attnswap.training import loop
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
@@ -106,6 +109,11 @@ def test_a_family_has_its_own_stages(script, recipe, tmp_path, attention, option
     assert first.items() <= align.items() and align.get("train") == first.get("train")
     assert (align["max_train_tokens"], distill["max_train_tokens"]) == (1000, 3000)
     assert distill["learning_rate"] == 1e-5 and "options" not in distill and "attention" not in distill
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_here_are_recipes(script, path):
+    assert len(script("convert").read_recipe(path)) >= 2
 
 
 @pytest.mark.parametrize(
