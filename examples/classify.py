@@ -21,10 +21,10 @@ from common import (
     add_training_arguments,
     build_accelerator,
     positive,
+    run_script,
     run_steps,
     save,
     say,
-    start,
     swap_as_asked,
     unit_bar,
 )
@@ -38,7 +38,8 @@ from hf_attnswap.files import write_whole
 from hf_attnswap.loading import load_classifier
 from hf_attnswap.patching import describe, swapped_modules
 from hf_attnswap.training.align import aligning, alignment_loss, calibrate, trainable_parameters
-from hf_attnswap.training.loop import Batches, find_checkpoint
+from hf_attnswap.training.batches import Batches
+from hf_attnswap.training.checkpoints import find_checkpoint
 
 OUTPUT = """\
 output_dir:
@@ -80,10 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the script; what it writes to evaluation.json."""
-    args = build_parser().parse_args(argv)
-    accelerator = start(args)
+def stage(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+    """Train and measure; what is written to evaluation.json."""
     if not args.attention and (args.layers or args.option):
         raise UsageError("--layers and --option belong to --attention, which is missing")
     train_texts, validation_texts = read_texts(args)
@@ -117,6 +116,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"on {len(correct)} texts"
     )
     return found
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    return run_script(build_parser(), stage, argv)
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:

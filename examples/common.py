@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from transformers.utils.logging import disable_progress_bar
 from hf_attnswap import UsageError, swap
 from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.files import require_empty, whole_folder
+from hf_attnswap.loading import load
+from hf_attnswap.token_cache import default_folder
 from hf_attnswap.tradeoff import parse_options
-from hf_attnswap.training.loop import Batches, Step, batches, find_checkpoint, train
+from hf_attnswap.training.batches import Batches, batches, require_separate
+from hf_attnswap.training.checkpoints import find_checkpoint
+from hf_attnswap.training.loop import Step, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
-    "model_name_or_path dtype attention layers option use_lora lora_r lora_alpha lora_dropout align_steps "
-    "align_learning_rate".split()
+    "model_name_or_path dtype attention layers option train linear_branch_alone use_lora lora_r lora_alpha "
+    "lora_dropout align_steps align_learning_rate teacher_name_or_path temperature hidden_weight".split()
 )
 
 OUTPUT = """\
@@ -56,6 +60,11 @@ def training_parser(description: str, learning_rate: float) -> argparse.Argument
     )
     add_text_arguments(parser, "--train_file")
     parser.add_argument("--block_size", type=positive, default=512, help="tokens per block (default: %(default)s)")
+    parser.add_argument(
+        "--separate_documents",
+        action="store_true",
+        help="rows of the source (paragraphs of a .txt) share blocks, but neither attention nor loss reaches across",
+    )
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--max_train_steps", type=positive, help="optimiser steps")
     length.add_argument("--max_train_tokens", type=positive, help="over all processes; whole steps of them")
@@ -75,7 +84,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     )
     parser.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     parser.add_argument("--learning_rate", type=float, default=learning_rate, help="(default: %(default)s)")
-    parser.add_argument("--num_warmup_steps", type=int, default=0, help="before a cosine to zero")
+    parser.add_argument(
+        "--final_learning_rate", type=float, default=0.0, help="a cosine ends there (default: %(default)s)"
+    )
+    parser.add_argument("--num_warmup_steps", type=int, default=0, help="before the cosine (default: %(default)s)")
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--checkpointing_steps", type=positive, help="a checkpoint every so many steps (default: none)")
     parser.add_argument(
@@ -143,6 +155,29 @@ def start(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def run_script(
+    parser: argparse.ArgumentParser,
+    stage: Callable[[argparse.Namespace, Accelerator], Any],
+    argv: Sequence[str] | None = None,
+) -> Any:
+    """Parse the arguments, run the stage on the accelerator that they ask for, and end the processes' group."""
+    args = parser.parse_args(argv)
+    accelerator = start(args)
+    found = stage(args, accelerator)
+    accelerator.end_training()
+    return found
+
+
+def load_as_asked(args: argparse.Namespace, accelerator: Accelerator) -> tuple[PreTrainedModel, Any]:
+    """The model to train, swapped if `--attention` says so, and its tokenizer."""
+    model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
+    if args.attention:
+        swap_as_asked(model, args, args.attention)
+    elif args.layers or args.option:
+        raise UsageError("--layers and --option belong to --attention, which is missing")
+    return model, tokenizer
+
+
 def swap_as_asked(model: PreTrainedModel, args: argparse.Namespace, attention: str | None) -> None:
     """Swap the model to `attention`, with the layers and options of the arguments."""
     layers = args.layers if args.layers is None or ":" in args.layers else args.layers.split(",")
@@ -157,12 +192,20 @@ def count_steps(args: argparse.Namespace, accelerator: Accelerator) -> tuple[int
 
 
 def read_text(args: argparse.Namespace, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The blocks to train on, `[N, block_size]`, no more than the steps take."""
+    """The blocks to train on, `[N, block_size, ...]`, no more than the steps take; their tokens are cached."""
     steps, tokens = count_steps(args, accelerator)
     source = TextSource(
         args.train_file or args.dataset_name, config_name=args.dataset_config_name, column=args.text_column
     )
-    return token_blocks(source, tokenizer, args.block_size, max_tokens=steps * tokens)
+    with accelerator.local_main_process_first():  # the others find its tokens in the cache
+        return token_blocks(
+            source,
+            tokenizer,
+            args.block_size,
+            max_tokens=steps * tokens,
+            separate=args.separate_documents,
+            cache_dir=default_folder(),
+        )
 
 
 def run(
@@ -170,7 +213,9 @@ def run(
 ) -> list[float]:
     """Train on blocks of text what requires a gradient, with a progress bar; the loss of each step."""
     steps, tokens = count_steps(args, accelerator)
-    say(accelerator, f"a text of {blocks.numel():,} tokens")
+    say(accelerator, f"a text of {len(blocks) * args.block_size:,} tokens")
+    if args.separate_documents:
+        require_separate(model)
     loader = batches(blocks, args.per_device_train_batch_size, args.seed)
     return run_steps(args, accelerator, model, loader, step_loss, steps=steps, step_size=tokens)
 
@@ -218,6 +263,7 @@ def run_steps(
             step_loss,
             learning_rate=args.learning_rate if learning_rate is None else learning_rate,
             steps=steps,
+            final_learning_rate=args.final_learning_rate if learning_rate is None else 0.0,
             warmup=args.num_warmup_steps,
             weight_decay=args.weight_decay,
             output_dir=output_dir,
@@ -235,7 +281,7 @@ def run_steps(
 def save(
     args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
-    """The model and its tokenizer in `output_dir/model`, which appears whole; ends the run."""
+    """The model and its tokenizer in `output_dir/model`, which appears whole; ends what trackers record."""
     folder = args.output_dir / "model"
     state = accelerator.get_state_dict(model)  # of all processes together
     if accelerator.is_main_process:
@@ -243,7 +289,8 @@ def save(
             model.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
 
 

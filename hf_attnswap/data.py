@@ -1,8 +1,10 @@
 """Text from any `datasets` source, as one stream of tokens cut into blocks."""
 
 import csv
+import math
+from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UsageError
+from .token_cache import cached, fingerprint
 
 # What `datasets` calls the readers of these files, and what they are told.
 _PARAGRAPHS = ("text", {"sample_by": "paragraph"})
@@ -50,6 +53,14 @@ class TextSource:
         for row in self._table(self.column, label_column):
             yield row[self.column], str(row[label_column])
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this source from others, and a file from what it was before it changed; JSON."""
+        path = Path(self.name)
+        if path.suffix not in _READERS or not path.is_file():
+            return asdict(self)
+        stat = path.stat()
+        return {**asdict(self), "name": str(path.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns}
+
     def _table(self, *columns: str) -> Iterable[dict[str, Any]]:
         import datasets
 
@@ -76,30 +87,54 @@ class TextSource:
 
 
 def token_blocks(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, block_size: int, max_tokens: int | None = None
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    max_tokens: int | None = None,
+    *,
+    separate: bool = False,
+    cache_dir: Path | None = None,
 ) -> Tensor:
     """Whole blocks of tokens, int64 `[N, block_size]`: the texts one after the other, an empty line between them.
 
     Args:
         max_tokens: stop there; None reads everything.
+        separate: the rows of the source (the paragraphs of a .txt) are documents that must not see each other. An
+            end-of-text token follows each, where the tokenizer has one, and blocks are `[N, block_size, 2]`: tokens,
+            and 1 where a document begins.
+        cache_dir: keep the tokens in a file there, and take them from it next time; blocks are then int32 and stay on
+            disk until they are read. A file is known by path, size and time, a dataset of the Hub by its name alone.
 
     Raises:
         UsageError: the text is shorter than one block.
     """
-    pieces: list[list[int]] = []
-    total = 0
-    separator = tokenizer("\n\n", add_special_tokens=False).input_ids
-    for text in source.rows():
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + separator
-        pieces.append(ids)
-        total += len(ids)
-        if max_tokens is not None and total >= max_tokens:
-            break
-    usable = total if max_tokens is None else min(total, max_tokens)
-    if usable < block_size:
+    chunks = _chunks(source, tokenizer, max_tokens, separate)
+    if cache_dir is None:
+        stream = torch.tensor([number for chunk in chunks for number in chunk], dtype=torch.int64)
+    else:
+        name = fingerprint(tokenizer, source=source.identity(), max_tokens=max_tokens, separate=separate)
+        stream = cached(cache_dir / f"{name}.int32", chunks)
+    stream = stream.view(-1, 2) if separate else stream
+    if len(stream) < block_size:
         raise UsageError(
-            f"text {source.name!r} gives {usable} tokens, less than one block of {block_size}: "
+            f"text {source.name!r} gives {len(stream)} tokens, less than one block of {block_size}: "
             "give more text or a smaller block size"
         )
-    stream = torch.tensor([i for ids in pieces for i in ids])[: usable // block_size * block_size]
-    return stream.view(-1, block_size)
+    return stream[: len(stream) // block_size * block_size].view(-1, block_size, *stream.shape[1:])
+
+
+def _chunks(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, separate: bool
+) -> Iterator[array]:
+    """The tokens of one text after the other, and where they are separate 1 or 0 beside each; `max_tokens` at most."""
+    end = tokenizer("\n\n", add_special_tokens=False).input_ids
+    if separate:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    left = math.inf if max_tokens is None else max_tokens
+    for text in source.rows():
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids + end
+        ids = ids[: min(len(ids), left)]
+        left -= len(ids)
+        yield array("i", ids if not separate else [n for i, token in enumerate(ids) for n in (token, int(i == 0))])
+        if left <= 0:
+            return

@@ -36,7 +36,8 @@ from .evaluation.perplexity import Perplexity, perplexity, ratio
 from .files import write_whole
 from .patching import swap, swapped_modules
 from .training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, calibrate, trainable_parameters
-from .training.loop import batches, train
+from .training.batches import batches
+from .training.loop import train
 from .version import __version__
 
 DEFAULT_ARMS = "softmax none window relu_norm relu_power identity elu hedgehog hedgehog+window".split()

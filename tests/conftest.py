@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Scripts cache their tokens; not in the home of who runs the tests.
+os.environ["HF_DATASETS_CACHE"] = str(Path(tempfile.gettempdir()) / f"attnswap_tests_{os.getuid()}")
 
 import pytest
 import torch

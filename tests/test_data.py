@@ -3,9 +3,17 @@
 import json
 
 import pytest
+import torch
+from tiny_models import randomise, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from hf_attnswap import UsageError
-from hf_attnswap.data import TextSource
+from hf_attnswap import UsageError, swap
+from hf_attnswap.data import TextSource, token_blocks
+from hf_attnswap.training.batches import batches, model_inputs, next_tokens, require_separate
+from hf_attnswap.training.distill import distillation_loss
+from hf_attnswap.training.loop import next_token_loss
+from hf_attnswap.training.teacher import frozen
 
 TEXTS = ['he said "yes" .', '" unclosed', "null", "3", "a , b"]
 
@@ -26,3 +34,97 @@ def test_texts_and_labels_of_a_file(tmp_path, suffix):
     assert list(source.rows()) == TEXTS
     with pytest.raises(UsageError, match="has no column 'class'; it has text, label"):
         list(source.labelled("class"))
+
+
+@pytest.fixture
+def words():
+    """A tokenizer whose tokens are words: w3 is 3, w63 is 63; 2 ends a text."""
+    vocabulary = {f"w{i}": i for i in range(64) if i != 2} | {"end": 2}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="end")
+
+
+DOCUMENTS = [[10, 11, 12], [20, 21], [], [30, 31, 32, 33, 34, 35, 36]]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(f"w{i}" for i in ids)}) + "\n" for ids in DOCUMENTS))
+    return TextSource(str(path))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_documents_and_where_they_begin(source, words, tmp_path, cache):
+    blocks = token_blocks(source, words, 8, separate=True, cache_dir=tmp_path / "cache" if cache else None)
+    assert blocks[..., 0].tolist() == [[10, 11, 12, 2, 20, 21, 2, 2], [30, 31, 32, 33, 34, 35, 36, 2]]
+    assert blocks[..., 1].tolist() == [[1, 0, 0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0, 0]]
+    inputs = model_inputs(batches(blocks, 2, seed=1).blocks.long())
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0], list(range(8))]
+    assert next_tokens(inputs)[0].tolist() == [-100, 11, 12, 2, -100, 21, 2, -100]
+    cut = token_blocks(source, words, 5, separate=True)  # a document that goes on in the next block begins anew there
+    assert model_inputs(cut)["position_ids"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 0, 0, 1], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("attention", [None, "relu_norm", "hedgehog", "hedgehog+window"])
+def test_a_document_reads_as_if_it_were_alone(source, words, attention):
+    """Loss and logits, and those of the teacher."""
+    model = tiny()
+    if attention:
+        model = randomise(swap(model, attention, **({"window": 2, "sinks": 1} if "window" in attention else {})))
+    row = token_blocks(source, words, 8, separate=True)[:1]
+    require_separate(model)
+    with torch.no_grad():
+        packed = model(**model_inputs(row)).logits[0]
+        texts = [row[:, :4, 0], row[:, 4:7, 0]]
+        alone = [model(input_ids=text, use_cache=False).logits[0] for text in texts]
+        torch.testing.assert_close(packed[:7], torch.cat(alone), atol=1e-4, rtol=1e-4)
+        losses = [next_token_loss(model, text).item() * (text.shape[1] - 1) for text in texts]
+        assert next_token_loss(model, row).item() == pytest.approx(sum(losses) / 5, rel=1e-4)
+        teacher = frozen(tiny())
+        together = [distillation_loss(model, teacher, text).item() * text.shape[1] for text in texts]
+        together.append(distillation_loss(model, teacher, row[:, 7:, 0]).item())
+        assert distillation_loss(model, teacher, row).item() == pytest.approx(sum(together) / 8, rel=1e-3, abs=1e-6)
+
+
+def test_a_model_that_ignores_where_documents_begin_is_refused():
+    model = tiny()
+    forward = model.forward
+    model.forward = lambda position_ids=None, **inputs: forward(**inputs)
+    with pytest.raises(UsageError, match="does not keep documents of one row apart"):
+        require_separate(model)
+
+
+def test_tokens_are_read_once(source, words, tmp_path, monkeypatch):
+    """From the cache they are the same; another text, length, tokenizer or form is another entry."""
+    cache = tmp_path / "cache"
+    fresh = token_blocks(source, words, 4)
+    assert torch.equal(token_blocks(source, words, 4, cache_dir=cache).long(), fresh)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextSource, "rows", lambda self: 1 / 0)
+        again = token_blocks(source, words, 4, cache_dir=cache)
+    assert torch.equal(again.long(), fresh) and again.dtype == torch.int32
+    assert len(list(cache.iterdir())) == 1
+    assert token_blocks(source, words, 4, 9, cache_dir=cache).numel() == 8
+    token_blocks(source, words, 4, separate=True, cache_dir=cache)
+    words.add_tokens(["more"])
+    token_blocks(source, words, 4, cache_dir=cache)
+    assert len(list(cache.iterdir())) == 4
+    with open(source.name, "a") as file:
+        file.write(json.dumps({"text": "w7"}) + "\n")
+    assert len(token_blocks(source, words, 4, cache_dir=cache).reshape(-1)) > 0 and len(list(cache.iterdir())) == 5
+
+
+def test_a_file_of_tokens_appears_whole(source, words, tmp_path, monkeypatch):
+    def cut(self):
+        yield "w5 w6"
+        raise ConnectionError("lost")
+
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(TextSource, "rows", cut)
+        token_blocks(source, words, 2, cache_dir=cache)
+    assert not list(cache.iterdir())
+    with pytest.raises(UsageError, match="less than one block of 99"):
+        token_blocks(source, words, 99, cache_dir=cache)

@@ -4,36 +4,21 @@ Wortsman et al., "Replacing softmax with ReLU in vision transformers", 2023 (rel
 number of keys that the row may attend to. The activation stands on the product of q and k: O(n^2) remains.
 """
 
-import torch
 import torch.nn.functional as F
-from torch import nn
 
-from .base import Option, ScoreAttention
+from .base import Option
+from .gain import GainedScores
 from .registry import register
 
 
-class ActivatedScores(ScoreAttention):
+class ActivatedScores(GainedScores):
     """Unnormalised: rows do not sum to one, and the scale of the output depends on the text."""
 
     source = "Wortsman 2023"
     alpha = Option(1.0, "exponent of the number of keys in the denominator", minimum=0.0)
-    gain = Option(False, "learn a factor per head on the output, 1 at the start")
-
-    def __init__(self, heads, **options):
-        super().__init__(heads, **options)
-        if self.gain:
-            self.output_gain = nn.Parameter(torch.empty(heads.num_attention_heads))
-            self.reset_parameters()
-
-    def reset_parameters(self):
-        if self.gain:
-            nn.init.ones_(self.output_gain)
 
     def denominator(self, total, count):
         return count**self.alpha
-
-    def finish(self, out):
-        return out * self.output_gain.to(out.dtype)[:, None, None] if self.gain else out
 
 
 @register

@@ -5,11 +5,11 @@ Shen et al., "A study on ReLU and softmax in transformer", 2023. O(n^2), as ever
 
 import torch.nn.functional as F
 
-from .base import ScoreAttention
+from .gain import GainedScores
 from .registry import register
 
 
-class NormalisedScores(ScoreAttention):
+class NormalisedScores(GainedScores):
     """Rows sum to one where any weight is positive, and are zero otherwise."""
 
     needs_total = True

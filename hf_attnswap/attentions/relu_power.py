@@ -9,12 +9,13 @@ exactly zero where s_ij < c_i - p. alpha-entmax with alpha = 1 + 1/p has the sam
 import torch
 from torch import nn
 
-from .base import Option, ScoreAttention
+from .base import Option
+from .gain import GainedScores
 from .registry import register
 
 
 @register
-class ReluPower(ScoreAttention):
+class ReluPower(GainedScores):
     """p = 16 in place of softmax costs a few per cent of perplexity with no training at all."""
 
     name = "relu_power"
@@ -34,6 +35,7 @@ class ReluPower(ScoreAttention):
             self.reset_parameters()
 
     def reset_parameters(self):
+        super().reset_parameters()
         if self.temperature:
             nn.init.zeros_(self.log_temperature)
 

@@ -6,12 +6,12 @@ Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attenti
 import torch
 from torch import nn
 
-from .base import ScoreAttention
+from .gain import GainedScores
 from .registry import register
 
 
 @register
-class Sigmoid(ScoreAttention):
+class Sigmoid(GainedScores):
     """Each weight stands alone: no sum over the row is needed, and rows do not sum to one."""
 
     name = "sigmoid"
@@ -24,6 +24,7 @@ class Sigmoid(ScoreAttention):
         self.reset_parameters()
 
     def reset_parameters(self):
+        super().reset_parameters()
         nn.init.zeros_(self.offset)
 
     def activate(self, scores, count, peak, heads):

@@ -3,73 +3,98 @@
 Teacher and student share one forward pass: where the model calls its attention, softmax runs as well, its result
 flows on, and the variant is compared with it on the same query, key and value. No second model is in memory, layers
 do not disturb each other, and only the variants' parameters get gradients (attention transfer of LoLCATs, Zhang 2024).
+
+Variants without parameters have nothing to learn there. For them the projections around the attention learn, so that
+the output of the whole module is that of the softmax module (the first step of RADLADS, Goldstein 2025). There the
+teacher is a frozen copy of the attention modules, not of the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
-from ..attentions import Attention, Heads, get
+from ..attentions.hybrid import Hybrid
 from ..errors import UsageError
-from ..masks import Mask
 from ..patching import swapped_modules
+from .batches import model_inputs
+from .teacher import frozen, softmax_flows_on
 
 DEFAULT_LEARNING_RATE = 1e-2  # as LoLCATs
+DEFAULT_PROJECTIONS_LEARNING_RATE = 1e-3  # to 1e-5, as RADLADS
 
 
 class LayerLosses(dict[str, Tensor]):
     """Loss of each layer, by the path of its module, in the last forward pass: mean squared error over the variance of
-    the softmax output."""
+    the softmax output.
+
+    Attributes:
+        valid: which tokens of the batch count, `[B, T]`; None for all.
+    """
+
+    valid: Tensor | None = None
 
     def mean(self) -> Tensor:
         """The same weight for every layer."""
         return torch.stack(list(self.values())).mean()
 
 
-Observe = Callable[[str, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
-
-
 @contextmanager
-def _softmax_flows_on(model: nn.Module, observe: Observe) -> Iterator[None]:
-    """While this is open, swapped layers run softmax and show `observe` what came in, and what softmax made of it."""
-    modules = swapped_modules(model)
-    softmax = get("softmax")(Heads(1, 1, 1))
-
-    def observer(layer: str):
-        def call(attention, query, key, value, mask, scaling, state):
-            with torch.no_grad():
-                teacher = softmax(query, key, value, mask, scaling)
-            observe(layer, attention, teacher, *(t.detach() for t in (query, key, value)), mask, scaling)
-            return teacher
-
-        return call
-
-    try:
-        for layer, attention in modules.items():
-            attention.observer = observer(layer)
-        yield
-    finally:
-        for attention in modules.values():
-            del attention.observer
-
-
-@contextmanager
-def aligning(model: nn.Module) -> Iterator[LayerLosses]:
+def aligning(model: nn.Module, linear_branch_alone: bool = False) -> Iterator[LayerLosses]:
     """While this is open, a forward pass runs softmax everywhere and fills the losses of the swapped layers.
 
     Call `losses.clear()` before the next forward pass.
+
+    Args:
+        linear_branch_alone: of each `X+window`, compare the linear variant X over all keys. The window gives most of
+            the output and leaves X little to learn from; LoLCATs trains X first, and adds the window then.
     """
     losses = LayerLosses()
 
     def compare(layer, attention, teacher, query, key, value, mask, scaling):
-        student = attention(query, key, value, mask, scaling)
+        learner = attention.linear if linear_branch_alone else attention
+        student = learner(query, key, value, mask, scaling)
         losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
 
-    with _softmax_flows_on(model, compare):
+    with softmax_flows_on(model, compare):
         yield losses
+
+
+@contextmanager
+def aligning_projections(model: nn.Module) -> Iterator[LayerLosses]:
+    """As `aligning`, of whole attention modules with their projections: copies of them as they are now, with softmax
+    in place of the variants, give what flows on and what the output of each module is compared with.
+
+    Costs the memory of these copies. To be opened before anything has been trained.
+    """
+    losses = LayerLosses()
+    teachers = {path: frozen(copy.deepcopy(model.get_submodule(path))) for path in swapped_modules(model)}
+
+    def hook(path: str):
+        def compare(module, args, kwargs, output):
+            if any(isinstance(given, Cache) for given in kwargs.values()):
+                raise UsageError("a cache holds the keys of one module, and here two run: pass use_cache=False")
+            with torch.no_grad():
+                target = teachers[path](*args, **kwargs)
+            losses[path] = normalised_error(_output(output)[:, None], _output(target)[:, None], losses.valid)
+            return target
+
+        return compare
+
+    with ExitStack() as stack:
+        for path, teacher in teachers.items():
+            stack.enter_context(softmax_flows_on(teacher))
+            handle = model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield losses
+
+
+def _output(returned: Tensor | tuple) -> Tensor:
+    """`[B, T, D]`, of what an attention module returns."""
+    return returned if torch.is_tensor(returned) else returned[0]
 
 
 @torch.no_grad()
@@ -84,8 +109,13 @@ def calibrate(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
         attention.calibrate(query, key, value, mask, scaling)
 
     device = next(model.parameters()).device
-    with _softmax_flows_on(model, show):
-        model(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in _inputs(batch).items()})
+    with softmax_flows_on(model, show):
+        model(
+            **{
+                name: x.to(device) if torch.is_tensor(x) else x
+                for name, x in model_inputs(batch, last_logits_only=True).items()
+            }
+        )
 
 
 def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -103,32 +133,49 @@ def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = No
     return (error / spread.clamp(min=1e-12)).mean()
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze the model but for its variants, and return their parameters.
+def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) -> list[nn.Parameter]:
+    """Freeze the model but for its variants, or for their linear branches, and return the parameters of these.
 
     Raises:
-        UsageError: no variant of this model has parameters.
+        UsageError: no variant of this model has parameters, or one has no linear branch.
     """
-    own = [p for attention in swapped_modules(model).values() for p in attention.parameters()]
+    variants = list(swapped_modules(model).values())
+    if linear_branch_alone:
+        for variant in variants:
+            if not isinstance(variant, Hybrid):
+                raise UsageError(f"{variant.name} has no linear branch beside a window that could be aligned alone")
+        variants = [variant.linear for variant in variants]
+    own = [p for variant in variants for p in variant.parameters()]
     if not own:
-        raise UsageError("the swapped attention has no parameters to align: fine-tune the model instead")
+        raise UsageError(
+            "the swapped attention has no parameters to align: train the projections around it (--train attention), "
+            "or distil or fine-tune the model"
+        )
+    return _only(model, own)
+
+
+def projection_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Freeze the model but for its swapped attention modules, and return their parameters, for
+    `aligning_projections`."""
+    return _only(model, [p for path in swapped_modules(model) for p in model.get_submodule(path).parameters()])
+
+
+def _only(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     model.requires_grad_(False)
-    for parameter in own:
+    for parameter in parameters:
         parameter.requires_grad_(True)
-    return own
+    return parameters
 
 
 def alignment_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor], losses: LayerLosses) -> Tensor:
-    """One forward pass inside `aligning`, and the mean of its losses over layers.
+    """One forward pass inside `aligning` or `aligning_projections`, and the mean of its losses over layers.
 
     Args:
         batch: token blocks `[B, n]` for a language model, or what the model takes by name, such as `input_ids` and
             `attention_mask` for an encoder.
     """
+    inputs = model_inputs(batch, last_logits_only=True)
     losses.clear()
-    model(**_inputs(batch))
+    losses.valid = inputs.get("attention_mask")
+    model(**inputs)
     return losses.mean()
-
-
-def _inputs(batch: Tensor | Mapping[str, Tensor]) -> Mapping[str, Any]:
-    return batch if isinstance(batch, Mapping) else {"input_ids": batch, "use_cache": False, "logits_to_keep": 1}

@@ -1,64 +1,37 @@
 """A training loop on Accelerate that survives a kill: whole checkpoints, and the same run after resuming."""
 
-import functools
 import json
+import logging
 import math
-import os
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..files import write_whole
+from .batches import Batches, model_inputs, next_tokens
+from .checkpoints import checkpoint_what_trains, find_checkpoint, resume, save_checkpoint
+from .watch import first_not_finite, spike
 
 Step = Callable[[nn.Module, Tensor], Tensor]
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """Blocks of tokens or examples in an endless order, each epoch shuffled anew. A batch is a function of its number
-    and the seed alone, so a run can go on from any step, on any number of processes, and still see the same tokens."""
-
-    blocks: Tensor
-    batch_size: int
-    seed: int
-
-    def __getitem__(self, number: int) -> Tensor:
-        """Batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
-        length, first = len(self.blocks), number * self.batch_size
-        positions = range(first, first + self.batch_size)
-        return self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]]
-
-
-@functools.lru_cache(maxsize=2)
-def _order(length: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(length, generator=generator).tolist()
-
-
-def batches(blocks: Tensor, batch_size: int, seed: int) -> Batches:
-    """Batches of token blocks `[N, n]`. UsageError where the blocks do not fill one batch."""
-    if len(blocks) < batch_size:
-        raise UsageError(f"the training text gives {len(blocks)} blocks, less than one batch of {batch_size}")
-    return Batches(blocks, batch_size, seed)
-
-
-def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine to zero, over `steps` optimiser steps."""
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int, end: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine to the share `end` of the learning rate, over `steps` optimiser steps."""
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        return end + (1 - end) * cosine
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -72,6 +45,7 @@ def train(
     learning_rate: float,
     steps: int,
     parameters: list[nn.Parameter] | None = None,
+    final_learning_rate: float = 0.0,
     warmup: int = 0,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
@@ -91,7 +65,7 @@ def train(
         accelerator: its gradient accumulation, mixed precision and processes are used.
         step_loss: `(model, batch) -> loss` of one batch of token blocks.
         parameters: what trains; all that require a gradient by default.
-        warmup: steps of linear warm-up before a cosine to zero.
+        warmup: steps of linear warm-up to `learning_rate`, before a cosine to `final_learning_rate`.
         output_dir: where `checkpoints/step_N` and the log `training_log.jsonl` go; neither is written without it.
         checkpointing_steps: a checkpoint every so many steps; None for none.
         resume_from_checkpoint: a checkpoint folder, or "latest" for the newest whole one in `output_dir`, which
@@ -106,22 +80,22 @@ def train(
     """
     accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     settings = {
-        "steps": steps, "learning_rate": learning_rate, "warmup": warmup, "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm, "blocks per step": processes * accumulation * loader.batch_size,
-        "seed": loader.seed, "block size": loader.blocks.shape[1], "text": zlib.crc32(loader.blocks.numpy()),
-        **(settings or {}),
+        "steps": steps, "learning_rate": learning_rate, "final_learning_rate": final_learning_rate, "warmup": warmup,
+        "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "seed": loader.seed,
+        "blocks per step": processes * accumulation * loader.batch_size, "block size": loader.blocks.shape[1],
+        "text": zlib.crc32(loader.blocks.numpy()), **(settings or {}),
     }  # fmt: skip
     parameters = parameters if parameters is not None else [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     # The scheduler is not prepared: it counts optimiser steps, whatever the number of processes.
-    scheduler = warmup_cosine(optimizer, steps, warmup)
+    scheduler = warmup_cosine(optimizer, steps, warmup, final_learning_rate and final_learning_rate / learning_rate)
     if accelerator.state.deepspeed_plugin is not None:  # it would read this from a prepared DataLoader
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = loader.batch_size
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
-    _checkpoint_what_trains(accelerator)
+    checkpoint_what_trains(accelerator)
     checkpoint = resume_from_checkpoint and find_checkpoint(resume_from_checkpoint, output_dir)
-    losses = _resume(accelerator, checkpoint, settings) if checkpoint else []
+    losses = resume(accelerator, checkpoint, settings) if checkpoint else []
     log = output_dir / "training_log.jsonl" if output_dir is not None and accelerator.is_main_process else None
     if log is not None:
         _cut_log(log, len(losses))
@@ -129,16 +103,13 @@ def train(
         started = time.perf_counter()
         total = torch.zeros((), device=accelerator.device)
         for micro in range(accumulation):
-            number = ((step - 1) * accumulation + micro) * processes + accelerator.process_index
             with accelerator.accumulate(model):
-                loss = step_loss(model, loader[number].to(accelerator.device))
+                loss = step_loss(model, _batch(accelerator, loader, step, micro))
                 total += loss.detach() / accumulation
                 if accelerator.sync_gradients:
                     losses.append(accelerator.reduce(total, "mean").item())
                     if not math.isfinite(losses[-1]):
-                        raise FloatingPointError(
-                            f"the loss is {losses[-1]} at step {step}: lower the learning rate ({learning_rate})"
-                        )
+                        raise _not_finite(accelerator, model, step_loss, loader, losses[-1], step, learning_rate)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     # Read from the optimiser: FSDP2 puts other tensors in the place of the parameters.
@@ -146,11 +117,15 @@ def train(
                     accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+        jump = spike(losses)
+        if jump and accelerator.is_main_process:
+            logger.warning("the loss jumped to %.4g at step %d, %.1f times its mean before", losses[-1], step, jump)
         if log is not None:
             entry = {
                 "step": step, "loss": losses[-1], "learning_rate": scheduler.get_last_lr()[0],
                 unit: step * settings["blocks per step"] * settings["block size"],
                 "seconds": round(time.perf_counter() - started, 3),
+                **({"spike": round(jump, 2)} if jump else {}),
             }  # fmt: skip
             output_dir.mkdir(parents=True, exist_ok=True)
             with log.open("a") as stream:
@@ -163,111 +138,37 @@ def train(
     return losses
 
 
+def _batch(accelerator: Accelerator, loader: Batches, step: int, micro: int) -> Tensor:
+    """What this process takes in one part of a step."""
+    number = (step - 1) * accelerator.gradient_accumulation_steps + micro
+    return loader[number * accelerator.num_processes + accelerator.process_index].to(accelerator.device)
+
+
+def _not_finite(
+    accelerator: Accelerator, model: nn.Module, step_loss: Step, loader: Batches, loss: float, step: int, rate: float
+) -> FloatingPointError:
+    """What to say of a step whose loss is not finite; runs it again to find where that begins."""
+    model = accelerator.unwrap_model(model)
+
+    def again() -> None:
+        for micro in range(accelerator.gradient_accumulation_steps):
+            with accelerator.autocast():
+                step_loss(model, _batch(accelerator, loader, step, micro))
+
+    where = first_not_finite(model, again) or "no layer of this process, run once more"
+    return FloatingPointError(
+        f"the loss is {loss} at step {step}: lower the learning rate ({rate}), warm it up with --num_warmup_steps, or "
+        f"train without mixed precision; the first that is not finite is {where}"
+    )
+
+
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross-entropy of the next token."""
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, run: dict[str, Any]) -> Path:
-    """`output_dir/checkpoints/step_N`, which appears whole by rename; older ones go once it is there.
-
-    Args:
-        run: the settings, and the losses of all steps so far.
-    """
-    step = len(run["losses"])
-    folder = output_dir / "checkpoints"
-    final, partial = folder / f"step_{step}", folder / f"partial_{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / "run.json").write_text(json.dumps(run))
-        for path in partial.rglob("*"):
-            _flush(path)
-        if final.exists():
-            _remove(final)
-        os.replace(partial, final)
-        for other in list(folder.iterdir()):
-            if other != final:
-                _remove(other)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def find_checkpoint(asked: str | Path, output_dir: Path | None) -> Path | None:
-    """The folder to resume from; None where "latest" is asked for and there is none.
-
-    Raises:
-        UsageError: `asked` is a folder that is not a whole checkpoint.
-    """
-    if asked == "latest":
-        found = list((output_dir / "checkpoints").glob("step_*")) if output_dir is not None else []
-        return max(found, key=lambda path: int(path.name.removeprefix("step_")), default=None)
-    path = Path(asked)
-    if not (path / "run.json").is_file():
-        raise UsageError(f"resume_from_checkpoint {str(asked)!r} is not a checkpoint of this package")
-    return path
-
-
-def _resume(accelerator: Accelerator, checkpoint: Path, settings: dict[str, Any]) -> list[float]:
-    """Load the checkpoint and return the losses so far."""
-    run = json.loads((checkpoint / "run.json").read_text())
-    wanted, found = json.loads(json.dumps(settings)), run["settings"]
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise UsageError(
-                f"checkpoint {str(checkpoint)!r} is of a run with {name} = {found.get(name)!r}, not "
-                f"{wanted.get(name)!r}: give the same arguments as that run, or start anew in another folder"
-            )
-    accelerator.load_state(str(checkpoint))
-    return run["losses"]
-
-
-def _checkpoint_what_trains(accelerator: Accelerator) -> None:
-    """Leave the frozen weights out of checkpoints, under names that do not depend on the number of processes.
-    FSDP and DeepSpeed write the model themselves and hand these hooks nothing."""
-
-    def trainable(model: nn.Module) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-
-    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        if weights and accelerator.is_main_process:
-            tensors = {name: tensor.contiguous() for name, tensor in trainable(models[0]).items()}
-            save_file(tensors, Path(folder) / "trainable.safetensors")
-        weights.clear()
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        if not models:
-            return
-        own, saved = trainable(models.pop()), load_file(Path(folder) / "trainable.safetensors")
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
-            raise UsageError(f"checkpoint {folder!r} holds other parameters than this run trains")
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    inputs = model_inputs(batch)
+    return model(**inputs, labels=next_tokens(inputs)).loss
 
 
 def _cut_log(log: Path, steps: int) -> None:
     """Keep the entries of the steps that are done: those after the checkpoint come again, the last may be torn."""
     if log.exists():
         write_whole(log, "".join(f"{line}\n" for line in log.read_text().splitlines()[:steps]).encode())
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a rename cannot become visible before what it names."""
-    if path.is_file():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint; one that is half removed must not look whole."""
-    doomed = folder.with_name(f"partial_{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

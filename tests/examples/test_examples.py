@@ -19,6 +19,7 @@ from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.perplexity import perplexity
 from hf_attnswap.loading import load
 from hf_attnswap.training import loop
+from hf_attnswap.training.align import calibrate
 
 WINDOW = ["--attention", "hedgehog+window", "--option", "window=4", "--option", "sinks=1"]
 
@@ -95,6 +96,57 @@ def test_alignment_of_a_conversion_goes_on_from_its_parameters(script, arguments
         align.main([*arguments, *WINDOW, "--model_name_or_path", aligned, "--output_dir", str(tmp_path / "again")])
 
 
+def first_layer_error(model, checkpoint, blocks):
+    """Of what its attention module gives, against the original's, on the same input."""
+    outputs = []
+    with torch.no_grad():
+        for one in (model.eval(), AutoModelForCausalLM.from_pretrained(checkpoint)):
+            module = one.model.layers[0].self_attn
+            handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+            one(input_ids=blocks, use_cache=False)
+            handle.remove()
+    return (outputs[0] - outputs[1]).square().mean().item()
+
+
+@pytest.mark.parametrize("more", [[], ["--use_lora", "--lora_r", "4"]])
+def test_alignment_of_projections(trained, arguments, checkpoint, text, tmp_path, more):
+    given = ["--attention", "relu_norm", "--option", "gain=true", "--train", "attention", "--learning_rate", "1e-2"]
+    given += ["--max_train_steps", "40", "--per_device_train_batch_size", "2"]
+    expected = trained("align_attention", [*arguments, *given, *more])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert torch.equal(logits(model), expected)
+    blocks = token_blocks(TextSource(text), load(checkpoint)[1], 32, 640)
+    untrained = hf_attnswap.swap(AutoModelForCausalLM.from_pretrained(checkpoint), "relu_norm", gain=True)
+    calibrate(untrained, blocks)
+    assert first_layer_error(model, checkpoint, blocks) < 0.95 * first_layer_error(untrained, checkpoint, blocks)
+    source = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    names = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in range(3) for name in "qkvo"}
+    assert changed(source, model.state_dict()) == names
+
+
+def test_documents_of_one_block_train_apart(script, arguments, tmp_path):
+    """Where they are separate the loss of the first step is another, and all scripts take the blocks."""
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": "abcdefghijklm"[i % 5 : 6 + i % 7]}) + "\n" for i in range(40)))
+    arguments = [*arguments, "--train_file", str(path)]
+    for name, more in (("finetune", []), ("distill", ["--attention", "relu"]), ("align_attention", WINDOW)):
+        for folder, option in (("joined", []), ("apart", ["--separate_documents"])):
+            output = tmp_path / f"{name}_{folder}"
+            script(name).main([*arguments, *more, *option, "--max_train_steps", "2", "--output_dir", str(output)])
+        joined, apart = (read_log(tmp_path / f"{name}_{folder}")[0]["loss"] for folder in ("joined", "apart"))
+        assert joined != apart and apart > 0
+
+
+def test_the_trainer_of_transformers_trains_a_swapped_model(script, checkpoint, text, tmp_path, capsys):
+    given = ["--model_name_or_path", checkpoint, "--train_file", text, "--output_dir", str(tmp_path / "out")]
+    more = ["--attention", "relu_norm", "--block_size", "32", "--max_steps", "4", "--learning_rate", "1e-2"]
+    script("finetune_trainer").main([*given, *more])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [module.swapped for module in hf_attnswap.inspect(model)] == ["relu_norm"] * 3
+    source = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert changed(source, model.state_dict()) == source.keys()
+
+
 def test_finetuning_trains_all_weights_of_the_control(trained, arguments, checkpoint, tmp_path):
     expected = trained("finetune", [*arguments, "--learning_rate", "1e-2", "--max_train_steps", "20"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
@@ -118,6 +170,41 @@ def test_lora_on_a_conversion_is_merged_and_trains_the_new_parameters(trained, a
     assert own and all(".attnswap." in name and new[name].any() for name in own)
 
 
+@pytest.mark.parametrize("rate, more", [("3e-3", []), ("1e-2", ["--use_lora", "--lora_r", "8"])])
+def test_distillation_teaches_what_the_original_says(trained, arguments, checkpoint, text, tmp_path, rate, more):
+    """The divergence from the original, measured apart from the training, becomes smaller."""
+    given = [*arguments, "--attention", "relu_norm", "--learning_rate", rate, "--max_train_steps", "40", *more]
+    expected = trained("distill", given)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert torch.equal(logits(model), expected)
+    source = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = load(checkpoint)[1]
+    blocks = token_blocks(TextSource(text), tokenizer, 32, 320)
+
+    def divergence(model):
+        with torch.no_grad():
+            p, q = (m.eval()(input_ids=blocks).logits.log_softmax(-1) for m in (source, model))
+        return (p.exp() * (p - q)).sum(-1).mean().item()
+
+    untrained = hf_attnswap.swap(AutoModelForCausalLM.from_pretrained(checkpoint), "relu_norm")
+    assert divergence(model) < 0.9 * divergence(untrained)
+    names = changed(source.state_dict(), model.state_dict())
+    assert all("self_attn" in name for name in names) if more else names == source.state_dict().keys()
+
+
+def test_distillation_by_a_named_teacher(script, arguments, checkpoint, tmp_path):
+    """Of a model whose own weights have moved, the original has to be named."""
+    finetune, distill = script("finetune"), script("distill")
+    finetune.main([*arguments, "--attention", "relu_norm", "--learning_rate", "3e-2"])
+    moved = ["--model_name_or_path", str(tmp_path / "out" / "model"), "--max_train_steps", "1"]
+    for name, more in (("itself", []), ("named", ["--teacher_name_or_path", checkpoint])):
+        distill.main([*arguments, *moved, *more, "--output_dir", str(tmp_path / name)])
+    itself, named = (read_log(tmp_path / name)[0]["loss"] for name in ("itself", "named"))
+    assert named > itself > 0
+    with pytest.raises(UsageError, match="is not swapped: give --attention"):
+        distill.main([*arguments, "--output_dir", str(tmp_path / "plain")])
+
+
 def test_lora_finds_the_projections_of_another_family(script, arguments, save_tiny, tmp_path):
     """GPT-2 has other names and classes for them, and dropout by default."""
     folder = save_tiny("gpt2", attn_pdrop=0.1, resid_pdrop=0.1)
@@ -132,6 +219,11 @@ def test_lora_finds_the_projections_of_another_family(script, arguments, save_ti
 RUNS = {
     "align": ("align_attention", [*WINDOW, "--checkpointing_steps", "2"]),
     "finetune": ("finetune", ["--checkpointing_steps", "2"]),
+    "projections": (
+        "align_attention",
+        ["--attention", "relu_norm", "--train", "attention", "--checkpointing_steps", "2"],
+    ),
+    "distill": ("distill", ["--attention", "relu_norm", "--checkpointing_steps", "2"]),
     "lora": ("finetune", [*WINDOW, "--use_lora", "--lora_dropout", "0.2", "--checkpointing_steps", "2"]),
 }
 
@@ -217,6 +309,9 @@ def test_evaluate(script, checkpoint, text, tmp_path, capsys):
     "name, more, message",
     [
         ("align_attention", ["--attention", "relu"], "no parameters to align"),
+        ("align_attention", ["--use_lora"], "--use_lora is for the projections"),
+        ("align_attention", ["--train", "attention", "--linear_branch_alone"], "compares no whole attention modules"),
+        ("align_attention", ["--attention", "elu", "--linear_branch_alone"], "has no linear branch beside a window"),
         ("align_attention", ["--attention", "hedghog"], "Did you mean 'hedgehog'"),
         ("align_attention", ["--option", "window"], "expected name=value"),
         ("finetune", ["--layers", "1::2"], "--layers and --option belong to --attention"),

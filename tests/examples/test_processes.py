@@ -151,6 +151,18 @@ def test_two_processes_finetune_as_one_with_larger_batches(process, command, scr
         assert all(torch.allclose(ours[name], other[name], atol=1e-5) for name in ours)
 
 
+def test_two_processes_distil_as_one_with_larger_batches(process, command, script, tmp_path):
+    """With LoRA, where the model of each process is its own teacher."""
+    more = ["--max_train_steps", "4", "--learning_rate", "1e-3", "--use_lora", "--hidden_weight", "1"]
+    finish(process(*LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("distill", tmp_path / "two", *more)))
+    for folder, option in (
+        ("accumulated", "--gradient_accumulation_steps"),
+        ("batch", "--per_device_train_batch_size"),
+    ):
+        script("distill").main(list(map(str, command("distill", tmp_path / folder, *more, option, 2)[1:])))
+        assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / folder), rel=1e-4)
+
+
 def test_two_processes_measure_the_same_perplexity_as_one(process, script, checkpoint, text, tmp_path):
     given = ["--model_name_or_path", checkpoint, "--validation_file", text, "--max_eval_tokens", "510"]
     given += ["--context_length", "32", "--context_length", "300", "--output_file"]

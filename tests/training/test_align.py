@@ -9,8 +9,17 @@ from tiny_models import randomise, tiny, tiny_encoder, tokens
 
 from hf_attnswap import UsageError, restore, swap
 from hf_attnswap.patching import swapped_modules
-from hf_attnswap.training.align import DEFAULT_LEARNING_RATE, aligning, alignment_loss, calibrate, trainable_parameters
-from hf_attnswap.training.loop import batches, train
+from hf_attnswap.training.align import (
+    DEFAULT_LEARNING_RATE,
+    aligning,
+    aligning_projections,
+    alignment_loss,
+    calibrate,
+    projection_parameters,
+    trainable_parameters,
+)
+from hf_attnswap.training.batches import batches
+from hf_attnswap.training.loop import train
 
 
 def swapped(attention, layers=None):
@@ -83,6 +92,85 @@ def test_gradients_reach_every_new_parameter_and_nothing_else():
     assert all(p.grad is None for p in model.parameters() if id(p) not in new)
 
 
+def test_the_linear_branch_learns_alone():
+    """The loss is that of the variant without its window, and the mix does not train."""
+    model, text = randomise(swapped("hedgehog+window")), tokens(48)
+    alone = swapped("hedgehog")
+    for variant, whole in zip(swapped_modules(alone).values(), swapped_modules(model).values(), strict=True):
+        variant.load_state_dict(whole.linear.state_dict())
+    parameters = trainable_parameters(model, linear_branch_alone=True)
+    assert all(variant.log_mix.requires_grad is False for variant in swapped_modules(model).values())
+    with aligning(model, linear_branch_alone=True) as losses:
+        loss = alignment_loss(model, text, losses)
+        loss.backward()
+    assert loss.item() == pytest.approx(sum(layer_losses(alone, text).values()) / 3, rel=1e-5)
+    assert parameters and all(p.grad.abs().max() > 0 for p in parameters)
+    with pytest.raises(UsageError, match="hedgehog has no linear branch beside a window"):
+        trainable_parameters(alone, linear_branch_alone=True)
+
+
+def with_gain(attention):
+    return swap(tiny(), attention, gain=True)
+
+
+@pytest.mark.parametrize("attention", ["relu", "relu_norm", "relu_power", "sigmoid"])
+def test_a_gain_is_calibrated_by_least_squares(attention):
+    model, text = with_gain(attention), tokens(48)
+    before = layer_losses(model, text)
+    calibrate(model, text)
+    gains = [a.output_gain.detach().clone() for a in swapped_modules(model).values()]
+    after = layer_losses(model, text)
+    assert all(after[layer] <= before[layer] for layer in after)
+    for factor in (0.97, 1.03):  # no other gain is better; the error is summed over the heads of a text
+        for attention_, gain in zip(swapped_modules(model).values(), gains, strict=True):
+            with torch.no_grad():
+                attention_.output_gain.copy_(gain * factor)
+        other = layer_losses(model, text)
+        assert sum(other.values()) > sum(after.values())
+
+
+def projection_losses(model, text):
+    with torch.no_grad(), aligning_projections(model) as losses:
+        alignment_loss(model, text, losses)
+        return {path: loss.item() for path, loss in losses.items()}
+
+
+@pytest.mark.parametrize("attention", ["relu_norm", "relu", "hedgehog"])
+def test_projections_learn_what_the_softmax_module_gave(attention):
+    model = swapped("hedgehog") if attention == "hedgehog" else with_gain(attention)
+    text = tokens(48, batch=8)
+    calibrate(model, text)
+    with torch.no_grad():
+        expected = tiny()(input_ids=text).logits
+    before, weights = projection_losses(model, text), copy.deepcopy(model.state_dict())
+    projection_parameters(model)
+
+    def loss(model, batch):
+        return alignment_loss(model, batch, losses)
+
+    with aligning_projections(model) as losses:
+        train(Accelerator(cpu=True), model, batches(text, 4, seed=0), loss, learning_rate=3e-3, steps=40)
+        with torch.no_grad():
+            seen = model(input_ids=text, use_cache=False).logits  # the copies have not learned
+        after = alignment_loss(model, text, losses) and {path: loss.item() for path, loss in losses.items()}
+    torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
+    assert len(after) == 3 and all(after[path] < 0.8 * before[path] for path in after), (before, after)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])}
+    assert changed == {name for name in weights if ".self_attn." in name}
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_padding_counts_for_nothing_in_the_loss_of_modules():
+    model, text = with_gain("relu_norm"), tokens(24)
+    padded = torch.cat([text, torch.zeros(2, 8, dtype=torch.long)], dim=1)
+    with aligning_projections(model) as losses:
+        whole = alignment_loss(model, {"input_ids": text, "use_cache": False}, losses).item()
+        inputs = {"input_ids": padded, "attention_mask": (padded > 0).long(), "use_cache": False}
+        assert whole > 0 and alignment_loss(model, inputs, losses).item() == pytest.approx(whole, rel=1e-4)
+        with pytest.raises(UsageError, match="pass use_cache=False"):
+            model(input_ids=text)
+
+
 def test_softmax_itself_has_nothing_to_learn():
     assert layer_losses(swapped("softmax"), tokens(48)) == pytest.approx({0: 0, 1: 0, 2: 0}, abs=1e-6)
 
@@ -99,7 +187,7 @@ def test_a_model_without_new_parameters_is_refused(attention):
     model = swapped(attention or "hedgehog")
     if attention is None:
         restore(model)
-    with pytest.raises(UsageError, match="no parameters to align: fine-tune the model instead"):
+    with pytest.raises(UsageError, match="no parameters to align: train the projections around it"):
         trainable_parameters(model)
     assert all(p.requires_grad for p in model.parameters())
 

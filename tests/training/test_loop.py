@@ -2,6 +2,11 @@
 
 import json
 import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +14,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_models import tiny, tokens
 
-from hf_attnswap import UsageError
-from hf_attnswap.training import loop
-from hf_attnswap.training.loop import batches, find_checkpoint, next_token_loss, train, warmup_cosine
+from hf_attnswap import UsageError, swap
+from hf_attnswap.training import checkpoints
+from hf_attnswap.training.batches import batches
+from hf_attnswap.training.checkpoints import find_checkpoint
+from hf_attnswap.training.loop import next_token_loss, train, warmup_cosine
+from hf_attnswap.training.watch import spike
 
 BLOCKS = tokens(16, batch=7)
 
@@ -80,6 +88,8 @@ def test_warmup_cosine():
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[7] == pytest.approx(0.5) and rates[10] == pytest.approx(0.0)
+    scheduler = warmup_cosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3), 10, 4, end=0.01)
+    assert [scheduler.lr_lambdas[0](step) for step in (4, 7, 10)] == pytest.approx([1.0, 0.505, 0.01])
 
 
 def test_the_loss_goes_down():
@@ -153,7 +163,7 @@ def test_only_the_newest_checkpoint_stays(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_6"]
 
 
-@pytest.mark.parametrize("owner, name", [(Accelerator, "save_state"), (loop, "_flush"), (os, "replace")])
+@pytest.mark.parametrize("owner, name", [(Accelerator, "save_state"), (checkpoints, "_flush"), (os, "replace")])
 def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, owner, name):
     """Whatever fails while the second checkpoint is written, the first one is there, and the run goes on from it."""
     losses, weights = run()
@@ -180,6 +190,7 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeyp
 def test_latest_is_the_newest_by_number_and_never_a_partial_one(tmp_path):
     for name in ("step_9", "step_10", "partial_11", "partial_step_12"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "run.json").write_text('{"files": {}}')
     assert find_checkpoint("latest", tmp_path).name == "step_10"
 
 
@@ -188,6 +199,54 @@ def test_latest_without_a_checkpoint_starts_anew(tmp_path):
     (tmp_path / "training_log.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "lo')
     assert run(output_dir=tmp_path, resume_from_checkpoint="latest")[0] == losses
     assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda folder: os.truncate(folder / "optimizer.bin", 100), "optimizer.bin has 100 bytes of"),
+        (lambda folder: (folder / "trainable.safetensors").unlink(), "trainable.safetensors is missing"),
+        (lambda folder: os.truncate(folder / "run.json", 100), r"its run.json cannot be read \(JSONDecodeError\)"),
+    ],
+)
+def test_a_torn_checkpoint_is_passed_over_and_said(tmp_path, caplog, damage, said):
+    run(output_dir=tmp_path, checkpointing_steps=3, steps=3)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_3", folder / "step_5")
+    damage(folder / "step_5")
+    assert find_checkpoint("latest", tmp_path).name == "step_3"
+    assert re.search(f"step_5' is passed over: {said}", caplog.text)
+    with pytest.raises(UsageError, match=f"is not a checkpoint of this package: {said}"):
+        find_checkpoint(folder / "step_5", tmp_path)
+
+
+FULL_DISK = """
+import pathlib, sys
+sys.path[:0] = ["tests", "tests/training"]
+from test_loop import run
+from hf_attnswap.errors import one_line_errors
+with one_line_errors("train"):
+    run(output_dir=pathlib.Path(sys.argv[1]), checkpointing_steps=2)
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path):
+    """On a file system of its own, which has room for one checkpoint and a half."""
+    size = run(output_dir=tmp_path / "whole", checkpointing_steps=6) and sum(
+        path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()
+    )
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    inside = f"mount -t tmpfs -o size={int(1.5 * size)} tmpfs {disk} && {sys.executable} -c '{FULL_DISK}' {disk}; "
+    inside += f"echo exit $?; ls {disk}/checkpoints"
+    unshare = ["unshare", "--mount", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "mount", "-t", "tmpfs", "x", disk]).returncode:
+        pytest.skip("this user may not make a file system (unshare --mount)")
+    found = subprocess.run([*unshare, "sh", "-c", inside], capture_output=True, text=True, cwd=ROOT, env=with_root())
+    assert found.stdout.split() == ["exit", "1", "step_2"], found.stderr
+    line = found.stderr.strip().splitlines()[-1]
+    assert re.search(r"train: checkpoint '.*step_4' could not be written \(.*\), with 0 MiB free there: ", line)
+    assert "step_2' stays, from which the run goes on with --resume_from_checkpoint latest" in line
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
@@ -240,6 +299,14 @@ def test_the_log_has_one_line_per_step_after_resuming(tmp_path):
     assert entries[0]["learning_rate"] == 1e-2 > entries[5]["learning_rate"] > 0
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def with_root():
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 def read_log(folder):
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
@@ -257,3 +324,34 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):
     assert same(model.state_dict(), seen[-1])
     assert find_checkpoint("latest", tmp_path).name == "step_2"
     assert len(read_log(tmp_path)) == 3
+
+
+def test_the_place_where_a_loss_is_no_longer_finite_is_named():
+    model = swap(tiny(), "relu_norm", gain=True)
+    model.model.layers[1].self_attn.attnswap.finish = lambda out: out * float("inf")
+    with pytest.raises(FloatingPointError, match=r"the output of model\.layers\.1\.self_attn\.attnswap \(relu_norm\)$"):
+        run(model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"is the weight model\.layers\.2\.mlp\.up_proj\.weight$"):
+        run(model)
+
+
+def test_a_spike_is_said_and_logged(tmp_path, caplog):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(batch)
+        return next_token_loss(model, batch) * (5 if len(calls) == 20 else 1)
+
+    run(loss=loss, steps=22, learning_rate=1e-4, output_dir=tmp_path)
+    assert [entry["step"] for entry in read_log(tmp_path) if "spike" in entry] == [20]
+    assert re.search(r"the loss jumped to [\d.]+ at step 20, 4\.\d|5\.\d times its mean before", caplog.text)
+
+
+def test_what_is_a_spike():
+    steady = [1.0, 1.1] * 8
+    assert spike([*steady, 2.1]) == pytest.approx(2.0)
+    assert spike([*steady, 1.2]) is None
+    assert spike([1.0] * 16 + [1.1]) is None  # a tenth, though many deviations
+    assert spike([*steady[:15], 9.0]) is None  # too early to say

@@ -1,0 +1,44 @@
+"""A learned factor per head on the output, for variants on the scores: o_i = g_h sum_j w_ij v_j.
+
+Most of these variants have another output scale than softmax; the gain lets a layer find it without moving its
+projections. It is an option, off unless asked for, because a swap without training should add no parameters.
+"""
+
+import torch
+from torch import nn
+
+from .base import Option, ScoreAttention
+from .softmax import Softmax
+
+
+class GainedScores(ScoreAttention):
+    """`weights` are those before the gain."""
+
+    gain = Option(False, "learn a factor per head on the output, 1 at the start")
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        if self.gain:
+            self.output_gain = nn.Parameter(torch.ones(heads.num_attention_heads))
+
+    def reset_parameters(self):
+        if self.gain:
+            nn.init.ones_(self.output_gain)
+
+    def finish(self, out):
+        return out * self.output_gain.to(out.dtype)[:, None, None] if self.gain else out
+
+    @torch.no_grad()
+    def calibrate(self, query, key, value, mask, scaling):
+        """Set the gain of each head by least squares: g = <u, softmax's output> / <u, u>, u the output without it."""
+        if not self.gain:
+            return
+        nn.init.ones_(self.output_gain)
+        ours, softmax = (a(query, key, value, mask, scaling).float() for a in (self, Softmax(self.heads)))
+        valid = mask.new_tokens()
+        if valid is not None:
+            ours = ours * valid[:, None, :, None]
+        size = ours.square().sum((0, 2, 3))
+        # A head without any output tells nothing.
+        found = torch.where(size > 0, (ours * softmax.nan_to_num(0.0)).sum((0, 2, 3)) / size.clamp(min=1e-30), 1.0)
+        self.output_gain.copy_(found)

@@ -1,0 +1,78 @@
+"""Blocks of tokens in an endless order, and what a model is given of them."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Blocks of tokens or examples in an endless order, each epoch shuffled anew. A batch is a function of its number
+    and the seed alone, so a run can go on from any step, on any number of processes, and still see the same tokens."""
+
+    blocks: Tensor
+    batch_size: int
+    seed: int
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
+        length, first = len(self.blocks), number * self.batch_size
+        positions = range(first, first + self.batch_size)
+        return self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]].long()
+
+
+@functools.lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(length, generator=generator).tolist()
+
+
+def batches(blocks: Tensor, batch_size: int, seed: int) -> Batches:
+    """Batches of token blocks `[N, n, ...]`. UsageError where the blocks do not fill one batch."""
+    if len(blocks) < batch_size:
+        raise UsageError(f"the training text gives {len(blocks)} blocks, less than one batch of {batch_size}")
+    return Batches(blocks, batch_size, seed)
+
+
+def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = False) -> dict[str, Any]:
+    """What a language model takes for a batch of blocks; a mapping is taken as it is.
+
+    Args:
+        batch: `[B, n]`, or `[B, n, 2]` where documents are separate (see `data.token_blocks`). Positions then begin
+            anew with each of them, which tells transformers that attention must not reach across.
+        last_logits_only: for losses that do not need the logits of the whole text.
+    """
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    inputs = {"input_ids": batch, "use_cache": False, **({"logits_to_keep": 1} if last_logits_only else {})}
+    if batch.dim() == 3:
+        here = torch.arange(batch.shape[1], device=batch.device).expand(batch.shape[:2])
+        begin = (here * batch[..., 1]).cummax(dim=1).values
+        inputs |= {"input_ids": batch[..., 0], "position_ids": here - begin}
+    return inputs
+
+
+def next_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Labels `[B, n]` for `inputs`: the first token of a document follows from nothing, -100."""
+    positions = inputs.get("position_ids")
+    return inputs["input_ids"] if positions is None else inputs["input_ids"].masked_fill(positions == 0, -100)
+
+
+@torch.no_grad()
+def require_separate(model: nn.Module) -> None:
+    """UsageError where a document reaches into the next one of its row: not every model hands positions to its
+    mask."""
+    device = next(model.parameters()).device
+    rows = torch.tensor([[[3, 1], [4, 0], [5, 0], [6, 1], [7, 0]], [[8, 1], [9, 0], [2, 0], [6, 1], [7, 0]]])
+    first, other = (model(**model_inputs(row[None].to(device))).logits[:, 3:] for row in rows)
+    if not torch.allclose(first, other, rtol=1e-3, atol=1e-3):
+        raise UsageError(
+            f"{type(model).__name__} does not keep documents of one row apart by their positions: train without "
+            "separate documents"
+        )

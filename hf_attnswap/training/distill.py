@@ -1,0 +1,127 @@
+"""Distillation: the swapped model learns the next-token distribution of the original, and if asked its hidden states.
+
+The logits of a whole text over a whole vocabulary are the largest tensor of such a step. They are not kept: the
+divergence is computed from the last hidden states, some tokens at a time, and computed again in the backward pass.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UsageError
+from .align import normalised_error
+from .batches import model_inputs
+from .teacher import as_original
+
+DEFAULT_LEARNING_RATE = 1e-5  # all weights, as RADLADS (Goldstein 2025)
+DEFAULT_LORA_LEARNING_RATE = 1e-4  # as LoLCATs (Zhang 2024)
+TOKENS_AT_ONCE = 256
+
+
+def distillation_loss(
+    model: nn.Module,
+    teacher: nn.Module,
+    batch: Tensor | Mapping[str, Tensor],
+    *,
+    temperature: float = 1.0,
+    hidden_weight: float = 0.0,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+) -> Tensor:
+    """`KL(teacher || model) T^2`, the mean over tokens, plus `hidden_weight` times the error of the hidden states.
+
+    Args:
+        model: the model that trains, as Accelerate prepared it or not.
+        teacher: a frozen model of the same vocabulary, swapped or not: softmax runs in its swapped layers. Where only
+            LoRA and the variants train, the unwrapped `model` itself: one copy of its weights is then in memory.
+        batch: token blocks `[B, n]`, or what the model takes by name.
+        temperature: T divides both logits (Hinton 2015).
+        hidden_weight: of `align.normalised_error` between the outputs of equal layers, the mean over layers.
+        tokens_at_once: for so many tokens logits exist at a time; two tensors `[tokens_at_once, vocabulary]` each of
+            model and teacher.
+
+    Raises:
+        UsageError: the weights of the teacher train; or its logits are not its output embeddings applied to its last
+            hidden states, as in models that cap or scale them.
+    """
+    if any(p.requires_grad and not _added(name) for name, p in teacher.named_parameters()):
+        raise UsageError(
+            "the teacher's own weights train, so it would not stay the original: give a frozen copy as the teacher"
+        )
+    inputs = {**model_inputs(batch), "logits_to_keep": 1, "output_hidden_states": True}
+    with torch.no_grad(), as_original(teacher):
+        target = teacher(**inputs)
+    teacher_head = _head(teacher)
+    _check_head(teacher_head, target)
+    found = model(**inputs).hidden_states
+    valid = inputs.get("attention_mask")
+    loss = chunked_kl(
+        _tokens(found[-1], valid),
+        _tokens(target.hidden_states[-1], valid),
+        _head(model),
+        teacher_head,
+        temperature=temperature,
+        tokens_at_once=tokens_at_once,
+    )
+    if hidden_weight:
+        errors = [
+            normalised_error(ours[:, None], theirs[:, None], valid)
+            for ours, theirs in zip(found[1:], target.hidden_states[1:], strict=True)
+        ]
+        loss = loss + hidden_weight * torch.stack(errors).mean()
+    return loss
+
+
+def chunked_kl(
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    head: nn.Module,
+    teacher_head: nn.Module,
+    *,
+    temperature: float = 1.0,
+    tokens_at_once: int = TOKENS_AT_ONCE,
+) -> Tensor:
+    """Mean over tokens of `KL(teacher || student) T^2` of the next token, from hidden states, in float32.
+
+    O(tokens_at_once V) memory in place of O(N V), for one more application of both heads.
+
+    Args:
+        hidden: `[N, D]`; teacher_hidden: `[N, D']`. head, teacher_head: from these to logits `[N, V]`.
+    """
+
+    def part(ours: Tensor, theirs: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = F.log_softmax(teacher_head(theirs).float() / temperature, dim=-1)
+        return F.kl_div(
+            F.log_softmax(head(ours).float() / temperature, dim=-1), target, reduction="sum", log_target=True
+        )
+
+    pairs = zip(hidden.split(tokens_at_once), teacher_hidden.split(tokens_at_once), strict=True)
+    total = sum(checkpoint(part, ours, theirs, use_reentrant=False) for ours, theirs in pairs)
+    return total * temperature**2 / len(hidden)
+
+
+def _tokens(hidden: Tensor, valid: Tensor | None) -> Tensor:
+    return hidden.flatten(0, 1) if valid is None else hidden[valid.bool()]
+
+
+def _head(model: nn.Module) -> nn.Module:
+    model = getattr(model, "module", model)  # what DDP wraps
+    return model.get_output_embeddings()
+
+
+def _added(name: str) -> bool:
+    return ".attnswap." in name or ".lora_" in name
+
+
+def _check_head(head: nn.Module, output) -> None:
+    with torch.no_grad():
+        found = head(output.hidden_states[-1][:, -1:]).float()
+    wanted = output.logits.float()
+    if (found - wanted).abs().max() > 1e-3 * wanted.abs().max():
+        raise UsageError(
+            "the logits of the teacher are not its output embeddings applied to its last hidden states (it caps or "
+            "scales them), which distillation relies on: use finetune instead"
+        )

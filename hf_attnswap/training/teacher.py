@@ -1,0 +1,63 @@
+"""The original model inside the swapped one: softmax in the swapped layers, LoRA off."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..attentions import Attention, Heads, get
+from ..masks import Mask
+from ..patching import swapped_modules
+
+Observe = Callable[[str, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
+
+
+@contextmanager
+def softmax_flows_on(model: nn.Module, observe: Observe | None = None) -> Iterator[None]:
+    """While this is open, swapped layers run softmax, without gradients.
+
+    Args:
+        observe: is shown `(layer, variant, softmax's output, query, key, value, mask, scaling)`, detached.
+    """
+    modules = swapped_modules(model)
+    softmax = get("softmax")(Heads(1, 1, 1))
+
+    def observer(layer: str):
+        def call(attention, query, key, value, mask, scaling, state):
+            with torch.no_grad():
+                teacher = softmax(query, key, value, mask, scaling)
+            if observe is not None:
+                observe(layer, attention, teacher, *(t.detach() for t in (query, key, value)), mask, scaling)
+            return teacher
+
+        return call
+
+    try:
+        for layer, attention in modules.items():
+            attention.observer = observer(layer)
+        yield
+    finally:
+        for attention in modules.values():
+            del attention.observer
+
+
+@contextmanager
+def as_original(model: nn.Module) -> Iterator[None]:
+    """While this is open, the model computes what it did before it was swapped and before LoRA was put on.
+
+    That is the original only as long as no weights of its own have been trained; those of the variants and of LoRA
+    may have been.
+    """
+    switched_off = getattr(model, "disable_adapter", None)  # of peft
+    with softmax_flows_on(model):
+        if switched_off is None:
+            yield
+        else:
+            with switched_off():
+                yield
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model, in eval mode and without gradients, to teach another one."""
+    return model.eval().requires_grad_(False)

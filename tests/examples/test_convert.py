@@ -1,0 +1,151 @@
+"""Recipes: what they say, what they may not say, and a run that goes on where it stopped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import hf_attnswap
+from hf_attnswap import UsageError
+from hf_attnswap.loading import load
+from hf_attnswap.training import loop
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def recipe(checkpoint, text, tmp_path):
+    """`recipe(key=value)` writes one of three short stages with these changes, and is the command line for it."""
+
+    def write(**changes):
+        content = {
+            "model_name_or_path": checkpoint, "attention": "hedgehog+window", "options": {"window": 4, "sinks": 1},
+            "train_file": text, "block_size": 32, "max_train_steps": 3, "checkpointing_steps": 2,
+            "stages": [
+                {"stage": "align"},
+                {"stage": "distill", "learning_rate": 1e-3, "use_lora": True},
+                {"stage": "finetune", "max_train_tokens": 64, "block_size": 16},
+            ],
+        }  # fmt: skip
+        content.update(changes)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+        return ["--recipe", str(path), "--output_dir", str(tmp_path / "out")]
+
+    return write
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def test_stages_follow_each_other_and_run_alone_with_what_is_printed(script, recipe, tmp_path, capsys):
+    script("convert").main(recipe())
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "1_align", "2_distill", "3_finetune"}
+    assert hf_attnswap.patching.describe(load(str(out / "3_finetune" / "model"))[0]) == "hedgehog+window in 3 layers"
+    assert [len(read_log(out / name)) for name in ("1_align", "2_distill", "3_finetune")] == [3, 3, 4]
+    lines = capsys.readouterr().err.splitlines()
+    command = next(line.split(": ")[1].split() for line in lines if line.startswith("2_distill: distill.py"))
+    assert "--attention" not in command and "--teacher_name_or_path" not in command
+    script("distill").main([*command[1:-1], str(tmp_path / "alone")])
+    assert same(weights(tmp_path / "alone"), weights(out / "2_distill"))
+    script("convert").main(recipe())
+    assert capsys.readouterr().err.count("is done") == 3
+
+
+def test_a_run_that_was_cut_off_goes_on_in_its_stage(script, recipe, tmp_path, monkeypatch, capsys):
+    convert, given = script("convert"), recipe()
+    convert.main([*given[:-1], str(tmp_path / "whole")])
+    save_checkpoint, calls = loop.save_checkpoint, []
+
+    def cut(*arguments):
+        save_checkpoint(*arguments)
+        calls.append(arguments)
+        if len(calls) == 2:  # in the second stage
+            raise ConnectionError("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(loop, "save_checkpoint", cut)
+        convert.main(given)
+    capsys.readouterr()
+    convert.main(given)
+    said = capsys.readouterr().err
+    assert "1_align is done" in said and "going on from" in said and "step_2" in said
+    for stage in ("1_align", "2_distill", "3_finetune"):
+        assert same(weights(tmp_path / "whole" / stage), weights(tmp_path / "out" / stage))
+
+
+def test_a_model_whose_projections_moved_is_not_its_own_teacher(script, recipe, checkpoint, capsys):
+    stages = [{"stage": "align", "train": "attention", "learning_rate": 1e-3}, {"stage": "distill"}]
+    script("convert").main(recipe(attention="relu_norm", options={"gain": True}, max_train_steps=1, stages=stages))
+    assert f"--teacher_name_or_path {checkpoint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "attention, options, first",
+    [
+        ("hedgehog", None, {"learning_rate": 1e-2}),
+        ("hedgehog+window", {"window": 8}, {"learning_rate": 1e-2, "options": {"window": 8}}),
+        ("elu", None, {"train": "attention", "learning_rate": 1e-3, "final_learning_rate": 1e-5}),
+        ("relu_power", {"p": 8}, {"train": "attention", "options": {"gain": True, "p": 8}}),
+    ],
+)
+def test_a_family_has_its_own_stages(script, recipe, tmp_path, attention, options, first):
+    command = recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
+    (one, align), (two, distill) = script("convert").read_recipe(tmp_path / "recipe.yaml")
+    assert (one, two) == ("align", "distill") and command
+    assert first.items() <= align.items() and align.get("train") == first.get("train")
+    assert (align["max_train_tokens"], distill["max_train_tokens"]) == (1000, 3000)
+    assert distill["learning_rate"] == 1e-5 and "options" not in distill and "attention" not in distill
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_here_are_recipes(script, path):
+    assert len(script("convert").read_recipe(path)) >= 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(learning_rat=1), "unknown key 'learning_rat'. Did you mean 'learning_rate'"),
+        (dict(stages=[{"stage": "aline"}]), "stage 1 of recipe .* is 'aline'. Did you mean 'align'"),
+        (dict(stages=[{"stage": "align", "temprature": 2}]), r"stage 1 \(align\) .* unknown key 'temprature'"),
+        (dict(stages=[{"stage": "distill", "temprature": 2}]), "Did you mean 'temperature'"),
+        (dict(stages=[{"stage": "align", "learning_rate": "fast"}]), r"stage 1 \(align\).*invalid float value: 'fast'"),
+        (dict(stages=[]), r"stages in recipe .* is \[\]"),
+        (dict(attention=None), "has no attention"),
+        (dict(train_file=None), "one of the arguments --train_file --dataset_name is required"),
+        (dict(stages=None), "needs max_train_tokens, which is None"),
+        (dict(stages=None, max_train_tokens=100, attention="hedghog"), "Did you mean 'hedgehog'"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_one_clear_error(script, recipe, tmp_path, change, message):
+    command = recipe(**change)
+    with pytest.raises(UsageError, match=message):
+        script("convert").main(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_recipe_in_the_same_folder_is_refused(script, recipe, tmp_path):
+    convert, stages = script("convert"), [{"stage": "align", "max_train_steps": 1}]
+    convert.main(recipe(stages=stages))
+    with pytest.raises(UsageError, match="stage 1 has seed = None, not 1"):
+        convert.main(recipe(stages=stages, seed=1))
+    with pytest.raises(UsageError, match="a run of 1 stages, not 2"):
+        convert.main(recipe(stages=[*stages, {"stage": "distill"}]))
+    command = recipe()
+    (tmp_path / "recipe.yaml").write_text("stages: [")
+    with pytest.raises(UsageError, match="is not YAML"):
+        convert.main(command)

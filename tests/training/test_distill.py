@@ -1,0 +1,180 @@
+"""Distillation: the divergence without the logits of a whole text, and the original model as its own teacher."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from tiny_models import randomise, tiny, tokens
+from torch import nn
+from torch.nn import functional as F
+
+from hf_attnswap import UsageError, swap
+from hf_attnswap.patching import swapped_modules
+from hf_attnswap.training.batches import batches
+from hf_attnswap.training.distill import chunked_kl, distillation_loss
+from hf_attnswap.training.loop import train
+from hf_attnswap.training.teacher import as_original, frozen
+
+TEXT = tokens(24, batch=2)
+
+
+def student(attention="relu_norm"):
+    return randomise(swap(tiny(), attention))
+
+
+def with_lora(model):
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    for variant in swapped_modules(wrapped).values():
+        variant.requires_grad_(True)
+    return wrapped
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TEXT, use_cache=False).logits
+
+
+def plain_kl(ours, theirs, temperature):
+    """From its definition, sum_x p (log p - log q)."""
+    p, q = ((x.double() / temperature).log_softmax(-1) for x in (theirs, ours))
+    return temperature**2 * (p.exp() * (p - q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_and_its_gradient_are_those_of_the_plain_form(temperature):
+    model, teacher = student(), frozen(tiny())
+    found = distillation_loss(model, teacher, TEXT, temperature=temperature, tokens_at_once=7)
+    found.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = plain_kl(model(input_ids=TEXT).logits, logits(teacher), temperature)
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5) and found > 0.01
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor that any operation makes, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if torch.is_tensor(tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_no_tensor_holds_the_logits_of_all_tokens():
+    """Forward and backward, and the memory that stays between them."""
+    n, vocabulary = 64, 1000
+    hidden, theirs = torch.randn(n, 8, requires_grad=True), torch.randn(n, 8)
+    head = nn.Linear(8, vocabulary, bias=False)
+
+    def measure(loss):
+        kept = []
+        with Peak() as peak:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+                result = loss()
+            result.backward()
+        grad, hidden.grad, head.weight.grad = (hidden.grad, head.weight.grad), None, None
+        return peak.largest, sum(kept), result, grad
+
+    def plain():
+        target = F.log_softmax(head(theirs), -1).detach()
+        return F.kl_div(F.log_softmax(head(hidden), -1), target, reduction="batchmean", log_target=True)
+
+    largest, kept, ours, grads = measure(lambda: chunked_kl(hidden, theirs, head, head, tokens_at_once=4))
+    plain_largest, plain_kept, expected, plain_grads = measure(plain)
+    assert plain_largest == n * vocabulary and plain_kept >= 2 * n * vocabulary
+    assert largest == 8 * vocabulary  # the head's weight; logits are [4, vocabulary]
+    assert kept < n * vocabulary / 4
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    for a, b in zip(grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("attention", ["relu_norm", "hedgehog+window"])
+def test_softmax_on_and_lora_off_is_the_original(attention):
+    model = swap(tiny(), attention, **({"window": 4, "sinks": 1} if "window" in attention else {}))
+    model = with_lora(randomise(model))
+    ours = logits(model)
+    with as_original(model):
+        torch.testing.assert_close(logits(model), logits(tiny()), atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits(model), ours) and (ours - logits(tiny())).abs().max() > 0.1
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".lora_" in n or ".attnswap." in n
+    }
+
+
+def test_a_model_with_lora_is_its_own_teacher():
+    model = with_lora(student("hedgehog"))
+    found = distillation_loss(model, model, TEXT)
+    found.backward()
+    expected = plain_kl(logits(model), logits(tiny()), 1.0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_teacher_that_trains_is_refused():
+    model = student()
+    with pytest.raises(UsageError, match="the teacher's own weights train"):
+        distillation_loss(model, model, TEXT)
+
+
+def test_logits_that_are_changed_after_the_head_are_refused():
+    model = frozen(tiny())
+    forward = model.forward
+
+    def capped(**inputs):
+        out = forward(**inputs)
+        out.logits = torch.tanh(out.logits)
+        return out
+
+    model.forward = capped
+    with pytest.raises(UsageError, match="it caps or scales them"):
+        distillation_loss(student(), model, TEXT)
+
+
+def test_hidden_states_of_equal_layers():
+    """Nothing for the same model; the error of a constant guess is one."""
+    teacher = frozen(tiny())
+    assert distillation_loss(tiny(), teacher, TEXT, hidden_weight=1.0).item() == pytest.approx(0, abs=1e-5)
+    model = student()
+    without, with_hidden = (distillation_loss(model, teacher, TEXT, hidden_weight=w).item() for w in (0.0, 2.0))
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=TEXT, output_hidden_states=True).hidden_states[1:] for m in (model, teacher))
+    errors = [
+        ((a - b).square().sum((1, 2)) / (b - b.mean((1, 2), keepdim=True)).square().sum((1, 2))).mean()
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    assert with_hidden - without == pytest.approx(2 * torch.stack(errors).mean().item(), rel=1e-4)
+
+
+def test_padding_counts_for_nothing():
+    model, teacher = student(), frozen(tiny())
+    padded = torch.cat([TEXT, torch.zeros(2, 5, dtype=torch.long)], 1)
+    inputs = {"input_ids": padded, "attention_mask": (padded > 0).long(), "use_cache": False}
+    whole = distillation_loss(model, teacher, TEXT, hidden_weight=1.0)
+    same = distillation_loss(model, teacher, inputs, hidden_weight=1.0)
+    assert same.item() == pytest.approx(whole.item(), rel=1e-4)
+
+
+def test_training_brings_the_model_closer_and_leaves_the_teacher_alone():
+    model, teacher = student(), frozen(tiny())
+    before = copy.deepcopy(teacher.state_dict())
+    text = tokens(24, batch=8)
+    losses = train(
+        Accelerator(cpu=True),
+        model,
+        batches(text, 4, seed=0),
+        lambda model, batch: distillation_loss(model, teacher, batch),
+        learning_rate=3e-3,
+        steps=16,
+    )
+    assert sum(losses[12:]) < 0.5 * sum(losses[:4])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
