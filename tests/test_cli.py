@@ -147,6 +147,7 @@ WRONG = {
     EVALUATE + "--context_length many": "context_length",
     EVALUATE + "--max_eval_tokens 0": "max_eval_tokens",
     EVALUATE + "--dataset_name wikitext": "either a file or --dataset_name",
+    EVALUATE + "--context_length 32 --stride 32": "stride is 32; expected less than the context of 32",
     "evaluate {llama}": "either a file or --dataset_name",
     "evaluate {llama} --validation_file {short}": "less than one block of 512",
     "evaluate {llama} --validation_file {tmp}/no.txt": "does not exist",
@@ -323,7 +324,7 @@ def test_convert_and_evaluate(attnswap, files):
     )
     result = attnswap(*arguments(line, files))
     assert result.code == 0 and result.err == ""
-    short, long = json.loads(result.out)
+    short, long = json.loads(result.out)["perplexity"]
     assert (short["context"], short["tokens"]) == (32, 16 * 31) and (long["context"], long["tokens"]) == (64, 8 * 63)
     text = Path(files["text"]).read_text()
     ids = torch.tensor([[LETTERS.find(c) + 1 for c in text]])[:, :512]
@@ -342,10 +343,27 @@ def test_convert_and_evaluate(attnswap, files):
 
 def test_evaluate_an_unswapped_model(attnswap, files):
     line = EVALUATE + "--context_length 64 --max_eval_tokens 256 --json"
-    (row,) = json.loads(attnswap(*arguments(line, files)).out)
+    (row,) = json.loads(attnswap(*arguments(line, files)).out)["perplexity"]
     text = Path(files["text"]).read_text()
     ids = torch.tensor([LETTERS.find(c) + 1 for c in text])[:256]
     assert row["perplexity"] == pytest.approx(perplexity(tiny(), ids, 64).perplexity, rel=1e-5)
+
+
+def test_evaluate_by_word_byte_and_position(attnswap, files):
+    line = EVALUATE + "--context_length 64 --max_eval_tokens 256 --json"
+    (row,) = json.loads(attnswap(*arguments(line, files)).out)["perplexity"]
+    assert row["tokens"] == 4 * 63
+    assert row["bytes"] == 4 * 2 * 63  # this tokenizer puts a space between any two letters
+    assert row["byte_perplexity"] == pytest.approx(row["perplexity"] ** 0.5)
+    assert row["word_perplexity"] == pytest.approx(row["perplexity"] ** (row["tokens"] / row["words"]))
+    assert [(p["first"], p["last"]) for p in row["by_position"]][-2:] == [(16, 31), (32, 63)]
+    weights = [p["last"] - p["first"] + 1 for p in row["by_position"]]
+    total = sum(p["nll"] * w for p, w in zip(row["by_position"], weights, strict=True))
+    assert total / 63 == pytest.approx(row["nll"], rel=1e-5)
+    (row,) = json.loads(attnswap(*arguments(line + " --stride 16", files)).out)["perplexity"]
+    assert (row["stride"], row["tokens"], row["by_position"]) == (16, 15 * 16, [])
+    assert "beyond" not in attnswap(*arguments(EVALUATE + "--context_length 64", files)).out
+    assert "beyond the 512 of its config" in attnswap(*arguments(EVALUATE + "--context_length 600", files)).out
 
 
 def test_convert_into_an_empty_folder(attnswap, files):
@@ -363,7 +381,7 @@ def test_convert_and_evaluate_a_trained_model(attnswap, stories260k, tmp_path):
     for name in ("softmax", "relu_power", "none"):
         assert attnswap("convert", stories260k, "--attention", name, "--output_dir", tmp_path / name).code == 0
         result = attnswap("evaluate", tmp_path / name, "--validation_file", text, "--context_length", 64, "--json")
-        (found[name],) = (row["perplexity"] for row in json.loads(result.out))
+        (found[name],) = (row["perplexity"] for row in json.loads(result.out)["perplexity"])
     assert found["relu_power"] == pytest.approx(found["softmax"], rel=0.2)
     assert found["none"] > 3 * found["softmax"]
 

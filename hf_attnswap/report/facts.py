@@ -39,6 +39,12 @@ def ratio(arm: Arm, context: int | None) -> dict | None:
     return entry["ratio"] if entry else None
 
 
+def against(arm: Arm, other: Arm, context: int | None) -> dict | None:
+    """Perplexity of `arm` over that of `other` at `context`, compared block by block; None where it was not."""
+    entry = perplexity_at(arm, context)
+    return next((found for found in (entry or {"against": []})["against"] if found["arm"] == other["label"]), None)
+
+
 def headline_context(report: Report) -> int | None:
     """The one context that summary and plots speak of: where most arms have a ratio, the longest of these."""
     entries = [entry for arm in report["arms"] for entry in arm["perplexity"]]
@@ -72,6 +78,16 @@ def window_control(report: Report, hybrid: Arm) -> Arm | None:
     found = [arm for arm in report["arms"] if arm["attention"] == "window" and same(arm)]
     found = [arm for arm in found if any(entry["ratio"] for entry in arm["perplexity"])]
     return min(found, key=lambda arm: abs(aligned_tokens(arm) - aligned_tokens(hybrid)), default=None)
+
+
+def linear_control(report: Report, hybrid: Arm) -> Arm | None:
+    """The arm that is the linear part of `hybrid` alone."""
+    name, options = hybrid["attention"].removesuffix("+window"), hybrid["options"]
+    for arm in report["arms"]:
+        same = all(options.get(key, value) == value for key, value in arm["options"].items())
+        if arm["attention"] == name and same and arm["perplexity"]:
+            return arm
+    return None
 
 
 def aligned_tokens(arm: Arm) -> int:

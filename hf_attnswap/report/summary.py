@@ -2,7 +2,7 @@
 
 from . import facts
 from .facts import Arm, Report
-from .text import count, listing, number, plain
+from .text import count, interval, listing, number, plain
 
 
 def summary(report: Report) -> list[str]:
@@ -44,11 +44,12 @@ def _quality(report: Report) -> str:
     best = ranked[0]
     value = facts.ratio(best, context)
     said = [start, f"{_name(best)} keeps most quality: {_perplexity(value)}, {_training(best)}."]
-    if value["low"] <= 1 <= value["high"]:
+    if value["verdict"] == "no measurable difference":
         said.append("That is no measurable difference from softmax.")
-    ties = [arm for arm in ranked[1:] if facts.ratio(arm, context)["low"] <= value["high"]]
+    compared = [(arm, facts.against(arm, best, context)) for arm in ranked[1:]]
+    ties = [arm for arm, found in compared if found and found["verdict"] == "no measurable difference"]
     if ties:
-        said.append(f"The interval of {_names(ties)} overlaps it, so their order is open.")
+        said.append(f"Between it and {_names(ties)} there is no measurable difference, so their order is open.")
     cheaper = next((arm for arm in ranked if arm["cost_class"] != "quadratic"), None)
     if cheaper and cheaper is not best:
         said.append(
@@ -133,25 +134,30 @@ def _hybrids(report: Report) -> list[str]:
 
 
 def _hybrid(report: Report, arm: Arm) -> str:
-    control = facts.window_control(report, arm)
-    pairs = {c: (facts.ratio(arm, c), control and facts.ratio(control, c)) for c in facts.contexts(report)}
-    verdicts: dict[str, list[str]] = {}
-    for context, (mine, other) in pairs.items():
-        if mine and other:
-            verdicts.setdefault(_verdict(mine, other), []).append(count(context))
-    if not control or not verdicts:
-        return f"Hybrid {_name(arm)}: no window control with the same window and sinks was measured."
-    said = listing([f"{verdict} at context {listing(at)}" for verdict, at in verdicts.items()])
-    if facts.aligned_tokens(arm) != facts.aligned_tokens(control):
-        said += f" (the hybrid {_training(arm)}, the control {_training(control)})"
-    return f"Hybrid {_name(arm)} against the control {_name(control)}: {said}."
+    said = []
+    for control, what in (
+        (facts.window_control(report, arm), "the control {}"),
+        (facts.linear_control(report, arm), "its linear part alone, {}"),
+    ):
+        verdicts = _verdicts(report, arm, control) if control else ""
+        if not verdicts:
+            continue
+        if facts.aligned_tokens(arm) != facts.aligned_tokens(control):
+            verdicts += f" (the hybrid {_training(arm)}, the control {_training(control)})"
+        said.append(f"against {what.format(_name(control))}: {verdicts}")
+    if not said or not said[0].startswith("against the control"):
+        said.insert(0, "was compared with no window control of the same window and sinks")
+    return f"Hybrid {_name(arm)} {'; '.join(said)}."
 
 
-def _verdict(hybrid: dict, control: dict) -> str:
-    """A difference is two intervals that do not overlap."""
-    if hybrid["high"] < control["low"]:
-        return "better"
-    return "worse" if hybrid["low"] > control["high"] else "no measurable difference"
+def _verdicts(report: Report, arm: Arm, control: Arm) -> str:
+    """What the paired differences allow to say, by context."""
+    found: dict[str, list[str]] = {}
+    for context in facts.contexts(report):
+        compared = facts.against(arm, control, context)
+        if compared:
+            found.setdefault(compared["verdict"], []).append(f"{count(context)}, {interval(compared, 'value')}")
+    return listing([f"{verdict} at context {listing(at)}" for verdict, at in found.items()])
 
 
 def _unmeasured(report: Report) -> list[str]:

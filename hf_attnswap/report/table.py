@@ -73,6 +73,7 @@ def details(report: Report) -> list[tuple[str, str]]:
         ("machine", f"{machine['processor']}, {memory}, {machine['platform']}; device {machine['device']}"),
         ("versions", ", ".join(f"{key} {value}" for key, value in report["versions"].items())),
         ("data", f"{data['text']}: {training} tokens for training, {evaluation} for evaluation"),
+        ("intervals", "95 %, paired bootstrap over blocks of text; * from fewer than 500 of them"),
         ("speed", f"{_runs(report)}; lowest and highest run in parentheses"),
         ("seed", str(report["seed"])),
         ("date", report["date"]),
@@ -150,7 +151,7 @@ def _runs(report: Report) -> str:
 
 def two_lines(cell: str) -> str:
     """The cell with what closes in parentheses, an interval as a rule, on a line of its own."""
-    return re.sub(r" (\([^()]*\))$", r"\n\1", cell)
+    return re.sub(r" (\([^()]*\)\*?)$", r"\n\1", cell)
 
 
 def _rich(title: str, table: Rows, sections: bool) -> Table:
