@@ -156,6 +156,10 @@ WRONG = {
     "evaluate {llama} --validation_file {other}": "has no column 'text'; it has body",
     "evaluate {llama} --validation_file {file}": "file",
     "evaluate {tmp}/nowhere --validation_file {text}": "cannot load the model",
+    "diagnose {llama} --validation_file {text}": "name what to look at: --attention",
+    "diagnose {converted} --attention elu --validation_file {text}": "already swapped: leave out --attention",
+    "diagnose {llama} --attention hedghog --validation_file {text}": "Did you mean 'hedgehog'?",
+    "diagnose {llama} --attention elu": "either a file or --dataset_name",
     "bench {llama} --attention hedghog": "Did you mean 'hedgehog'?",
     "bench {llama} --dtype float7 --attention elu": "float7",
     "bench {llama} --device cuda --attention elu": "device 'cuda' is not there",
@@ -364,6 +368,19 @@ def test_evaluate_by_word_byte_and_position(attnswap, files):
     assert (row["stride"], row["tokens"], row["by_position"]) == (16, 15 * 16, [])
     assert "beyond" not in attnswap(*arguments(EVALUATE + "--context_length 64", files)).out
     assert "beyond the 512 of its config" in attnswap(*arguments(EVALUATE + "--context_length 600", files)).out
+
+
+def test_diagnose(attnswap, files, tmp_path):
+    line = "diagnose {llama} --attention relu --attention relu_power:p=8 --validation_file {text} --context_length 32"
+    result = attnswap(*arguments(line + " --output_file {out}.json --json", files))
+    assert result.code == 0 and result.err == ""
+    relu, power = json.loads(result.out)
+    assert json.loads(Path(f"{files['out']}.json").read_text())["arms"] == [relu, power]
+    assert (relu["label"], power["label"]) == ("relu", "relu_power:p=8") and relu["tokens"] == 64
+    assert len(relu["layers"]) == 3 and relu["layers"][0]["dead"] > power["layers"][0]["dead"]
+    assert relu["perplexity"] == pytest.approx(power["perplexity"])
+    table = attnswap(*arguments("diagnose {converted} --validation_file {text} --context_length 32", files)).out
+    assert "relu in 3 layers" in table and "grad q" in table and re.search(r"│ +2 │", table)
 
 
 def test_convert_into_an_empty_folder(attnswap, files):

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError, one_line_errors
-from . import measure
+from . import diagnose, measure
 from .options import (
     AttentionName,
     Device,
@@ -21,6 +21,7 @@ from .options import (
     Options,
     Revision,
     TrustRemoteCode,
+    layers_of,
     show,
 )
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 _ClickException = typer.BadParameter.__base__.__base__
 
 app.command()(measure.evaluate)
+app.command()(diagnose.diagnose)
 app.command()(measure.tradeoff)
 
 
@@ -52,10 +54,6 @@ def main() -> None:
         if code == 130:  # typer has taken the interrupt
             raise KeyboardInterrupt
     sys.exit(code)
-
-
-def _layers(text: str | None) -> Any:
-    return text if text is None or ":" in text else [part.strip() for part in text.split(",")]
 
 
 @app.command("ls")
@@ -154,7 +152,7 @@ def convert(
 
     require_empty(output_dir)
     loaded, processor = load_any(model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    swap(loaded, attention, layers=_layers(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
+    swap(loaded, attention, layers=layers_of(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
     with whole_folder(output_dir) as folder:
         loaded.save_pretrained(folder)
         if processor is not None:

@@ -35,6 +35,10 @@ DatasetConfig = Annotated[str | None, typer.Option("--dataset_config_name", help
 TextColumn = Annotated[str, typer.Option("--text_column", help="the column that holds the text")]
 
 
+def layers_of(text: str | None) -> Any:
+    return text if text is None or ":" in text else [part.strip() for part in text.split(",")]
+
+
 def show(as_json: bool, content: Any, *renderables: Any) -> None:
     if as_json:
         print(json.dumps(content, indent=1))
