@@ -147,6 +147,8 @@ WRONG = {
     EVALUATE + "--context_length many": "context_length",
     EVALUATE + "--max_eval_tokens 0": "max_eval_tokens",
     EVALUATE + "--dataset_name wikitext": "either a file or --dataset_name",
+    EVALUATE + "--tasks {tmp}/no.jsonl": "does not exist",
+    EVALUATE + "--tasks needle --context_length 20": "has no room for its needle",
     EVALUATE + "--context_length 32 --stride 32": "stride is 32; expected less than the context of 32",
     "evaluate {llama}": "either a file or --dataset_name",
     "evaluate {llama} --validation_file {short}": "less than one block of 512",
@@ -381,6 +383,31 @@ def test_diagnose(attnswap, files, tmp_path):
     assert relu["perplexity"] == pytest.approx(power["perplexity"])
     table = attnswap(*arguments("diagnose {converted} --validation_file {text} --context_length 32", files)).out
     assert "relu in 3 layers" in table and "grad q" in table and re.search(r"│ +2 │", table)
+
+
+def test_evaluate_beside_a_control_on_the_same_items(attnswap, files, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"prompt": "The", "choices": ["cat", "mat"], "answer": i % 2}) + "\n" for i in range(6))
+    )
+    line = "evaluate {converted} --control {llama} --validation_file {text} --context_length 64 --max_eval_tokens 256 "
+    line += f"--tasks {pairs} --limit 4"
+    found = json.loads(attnswap(*arguments(line + " --json", files)).out)
+    (row,), text = found["perplexity"], Path(files["text"]).read_text()
+    ids = torch.tensor([LETTERS.find(c) + 1 for c in text])[:256]
+    assert row["ratio"]["value"] == pytest.approx(row["perplexity"] / perplexity(tiny(), ids, 64).perplexity, rel=1e-4)
+    assert row["ratio"]["items"] == 4 and row["ratio"]["few"] and row["verdict"] == row["ratio"]["verdict"]
+    tasks = {task["metric"]: task for task in found["tasks"]}
+    assert (
+        tasks["acc"]["items"] == 4
+        and tasks["acc"]["difference"]["value"] == tasks["acc"]["value"] - tasks["acc"]["control"]
+    )
+    assert found["generation"]["prompts"] == 4 and 0 <= found["generation"]["same_tokens"] < 1
+    table = attnswap(*arguments(line, files)).out
+    assert "ratio to control" in table and "no measurable difference" in table and "fewer than 500" in table
+    same = json.loads(attnswap(*arguments(line.replace("{converted}", "{llama}") + " --json", files)).out)
+    assert same["perplexity"][0]["ratio"]["value"] == 1 and same["generation"]["same_tokens"] == 1
+    assert same["generation"]["agreement_when_told"] == 1
 
 
 def test_convert_into_an_empty_folder(attnswap, files):

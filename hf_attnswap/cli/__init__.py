@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError, one_line_errors
-from . import diagnose, measure
+from . import diagnose, evaluate, tradeoff
 from .options import (
     AttentionName,
     Device,
@@ -36,9 +36,9 @@ app = typer.Typer(
 # typer may bring a click of its own, so the base of its errors is found from one that it names.
 _ClickException = typer.BadParameter.__base__.__base__
 
-app.command()(measure.evaluate)
+app.command()(evaluate.evaluate)
 app.command()(diagnose.diagnose)
-app.command()(measure.tradeoff)
+app.command()(tradeoff.tradeoff)
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def _over(row: dict[str, Any], part: str) -> float | None:
 
 
 def summary_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row of numbers per layer, which goes by the numbers in its path, for a table: gradients, effective keys and output scale over softmax's."""
+    """A row of numbers per layer, for a table; gradients, effective keys and output scale over softmax's."""
     return [
         {
             "layer": ".".join(re.findall(r"\d+", row["layer"])) or row["layer"],

@@ -1,15 +1,13 @@
-"""The commands that measure: evaluate and tradeoff."""
+"""The command that compares: every arm on one model, as a report."""
 
-import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ..errors import UsageError
 from .options import (
     DatasetConfig,
     DatasetName,
@@ -24,78 +22,8 @@ from .options import (
     TrustRemoteCode,
     ValidationFile,
     show,
-    table_of,
     text_source,
 )
-
-
-def evaluate(
-    model: Model,
-    validation_file: Annotated[str | None, typer.Option("--validation_file", help="text, json, parquet or csv")] = None,
-    dataset_name: DatasetName = None,
-    dataset_config_name: DatasetConfig = None,
-    split: Annotated[str, typer.Option("--split", help="of the dataset")] = "test",
-    text_column: TextColumn = "text",
-    context_lengths: Annotated[
-        list[int] | None, typer.Option("--context_length", min=2, help="may be repeated")
-    ] = None,
-    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1)] = 16384,
-    stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="windows of the context move on by so many tokens")
-    ] = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    as_json: Json = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Perplexity of a model, swapped or not, by context length and position, with the standard error.
-
-    Example: attnswap evaluate relu16 --validation_file book.txt --context_length 512 --context_length 2048
-    """
-    from ..data import token_blocks
-    from ..evaluation.perplexity import count_units, perplexity, sliding_perplexity
-    from ..loading import load
-    from ..patching import describe
-
-    source = text_source(validation_file, dataset_name, dataset_config_name, split, text_column)
-    contexts = context_lengths or [512]
-    if stride and stride >= min(contexts):
-        raise UsageError(f"stride is {stride}; expected less than the context of {min(contexts)}")
-    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, max(contexts)))
-    rows = []
-    for context in contexts:
-        found = sliding_perplexity(loaded, tokens, context, stride) if stride else perplexity(loaded, tokens, context)
-        rows.append(_perplexity_row(loaded, found, count_units(tokenizer, tokens, context, len(found.nll), stride)))
-    columns = {"context": "context", "perplexity": "perplexity", "nll_per_token": "nll"}
-    columns |= {"standard_error": "standard_error", "per_word": "word_perplexity", "per_byte": "byte_perplexity"}
-    tables = [table_of(f"{model}: {describe(loaded)}", rows, **columns, tokens="tokens", note="note")]
-    positions = [p | {"context": row["context"]} for row in rows for p in row["by_position"]]
-    if positions:
-        columns = {"context": "context", "positions_from": "first", "to": "last", "perplexity": "perplexity"}
-        tables.append(table_of("by position in the context", positions, **columns))
-    show(as_json, {"model": model, "attention": describe(loaded), "perplexity": rows}, *tables)
-
-
-def _perplexity_row(model, found, units) -> dict[str, Any]:
-    trained = getattr(model.config, "max_position_embeddings", None)
-    return {
-        "context": found.context,
-        "stride": found.stride,
-        "perplexity": found.perplexity,
-        "nll": found.mean,
-        "standard_error": found.standard_error,
-        "tokens": found.tokens,
-        "word_perplexity": found.per(units.words) if units.words else None,
-        "byte_perplexity": found.per(units.bytes) if units.bytes else None,
-        "words": units.words,
-        "bytes": units.bytes,
-        "by_position": [
-            {"first": first, "last": last, "nll": nll, "perplexity": math.exp(min(nll, 700))}
-            for first, last, nll in found.by_position
-        ],
-        "note": f"beyond the {trained} of its config" if trained and found.context > trained else "",
-    }
 
 
 def tradeoff(
