@@ -31,8 +31,8 @@ def text(tmp_path_factory):
 def settings(**changes):
     given = dict(
         arms=("softmax", "window:window=4,sinks=1", "elu", "elu+window:window=4,sinks=1"),
-        context_lengths=(32,), max_eval_tokens=256, lengths=(16, 32), rounds=1, decode_tokens=2, align_tokens=0,
-        block_size=32,
+        context_lengths=(32,), max_eval_tokens=256, lengths=(16, 32), rounds=2, decode_tokens=2, align_tokens=0,
+        block_size=32, diagnose_tokens=24,
     )  # fmt: skip
     return Settings(**given | changes)
 
@@ -48,6 +48,7 @@ def test_the_report_is_valid_and_can_be_drawn(measured, tmp_path):
     found, _ = measured
     report.write_all(found, tmp_path)
     assert report.read(tmp_path / "report.json") == json.loads(json.dumps(found))
+    assert (tmp_path / "layers.png").is_file() and (tmp_path / "positions.png").is_file()
 
 
 def test_perplexity_and_paired_comparisons(measured):
@@ -61,6 +62,17 @@ def test_perplexity_and_paired_comparisons(measured):
     assert against["value"] == pytest.approx(hybrid["perplexity"] / arms["elu"]["perplexity"][0]["perplexity"])
     assert math.log(softmax["word_perplexity"]) > math.log(softmax["perplexity"])
     assert softmax["by_position"][-1]["last"] == 31
+
+
+def test_checks_growth_and_layers(measured):
+    softmax, *arms = measured[0]["arms"]
+    assert softmax["checks"] == [] and softmax["diagnostics"] is None
+    for arm in arms:
+        assert [c["name"] for c in arm["checks"]] == ["causal", "padding", "state", "definition", "seam"]
+        assert all(c["passed"] for c in arm["checks"])
+        assert arm["diagnostics"]["tokens"] == 24 and len(arm["diagnostics"]["layers"]) == 3
+        assert arm["growth"]["prefill_s"]["low"] <= arm["growth"]["prefill_s"]["high"]
+    assert arms[0]["growth"]["prefill_s"]["lengths"] == 2
 
 
 def test_an_interrupted_run_goes_on(measured, text):
@@ -87,7 +99,7 @@ def test_what_cannot_be_measured_is_refused(text, tmp_path, changes, says):
 
 
 def test_a_run_with_other_settings_is_not_continued(measured, text):
-    with pytest.raises(UsageError, match="holds a run with rounds = 1, not 3"):
+    with pytest.raises(UsageError, match="holds a run with rounds = 2, not 3"):
         measure(tiny(), Letters(), text, None, settings(rounds=3), measured[1], model_name="tiny", command="test")
 
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError, one_line_errors
-from . import diagnose, evaluate, tradeoff
+from . import diagnose, evaluate, report, tradeoff
 from .options import (
     AttentionName,
     Device,
@@ -39,6 +39,7 @@ _ClickException = typer.BadParameter.__base__.__base__
 app.command()(evaluate.evaluate)
 app.command()(diagnose.diagnose)
 app.command()(tradeoff.tradeoff)
+app.command()(report.report)
 
 
 def main() -> None:

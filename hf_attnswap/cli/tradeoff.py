@@ -52,6 +52,9 @@ def tradeoff(
     block_size: Annotated[int, typer.Option("--block_size", min=2, help="of training")] = 512,
     learning_rate: Annotated[float | None, typer.Option("--learning_rate", help="of the alignment")] = None,
     per_device_train_batch_size: Annotated[int, typer.Option("--per_device_train_batch_size", min=1)] = 1,
+    diagnose_tokens: Annotated[
+        int, typer.Option("--diagnose_tokens", min=0, help="of the text for gradients and layers; 0 leaves them out")
+    ] = 0,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -74,7 +77,7 @@ def tradeoff(
         arms=tuple(labels), context_lengths=tuple(context_lengths or [512]), max_eval_tokens=max_eval_tokens,
         lengths=tuple(lengths or [512, 1536]), rounds=rounds, decode_tokens=decode_tokens, align_tokens=align_tokens,
         block_size=block_size, learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
-        per_device_train_batch_size=per_device_train_batch_size, seed=seed,
+        per_device_train_batch_size=per_device_train_batch_size, seed=seed, diagnose_tokens=diagnose_tokens,
     )  # fmt: skip
     training = text_source(train_file, dataset_name, dataset_config_name, "train", text_column)
     evaluation = None if validation_file is None else text_source(validation_file, None, None, "train", text_column)

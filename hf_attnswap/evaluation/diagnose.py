@@ -38,7 +38,7 @@ def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] =
         {
             "layer": row.layer,
             "kl": row.kl,
-            "kl_error": None if math.isnan(row.kl_error) else row.kl_error,
+            "kl_error": row.kl_error,
             "perplexity_ratio": math.exp(min(row.nll - reference.nll, 700)),
             "gradient": _norms(mine),
             "gradient_of_softmax": _norms(other),
@@ -51,14 +51,25 @@ def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] =
         }
         for row, mine, other, fact in zip(damage, ours, control, facts, strict=True)
     ]
-    return {
-        "attention": describe(model),
-        "context": blocks.shape[1],
-        "tokens": blocks.numel(),
-        "perplexity": reference.perplexity,
-        "gradient_at_first_layer": _over(layers[0], "layer_input"),
-        "layers": layers,
-    }
+    return _finite(
+        {
+            "attention": describe(model),
+            "context": blocks.shape[1],
+            "tokens": blocks.numel(),
+            "perplexity": reference.perplexity,
+            "gradient_at_first_layer": _over(layers[0], "layer_input"),
+            "layers": layers,
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """None in place of what is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _norms(found: LayerGradients) -> dict[str, float | None]:
@@ -68,7 +79,8 @@ def _norms(found: LayerGradients) -> dict[str, float | None]:
 def _over(row: dict[str, Any], part: str) -> float | None:
     """Our gradient over softmax's; None where that is 0 or where there is none."""
     control = row["gradient_of_softmax"][part]
-    return row["gradient"][part] / control if control else None
+    ours = row["gradient"][part]
+    return ours / control if control and ours is not None else None
 
 
 def summary_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,7 +92,7 @@ def summary_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
             "perplexity_ratio": row["perplexity_ratio"],
             **{f"gradient_{part}": _over(row, part) for part in row["gradient"]},
             **{name: row[name] for name in ("dead", "saturated", "row_sum", "negative", "sparsity", "distance")},
-            "effective_keys": row["effective_keys"] / row["softmax_effective_keys"],
+            "effective_keys": row["effective_keys"] and row["effective_keys"] / row["softmax_effective_keys"],
             "output_scale": row["output_scale"][-1]["scale"],
         }
         for row in found["layers"]

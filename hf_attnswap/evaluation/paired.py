@@ -10,6 +10,8 @@ from statistics import NormalDist
 
 import torch
 
+from ..intervals import t_quantile
+
 FEW = 500  # with fewer items than this an interval is shown, and marked
 VERDICTS = ("better", "no measurable difference", "worse")
 
@@ -54,7 +56,7 @@ def paired_bootstrap(
     n = len(difference)
     if n == 1:
         return Difference(difference.item(), math.nan, math.nan, 1)
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _t_quantile(0.975, n - 1))
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(0.975, n - 1))
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, 1_000_000 // n)  # resamples drawn at a time
     means = torch.cat(
@@ -65,19 +67,3 @@ def paired_bootstrap(
     )
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Difference(difference.mean().item(), low, high, n)
-
-
-def _t_quantile(probability: float, freedom: int) -> float:
-    """Of Student's distribution: exact for 1 and 2 degrees of freedom, else Abramowitz and Stegun 26.7.5."""
-    if freedom == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if freedom == 2:
-        return (2 * probability - 1) * math.sqrt(2 / (4 * probability * (1 - probability)))
-    z, v = NormalDist().inv_cdf(probability), freedom
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
-    )

@@ -62,6 +62,25 @@ SPEED = {
     "cache_mib": Maybe(AMOUNT),
     "note": Maybe(TEXT),
 }
+GROWTH = {"exponent": NUMBER, "low": NUMBER, "high": NUMBER, "lengths": SIZE}
+GRADIENT = dict.fromkeys(["query", "key", "value", "layer_input"], Maybe(AMOUNT))
+LAYER = {
+    "layer": NAMED,
+    "kl": Maybe(NUMBER),
+    "perplexity_ratio": Maybe(POSITIVE),
+    "gradient": GRADIENT,
+    "gradient_of_softmax": GRADIENT,
+    "dead": Maybe(AMOUNT),
+    "saturated": Maybe(AMOUNT),
+    "effective_keys": Maybe(AMOUNT),
+    "softmax_effective_keys": Maybe(POSITIVE),
+    "row_sum": Maybe(NUMBER),
+    "negative": Maybe(AMOUNT),
+    "sparsity": Maybe(AMOUNT),
+    "distance": Maybe(AMOUNT),
+    "output_scale": [{"first": SIZE, "last": SIZE, "scale": Maybe(AMOUNT)}],
+}
+DIAGNOSTICS = {"context": SIZE, "tokens": SIZE, "layers": [LAYER]}
 ARM = {
     "label": NAMED,
     "attention": NAMED,
@@ -75,6 +94,9 @@ ARM = {
     "status": one_of("measured", "failed", "not measured"),
     "reason": Maybe(TEXT),
     "alignment": Maybe(ALIGNMENT),
+    "checks": [{"name": NAMED, "passed": FLAG, "worst": Maybe(AMOUNT), "limit": AMOUNT}],
+    "growth": {"prefill_s": Maybe(GROWTH), "decode_s": Maybe(GROWTH)},
+    "diagnostics": Maybe(DIAGNOSTICS),
     "perplexity": [PERPLEXITY],
     "speed": [SPEED],
 }
@@ -92,7 +114,7 @@ REPORT = {
     "date": DATE,
     "command": TEXT,
     "seed": INTEGER,
-    "data": {"text": TEXT, "training_tokens": COUNT, "evaluation_tokens": COUNT},
+    "data": {"text": TEXT, "training_tokens": COUNT, "evaluation_tokens": COUNT, "fingerprint": Maybe(TEXT)},
     "arms": [ARM],
 }
 
@@ -171,6 +193,9 @@ def _upgraded(report: Any) -> Any:
         return report
     report = copy.deepcopy(report)
     arms = report["arms"] if isinstance(report.get("arms"), list) else []
+    report["data"]["fingerprint"] = None
+    for arm in arms:
+        arm |= {"checks": [], "growth": {"prefill_s": None, "decode_s": None}, "diagnostics": None}
     for entry in [entry for arm in arms for entry in arm["perplexity"]]:
         entry |= {"against": [], "word_perplexity": None, "byte_perplexity": None, "by_position": []}
         if entry["ratio"]:

@@ -8,7 +8,7 @@ from .text import count, interval, listing, number, plain
 def summary(report: Report) -> list[str]:
     """Paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
     speed = [_speed(report, "prefill_speedup", "Prefill"), _speed(report, "decode_speedup", "Decoding")]
-    attention = [_cost(report), _none(report), *_hybrids(report)]
+    attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_hybrids(report)]
     return [_quality(report), *speed, *attention, *_unmeasured(report)]
 
 
@@ -85,6 +85,8 @@ def _first_faster(measured: list[tuple[Arm, int, dict]], key: str) -> str:
         also = "; ".join(f"from {count(start)} on also {_names(arms)}" for start, arms in others.items())
         also = f" Faster {also}." if also else ""
         start = f"from {count(length)} tokens on, {_name(arm)} is faster than softmax in every run"
+        crossing = facts.crossover(arm, key)
+        also += f" The medians cross at about {count(round(crossing))} tokens (interpolated)." if crossing else ""
         return f"{start}, {_speedup(spread)} at {count(length)}.{also}"
     lengths = sorted({length for _, length, _ in measured})
     tried = " and ".join(count(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
@@ -114,6 +116,37 @@ def _cost(report: Report) -> str:
         f"softmax ({attentions('quadratic')}). Linear arms are O(n): no activation, one applied to q and k "
         f"separately, or keys limited to a window ({attentions('linear')})."
     )
+
+
+def _growth(report: Report) -> list[str]:
+    """The measured exponents of the prefill's time, softmax first."""
+    softmax = facts.reference(report)
+    arms = [arm for arm in report["arms"] if arm["growth"]["prefill_s"] and not (arm["control"] and arm is not softmax)]
+    if not arms:
+        return []
+    said = []
+    for arm in arms:
+        found = arm["growth"]["prefill_s"]
+        bounds = f"{number(found['low'])} to {number(found['high'])}"
+        said.append(f"n^{number(found['exponent'])} for {_name(arm)} ({bounds})")
+    lengths = facts.lengths(report)
+    where = f"between {count(lengths[0])} and {count(lengths[-1])} tokens, the rest of the model included"
+    return [f"Growth: the time of the prefill grows as {listing(said)}, measured {where} (95 % intervals)."]
+
+
+def _bound(report: Report) -> list[str]:
+    """Amdahl: what no attention at all would gain."""
+    found = facts.best_possible(report, "prefill_speedup")
+    if not found:
+        return []
+    length, spread = found[-1]
+    share = 1 - 1 / spread["median"]
+    if share <= 0:
+        return [f"Bound: at {count(length)} tokens the model is no faster without any attention, so no swap can gain."]
+    return [
+        f"Bound: at {count(length)} tokens attention is {100 * share:.0f} % of the time of the prefill, so no swap "
+        f"can be more than {_speedup(spread)}."
+    ]
 
 
 def _none(report: Report) -> str:

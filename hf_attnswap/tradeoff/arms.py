@@ -36,6 +36,7 @@ class Settings:
     learning_rate: float = DEFAULT_LEARNING_RATE
     per_device_train_batch_size: int = 1
     seed: int = 0
+    diagnose_tokens: int = 0
 
 
 @dataclass(frozen=True)

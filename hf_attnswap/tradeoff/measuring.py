@@ -5,6 +5,7 @@ interrupted run goes on where it was when the same command is given again.
 """
 
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..benchmark.generation import run
 from ..data import TextSource, token_blocks
 from ..errors import UsageError
+from ..evaluation.checks import check_swap
+from ..evaluation.diagnose import diagnose
 from ..evaluation.perplexity import count_units, perplexity
 from ..files import write_whole
 from ..patching import swapped_modules
@@ -32,7 +35,7 @@ from .arms import Arm, Settings, build
 from .machine import describe_model, machine, versions
 from .rows import row
 
-FORMAT = 2  # of the files in `measured`
+FORMAT = 3  # of the files in `measured`
 Progress = Callable[[str], None]
 
 
@@ -78,6 +81,7 @@ def measure(
             "text": training_text.name if evaluation_text is None else f"{training_text.name}, {evaluation_text.name}",
             "training_tokens": train_blocks.numel(),
             "evaluation_tokens": eval_tokens.numel(),
+            "fingerprint": hashlib.sha256(eval_tokens.numpy().tobytes()).hexdigest()[:16],
         },
         "arms": [row(arm, results, runs, units) for arm in arms],
     }
@@ -144,7 +148,7 @@ def _quality(arm: Arm, model, train_blocks, eval_tokens, settings: Settings, fol
         progress(f"{arm.label}: already measured")
         return json.loads(path.read_text())
     result: dict[str, Any] = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0}
-    result |= {"nll": {}, "by_position": {}}
+    result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None}
     try:
         swapped = build(arm, model)
         own = [p for attention in swapped_modules(swapped).values() for p in attention.parameters()]
@@ -153,11 +157,23 @@ def _quality(arm: Arm, model, train_blocks, eval_tokens, settings: Settings, fol
             result["alignment"] = _align(arm, swapped, train_blocks, settings, progress)
             parameters = {name: p for name, p in swapped.state_dict().items() if ".attnswap." in name}
             write_whole(_file(folder, arm, ".safetensors"), save(parameters))
+        if arm.attention != "softmax":
+            progress(f"{arm.label}: checks")
+            result["checks"] = [
+                vars(check) | {"passed": check.passed} for check in check_swap(model, swapped, eval_tokens)
+            ]
+        for check in result["checks"]:
+            if not check["passed"]:
+                off = "" if math.isnan(check["worst"]) else f" (by {check['worst']:.2g} of its spread)"
+                raise RuntimeError(f"it fails the check {check['name']!r}: {check['says']}{off}")
         for context in settings.context_lengths:
             progress(f"{arm.label}: perplexity at context {context}")
             found = perplexity(swapped, eval_tokens, context, _blocks(settings, context))
             result["nll"][str(context)] = found.nll
             result["by_position"][str(context)] = found.by_position
+        if settings.diagnose_tokens and arm.attention != "softmax":
+            text = eval_tokens.reshape(-1)[: settings.diagnose_tokens][None]
+            result["diagnostics"] = diagnose(swapped, text, lambda line: progress(f"{arm.label}: {line}"))
         if not all(math.isfinite(x) for nll in result["nll"].values() for x in nll):
             result |= {"status": "failed", "reason": "its perplexity is not finite", "nll": {}}
     except Exception as error:

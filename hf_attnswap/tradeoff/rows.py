@@ -1,9 +1,11 @@
 """From what was measured to the rows of the report."""
 
+import math
 from typing import Any
 
 from .. import attentions
 from ..benchmark.generation import Run
+from ..benchmark.growth import growth
 from ..benchmark.measure import Spread, speedup
 from ..evaluation.perplexity import Perplexity, Units, ratio
 from .arms import Arm
@@ -17,12 +19,31 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
         "formula": cls.formula, "cost": cls.cost, "cost_class": cls.cost_class, "source": cls.source,
         "new_parameters": result["new_parameters"], "status": result["status"], "reason": result["reason"],
         "alignment": result["alignment"],
+        "checks": [
+            {name: check[name] for name in ("name", "passed", "limit")}
+            | {"worst": None if math.isnan(check["worst"]) else check["worst"]}
+            for check in result["checks"]
+        ],
+        "diagnostics": result["diagnostics"],
+        "growth": {key: _growth(arm.label, runs, key) for key in ("prefill_s", "decode_s")},
         "perplexity": [
             _perplexity_row(arm.label, int(context), results, units[int(context)]) for context in result["nll"]
         ],
         "speed": [_speed_row(arm.label, int(length), rounds) for length, rounds in runs.items()
                   if result["status"] == "measured"],
     }  # fmt: skip
+
+
+def _growth(label: str, runs: dict, key: str) -> dict[str, Any] | None:
+    """How the seconds of every run grow with the length."""
+    points = [
+        (int(length), found[label][key])
+        for length, rounds in runs.items()
+        for found in rounds
+        if key in found.get(label, {})
+    ]
+    found = growth(*map(list, zip(*points, strict=True))) if points else None
+    return None if found is None else dict(vars(found))
 
 
 def _perplexity_row(label: str, context: int, results: dict[str, dict], units: Units) -> dict[str, Any]:

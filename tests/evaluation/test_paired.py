@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from hf_attnswap.evaluation.paired import FEW, VERDICTS, _t_quantile, paired_bootstrap
+from hf_attnswap.evaluation.paired import FEW, VERDICTS, paired_bootstrap
+from hf_attnswap.intervals import t_quantile
 
 
 @pytest.mark.parametrize(
     ("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (7, 2.36462), (29, 2.04523), (499, 1.96474)]
 )
 def test_t_quantile_is_that_of_the_tables(freedom, expected):
-    assert _t_quantile(0.975, freedom) == pytest.approx(expected, rel=0.01 if freedom == 3 else 2e-4)
+    assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=0.01 if freedom == 3 else 2e-4)
 
 
 def test_a_constant_difference_has_no_spread():

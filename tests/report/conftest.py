@@ -80,6 +80,12 @@ def arm(
         "status": "measured",
         "reason": None,
         "alignment": None,
+        "checks": [] if is_softmax else [{"name": "causal", "passed": True, "worst": 1e-6, "limit": 1e-3}],
+        "growth": {
+            "prefill_s": {"exponent": 1.4, "low": 1.2, "high": 1.6, "lengths": 3} if speed else None,
+            "decode_s": None,
+        },
+        "diagnostics": None,
         "perplexity": perplexity,
         "speed": speed,
     }
@@ -143,7 +149,12 @@ def make_report() -> dict[str, Any]:
         "date": "2026-11-21T22:00:00+00:00",
         "command": "attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct",
         "seed": 0,
-        "data": {"text": "WikiText-2 test", "training_tokens": 51200, "evaluation_tokens": 10240},
+        "data": {
+            "text": "WikiText-2 test",
+            "training_tokens": 51200,
+            "evaluation_tokens": 10240,
+            "fingerprint": "0123456789abcdef",
+        },
         "arms": arms,
     }
 

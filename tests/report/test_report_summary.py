@@ -151,3 +151,20 @@ def test_a_window_of_another_size_is_no_control(report: dict[str, Any]) -> None:
 def test_what_failed_is_named(report: dict[str, Any]) -> None:
     assert "performer" in paragraph(report, "Failed: ")
     assert "delta" in paragraph(report, "Not measured: ")
+
+
+def test_growth_is_said_with_its_interval(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Growth: the time of the prefill grows as n^1.400 for softmax (1.200 to 1.600), ")
+    assert "measured between 512 and 8,192 tokens, the rest of the model included (95 % intervals)" in said
+    for one in report["arms"]:
+        one["growth"]["prefill_s"] = None
+    assert not [words for words in summary(report) if words.startswith("Growth")]
+
+
+def test_without_attention_is_the_bound(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Bound: at 8,192 tokens attention is 75 % of the time of the prefill")
+    assert "no swap can be more than 4.000 times as fast (runs 3.800 to 4.240)" in said
+    arm(report, "none")["speed"][-1]["prefill_speedup"].update(median=0.98, low=0.9)
+    assert "is no faster without any attention" in paragraph(report, "Bound")
+    arm(report, "none")["speed"] = []
+    assert not [words for words in summary(report) if words.startswith("Bound")]
