@@ -62,13 +62,17 @@ def _perplexity_row(label: str, context: int, results: dict[str, dict], units: U
         "tokens": found.tokens,
         "ratio": None if label == "softmax" else against.pop("softmax", None),
         "against": [{"arm": other} | compared for other, compared in against.items()],
-        "word_perplexity": found.per(units.words) if units.words else None,
-        "byte_perplexity": found.per(units.bytes) if units.bytes else None,
+        "word_perplexity": _finite(found.per(units.words)) if units.words else None,
+        "byte_perplexity": _finite(found.per(units.bytes)) if units.bytes else None,
         "by_position": [
             {"first": first, "last": last, "nll": nll}
             for first, last, nll in results[label]["by_position"][str(context)]
         ],
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _speed_row(label: str, length: int, rounds: list[dict]) -> dict[str, Any]:
