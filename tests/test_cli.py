@@ -147,6 +147,9 @@ WRONG = {
     EVALUATE + "--context_length many": "context_length",
     EVALUATE + "--max_eval_tokens 0": "max_eval_tokens",
     EVALUATE + "--dataset_name wikitext": "either a file or --dataset_name",
+    EVALUATE + "--tasks {tmp}/no.jsonl": "does not exist",
+    EVALUATE + "--tasks needle --context_length 20": "has no room for its needle",
+    EVALUATE + "--context_length 32 --stride 32": "stride is 32; expected less than the context of 32",
     "evaluate {llama}": "either a file or --dataset_name",
     "evaluate {llama} --validation_file {short}": "less than one block of 512",
     "evaluate {llama} --validation_file {tmp}/no.txt": "does not exist",
@@ -155,6 +158,10 @@ WRONG = {
     "evaluate {llama} --validation_file {other}": "has no column 'text'; it has body",
     "evaluate {llama} --validation_file {file}": "file",
     "evaluate {tmp}/nowhere --validation_file {text}": "cannot load the model",
+    "diagnose {llama} --validation_file {text}": "name what to look at: --attention",
+    "diagnose {converted} --attention elu --validation_file {text}": "already swapped: leave out --attention",
+    "diagnose {llama} --attention hedghog --validation_file {text}": "Did you mean 'hedgehog'?",
+    "diagnose {llama} --attention elu": "either a file or --dataset_name",
     "bench {llama} --attention hedghog": "Did you mean 'hedgehog'?",
     "bench {llama} --dtype float7 --attention elu": "float7",
     "bench {llama} --device cuda --attention elu": "device 'cuda' is not there",
@@ -323,7 +330,7 @@ def test_convert_and_evaluate(attnswap, files):
     )
     result = attnswap(*arguments(line, files))
     assert result.code == 0 and result.err == ""
-    short, long = json.loads(result.out)
+    short, long = json.loads(result.out)["perplexity"]
     assert (short["context"], short["tokens"]) == (32, 16 * 31) and (long["context"], long["tokens"]) == (64, 8 * 63)
     text = Path(files["text"]).read_text()
     ids = torch.tensor([[LETTERS.find(c) + 1 for c in text]])[:, :512]
@@ -342,10 +349,65 @@ def test_convert_and_evaluate(attnswap, files):
 
 def test_evaluate_an_unswapped_model(attnswap, files):
     line = EVALUATE + "--context_length 64 --max_eval_tokens 256 --json"
-    (row,) = json.loads(attnswap(*arguments(line, files)).out)
+    (row,) = json.loads(attnswap(*arguments(line, files)).out)["perplexity"]
     text = Path(files["text"]).read_text()
     ids = torch.tensor([LETTERS.find(c) + 1 for c in text])[:256]
     assert row["perplexity"] == pytest.approx(perplexity(tiny(), ids, 64).perplexity, rel=1e-5)
+
+
+def test_evaluate_by_word_byte_and_position(attnswap, files):
+    line = EVALUATE + "--context_length 64 --max_eval_tokens 256 --json"
+    (row,) = json.loads(attnswap(*arguments(line, files)).out)["perplexity"]
+    assert row["tokens"] == 4 * 63
+    assert row["bytes"] == 4 * 2 * 63  # this tokenizer puts a space between any two letters
+    assert row["byte_perplexity"] == pytest.approx(row["perplexity"] ** 0.5)
+    assert row["word_perplexity"] == pytest.approx(row["perplexity"] ** (row["tokens"] / row["words"]))
+    assert [(p["first"], p["last"]) for p in row["by_position"]][-2:] == [(16, 31), (32, 63)]
+    weights = [p["last"] - p["first"] + 1 for p in row["by_position"]]
+    total = sum(p["nll"] * w for p, w in zip(row["by_position"], weights, strict=True))
+    assert total / 63 == pytest.approx(row["nll"], rel=1e-5)
+    (row,) = json.loads(attnswap(*arguments(line + " --stride 16", files)).out)["perplexity"]
+    assert (row["stride"], row["tokens"], row["by_position"]) == (16, 15 * 16, [])
+    assert "beyond" not in attnswap(*arguments(EVALUATE + "--context_length 64", files)).out
+    assert "beyond the 512 of its config" in attnswap(*arguments(EVALUATE + "--context_length 600", files)).out
+
+
+def test_diagnose(attnswap, files, tmp_path):
+    line = "diagnose {llama} --attention relu --attention relu_power:p=8 --validation_file {text} --context_length 32"
+    result = attnswap(*arguments(line + " --output_file {out}.json --json", files))
+    assert result.code == 0 and result.err == ""
+    relu, power = json.loads(result.out)
+    assert json.loads(Path(f"{files['out']}.json").read_text())["arms"] == [relu, power]
+    assert (relu["label"], power["label"]) == ("relu", "relu_power:p=8") and relu["tokens"] == 64
+    assert len(relu["layers"]) == 3 and relu["layers"][0]["dead"] > power["layers"][0]["dead"]
+    assert relu["perplexity"] == pytest.approx(power["perplexity"])
+    table = attnswap(*arguments("diagnose {converted} --validation_file {text} --context_length 32", files)).out
+    assert "relu in 3 layers" in table and "grad q" in table and re.search(r"│ +2 │", table)
+
+
+def test_evaluate_beside_a_control_on_the_same_items(attnswap, files, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"prompt": "The", "choices": ["cat", "mat"], "answer": i % 2}) + "\n" for i in range(6))
+    )
+    line = "evaluate {converted} --control {llama} --validation_file {text} --context_length 64 --max_eval_tokens 256 "
+    line += f"--tasks {pairs} --limit 4"
+    found = json.loads(attnswap(*arguments(line + " --json", files)).out)
+    (row,), text = found["perplexity"], Path(files["text"]).read_text()
+    ids = torch.tensor([LETTERS.find(c) + 1 for c in text])[:256]
+    assert row["ratio"]["value"] == pytest.approx(row["perplexity"] / perplexity(tiny(), ids, 64).perplexity, rel=1e-4)
+    assert row["ratio"]["items"] == 4 and row["ratio"]["few"] and row["verdict"] == row["ratio"]["verdict"]
+    tasks = {task["metric"]: task for task in found["tasks"]}
+    assert (
+        tasks["acc"]["items"] == 4
+        and tasks["acc"]["difference"]["value"] == tasks["acc"]["value"] - tasks["acc"]["control"]
+    )
+    assert found["generation"]["prompts"] == 4 and 0 <= found["generation"]["same_tokens"] < 1
+    table = attnswap(*arguments(line, files)).out
+    assert "ratio to control" in table and "no measurable difference" in table and "fewer than 500" in table
+    same = json.loads(attnswap(*arguments(line.replace("{converted}", "{llama}") + " --json", files)).out)
+    assert same["perplexity"][0]["ratio"]["value"] == 1 and same["generation"]["same_tokens"] == 1
+    assert same["generation"]["agreement_when_told"] == 1
 
 
 def test_convert_into_an_empty_folder(attnswap, files):
@@ -363,7 +425,7 @@ def test_convert_and_evaluate_a_trained_model(attnswap, stories260k, tmp_path):
     for name in ("softmax", "relu_power", "none"):
         assert attnswap("convert", stories260k, "--attention", name, "--output_dir", tmp_path / name).code == 0
         result = attnswap("evaluate", tmp_path / name, "--validation_file", text, "--context_length", 64, "--json")
-        (found[name],) = (row["perplexity"] for row in json.loads(result.out))
+        (found[name],) = (row["perplexity"] for row in json.loads(result.out)["perplexity"])
     assert found["relu_power"] == pytest.approx(found["softmax"], rel=0.2)
     assert found["none"] > 3 * found["softmax"]
 

@@ -1,27 +1,35 @@
-"""Perplexity on blocks of text, by context length, with its standard error and paired comparisons."""
+"""Perplexity per token, word and byte, by context length and by position, with standard errors and paired ratios."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .paired import Difference, paired_bootstrap
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean negative log-likelihood per token over blocks, each block a context of its own.
+    """Mean negative log-likelihood per token over samples that predict equally many tokens each.
 
     Attributes:
-        context: tokens per block. nll: of each block, mean over its `context - 1` predicted tokens.
+        context: the most tokens that a prediction stands on, plus one. nll: mean of each sample.
+        stride: tokens that a sample predicts; None for blocks that are contexts of their own: `context - 1`.
+        by_position: mean nll by position in the context, (first position, last position, nll); empty where sliding.
     """
 
     context: int
     nll: tuple[float, ...]
+    stride: int | None = None
+    by_position: tuple[tuple[int, int, float], ...] = field(default=(), compare=False)
 
     @property
     def tokens(self) -> int:
-        return len(self.nll) * (self.context - 1)
+        return len(self.nll) * (self.stride or self.context - 1)
 
     @property
     def mean(self) -> float:
@@ -30,14 +38,21 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp of the mean; inf where that overflows."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
+        return _exp(self.mean)
 
     @property
     def standard_error(self) -> float:
-        """Of the mean nll, from the spread between blocks; NaN for a single block."""
+        """Of the mean nll, from the spread between samples; NaN for a single one."""
         if len(self.nll) < 2:
             return math.nan
         return math.sqrt(math.fsum((x - self.mean) ** 2 for x in self.nll) / (len(self.nll) - 1) / len(self.nll))
+
+    def per(self, units: int) -> float:
+        """Perplexity per word or byte of the same text: exp(-log-likelihood / units), as lm-eval has it."""
+        return _exp(self.mean * self.tokens / units)
+
+
+Progress = Callable[[int], None]
 
 
 @torch.no_grad()
@@ -47,9 +62,9 @@ def perplexity(
     context: int,
     max_blocks: int | None = None,
     batch_size: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `model` on a stream of tokens cut into blocks of `context`.
+    """Perplexity of `model` on a stream of tokens cut into blocks of `context`, each a context of its own.
 
     Args:
         tokens: int64, any shape; read as one stream.
@@ -62,30 +77,115 @@ def perplexity(
     blocks = stream[: len(stream) // context * context].view(-1, context)[:max_blocks]
     if len(blocks) == 0:
         raise ValueError(f"perplexity at context {context} needs at least that many tokens, got {len(stream)}")
-    device = next(model.parameters()).device
-    nll: list[float] = []
-    for batch in blocks.split(batch_size):
-        batch = batch.to(device)
-        logits = model(input_ids=batch, use_cache=False).logits
-        for row, target in zip(logits[:, :-1], batch[:, 1:], strict=True):
-            nll.append(nn.functional.cross_entropy(row.float(), target).item())
-        if progress is not None:
-            progress(len(batch))
-    return Perplexity(context, tuple(nll))
+    means: list[float] = []
+    total = torch.zeros(context - 1, dtype=torch.float64)
+    for nll in _token_nll(model, blocks, context - 1, batch_size, progress):
+        means += nll.mean(1).tolist()
+        total += nll.double().sum(0)
+    mean = total / len(blocks)
+    by_position = tuple((first, last, mean[first - 1 : last].mean().item()) for first, last in octaves(context - 1))
+    return Perplexity(context, tuple(means), by_position=by_position)
 
 
-def ratio(ours: Perplexity, control: Perplexity, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Perplexity of ours over that of the control on the same blocks, with its 95 % interval.
+@torch.no_grad()
+def sliding_perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    context: int,
+    stride: int,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Perplexity where every token is predicted from at least `context - stride` tokens, as far as there are any.
 
-    A paired bootstrap over blocks (Koehn 2004): what both find hard cancels.
+    Windows of `context` tokens move on by `stride`, and each predicts the `stride` tokens that are new in it. Costs
+    `context / stride` times as much as blocks. Windows share text, so the standard error is somewhat too small.
 
     Raises:
-        ValueError: the two were not measured on the same blocks.
+        ValueError: a stride that is not between 1 and `context - 1`, or fewer than `stride + 1` tokens.
     """
-    if (ours.context, len(ours.nll)) != (control.context, len(control.nll)):
+    if not 1 <= stride < context:
+        raise ValueError(f"stride is {stride}; expected 1 to {context - 1}, less than the context")
+    stream = tokens.reshape(-1)
+    ends = range(stride + 1, len(stream) + 1, stride)[:max_windows]
+    if not ends:
+        raise ValueError(f"a stride of {stride} needs at least {stride + 1} tokens, got {len(stream)}")
+    means: list[float] = []
+    growing = [stream[:end][None] for end in ends if end < context]
+    moving = [stream[end - context : end] for end in ends if end >= context]
+    for windows in (*growing, *([torch.stack(moving)] if moving else [])):
+        for nll in _token_nll(model, windows, stride, batch_size, progress):
+            means += nll.mean(1).tolist()
+    return Perplexity(context, tuple(means), stride)
+
+
+def _token_nll(model, blocks: Tensor, predicted: int, batch_size: int, progress) -> Iterator[Tensor]:
+    """nll of the last `predicted` tokens of each block, float32 `[b, predicted]`, batch by batch."""
+    device = next(model.parameters()).device
+    for batch in blocks.split(batch_size):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, -predicted - 1 : -1]
+        # Row by row: log_softmax of all at once would hold the vocabulary twice for each.
+        rows = zip(logits, batch[:, -predicted:], strict=True)
+        yield torch.stack([nn.functional.cross_entropy(row.float(), to, reduction="none") for row, to in rows]).cpu()
+        if progress is not None:
+            progress(len(batch))
+
+
+def octaves(last: int) -> list[tuple[int, int]]:
+    """Positions 1 to `last` in ranges that double: (1, 1), (2, 3), (4, 7), ..."""
+    return [(1 << i, min((2 << i) - 1, last)) for i in range(last.bit_length())]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What the predicted tokens of some text are in other units; words are what white space separates."""
+
+    words: int
+    bytes: int
+
+
+def count_units(
+    tokenizer: PreTrainedTokenizerBase, tokens: Tensor, context: int, samples: int, stride: int | None = None
+) -> Units:
+    """The words and UTF-8 bytes of `tokens` that a `Perplexity` of so many samples predicts."""
+    stream = tokens.reshape(-1)
+
+    def text(ids: Tensor) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    blocks = stream[: samples * context].split(context)
+    pieces = blocks if stride is None else [stream[: samples * stride + 1]]
+    # Less the first token: a tokenizer may write a piece differently where a text starts.
+    size = sum(_bytes(text(piece)) - _bytes(text(piece[:1])) for piece in pieces)
+    return Units(sum(len(text(piece[1:]).split()) for piece in pieces), size)
+
+
+def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Difference:
+    """Mean nll of ours less that of the control on the same text, by samples.
+
+    Raises:
+        ValueError: the two were not measured on the same samples.
+    """
+    if (ours.context, ours.stride, len(ours.nll)) != (control.context, control.stride, len(control.nll)):
         raise ValueError("a ratio of perplexities needs the same blocks for both")
-    difference = torch.tensor(ours.nll, dtype=torch.float64) - torch.tensor(control.nll, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
-    low, high = torch.quantile(difference[picks].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return tuple(math.exp(min(x, 700)) for x in (difference.mean().item(), low, high))
+    return paired_bootstrap(ours.nll, control.nll, seed=seed)
+
+
+def ratio(ours: Perplexity, control: Perplexity, seed: int = 0) -> dict[str, Any]:
+    """Perplexity of ours over that of the control on the same blocks: value, low, high, items, few and verdict.
+
+    The exponential of `compare`, cut off at e^700.
+    """
+    found = compare(ours, control, seed)
+    bounds = {name: math.exp(min(getattr(found, name), 700)) for name in ("value", "low", "high")}
+    return bounds | {"items": found.items, "few": found.few, "verdict": found.verdict(lower_is_better=True)}
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="replace"))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if not x >= 700 else math.inf

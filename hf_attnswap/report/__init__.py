@@ -10,10 +10,10 @@ __all__ = ["read", "show", "validate", "write", "write_all"]
 
 
 def write_all(report: dict, folder: str | Path) -> list[Path]:
-    """Write report.json, report.md, report.html, tradeoff.png and, where it applies, dial.png.
+    """Write report.json, report.md, report.html, tradeoff.png and what other plots there is something for.
 
     Return their paths. Everything is rendered before the first file is written, and each file appears whole.
-    A dial.png that an earlier report left in `folder` is removed where this one has none.
+    A plot that an earlier report left in `folder` is removed where this one has none.
     """
     # Here, not above: importing matplotlib takes most of a second that the terminal table does not need.
     from . import html, markdown, plots
@@ -28,6 +28,7 @@ def write_all(report: dict, folder: str | Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = [write(report, folder / "report.json")]
     written += [write_whole(folder / name, data) for name, data in pages.items()]
-    if "dial.png" not in pages:
-        (folder / "dial.png").unlink(missing_ok=True)
+    for name in ("dial.png", "positions.png", "layers.png"):
+        if name not in pages:
+            (folder / name).unlink(missing_ok=True)
     return written

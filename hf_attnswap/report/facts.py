@@ -1,6 +1,7 @@
 """What the tables, the summary and the plots ask of a report: selections, no words and no formatting."""
 
 from collections import Counter
+from math import log
 from typing import Any
 
 Arm = dict[str, Any]
@@ -39,6 +40,12 @@ def ratio(arm: Arm, context: int | None) -> dict | None:
     return entry["ratio"] if entry else None
 
 
+def against(arm: Arm, other: Arm, context: int | None) -> dict | None:
+    """Perplexity of `arm` over that of `other` at `context`, compared block by block; None where it was not."""
+    entry = perplexity_at(arm, context)
+    return next((found for found in (entry or {"against": []})["against"] if found["arm"] == other["label"]), None)
+
+
 def headline_context(report: Report) -> int | None:
     """The one context that summary and plots speak of: where most arms have a ratio, the longest of these."""
     entries = [entry for arm in report["arms"] for entry in arm["perplexity"]]
@@ -62,6 +69,43 @@ def faster_from(arm: Arm, key: str) -> int | None:
     return start
 
 
+def crossover(arm: Arm, key: str) -> float | None:
+    """The length from which on the median of `arm` is faster than softmax, interpolated in log-log between the two
+    lengths around it; None where it is faster everywhere, or not at the longest."""
+    points = [(length, spread["median"]) for length, spread in speedups(arm, key)]
+    for (short, before), (long, after) in reversed(list(zip(points, points[1:], strict=False))):
+        if after <= 1:
+            return None
+        if before <= 1:
+            share = log(1 / before) / log(after / before)
+            return short * (long / short) ** share
+    return None
+
+
+def best_possible(report: Report, key: str) -> list[tuple[int, dict]]:
+    """Amdahl's bound, (length, spread): the speed-up without any attention, which no attention can exceed."""
+    arm = next((arm for arm in report["arms"] if arm["attention"] == "none"), None)
+    return speedups(arm, key) if arm else []
+
+
+def pareto(report: Report, key: str) -> list[Arm]:
+    """The arms, softmax left out, that no other is both better and faster than at the longest length; slowest first.
+
+    "Better" by the ratio at the headline context, "faster" by the median.
+    """
+    context, points = headline_context(report), []
+    for arm in report["arms"]:
+        speeds = speedups(arm, key)
+        if ratio(arm, context) and speeds and arm["attention"] != "softmax":
+            points.append((speeds[-1][1]["median"], ratio(arm, context)["value"], arm))
+    front, lowest = [], float("inf")
+    for _, value, arm in sorted(points, key=lambda point: (-point[0], point[1])):
+        if value < lowest:
+            front.append(arm)
+            lowest = value
+    return front[::-1]
+
+
 def window_control(report: Report, hybrid: Arm) -> Arm | None:
     """The `window` arm with the window and sinks of `hybrid`; of several, the one trained most like it."""
 
@@ -74,9 +118,31 @@ def window_control(report: Report, hybrid: Arm) -> Arm | None:
     return min(found, key=lambda arm: abs(aligned_tokens(arm) - aligned_tokens(hybrid)), default=None)
 
 
+def linear_control(report: Report, hybrid: Arm) -> Arm | None:
+    """The arm that is the linear part of `hybrid` alone."""
+    name, options = hybrid["attention"].removesuffix("+window"), hybrid["options"]
+    for arm in report["arms"]:
+        same = all(options.get(key, value) == value for key, value in arm["options"].items())
+        if arm["attention"] == name and same and arm["perplexity"]:
+            return arm
+    return None
+
+
 def aligned_tokens(arm: Arm) -> int:
     """The tokens `arm` was aligned on; 0 without alignment."""
     return arm["alignment"]["tokens"] if arm["alignment"] else 0
+
+
+def with_positions(report: Report) -> list[Arm]:
+    """The arms with a likelihood by position at the headline context."""
+    context = headline_context(report)
+    found = [arm for arm in report["arms"] if arm["status"] == "measured"]
+    return [arm for arm in found if (perplexity_at(arm, context) or {"by_position": []})["by_position"]]
+
+
+def with_diagnostics(report: Report) -> list[Arm]:
+    """The arms whose layers were looked at."""
+    return [arm for arm in report["arms"] if arm["diagnostics"]]
 
 
 def dial(report: Report) -> list[tuple[dict[str, Any], list[Arm]]]:

@@ -4,9 +4,14 @@ from . import facts
 from .dial import dial
 from .drawing import Picture
 from .facts import Report
+from .layers import layers
+from .positions import positions
 from .tradeoff import tradeoff
 
 
 def pictures(report: Report) -> list[Picture]:
-    """The tradeoff plot, and the dial where there are arms for it."""
-    return [tradeoff(report), *([dial(report)] if facts.dial(report) else [])]
+    """The tradeoff plot, and those for which there is something to draw: the dial, curves by position, layers."""
+    found = [tradeoff(report)]
+    found += [dial(report)] if facts.dial(report) else []
+    found += [positions(report)] if facts.with_positions(report) else []
+    return found + ([layers(report)] if facts.with_diagnostics(report) else [])

@@ -1,5 +1,6 @@
 """The JSON that `attnswap tradeoff` writes and every rendering here reads: checked, read, written."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,17 +28,29 @@ from .shape import (
 )
 
 NAME = "hf_attnswap.tradeoff"
-VERSION = 1
+VERSION = 2
 
 SPREAD = {"median": POSITIVE, "low": POSITIVE, "high": POSITIVE, "runs": SIZE}
 ALIGNMENT = {"tokens": COUNT, "seconds": AMOUNT, "first_loss": NUMBER, "last_loss": NUMBER}
+RATIO = {
+    "value": POSITIVE,
+    "low": POSITIVE,
+    "high": POSITIVE,
+    "items": SIZE,
+    "few": FLAG,
+    "verdict": one_of("better", "no measurable difference", "worse"),
+}
 PERPLEXITY = {
     "context": SIZE,
     "perplexity": Maybe(POSITIVE),
     "nll": Maybe(NUMBER),
     "standard_error": Maybe(AMOUNT),
     "tokens": COUNT,
-    "ratio": Maybe({"value": POSITIVE, "low": POSITIVE, "high": POSITIVE}),
+    "ratio": Maybe(RATIO),
+    "against": [{"arm": NAMED} | RATIO],
+    "word_perplexity": Maybe(POSITIVE),
+    "byte_perplexity": Maybe(POSITIVE),
+    "by_position": [{"first": SIZE, "last": SIZE, "nll": NUMBER}],
 }
 SPEED = {
     "length": SIZE,
@@ -49,6 +62,25 @@ SPEED = {
     "cache_mib": Maybe(AMOUNT),
     "note": Maybe(TEXT),
 }
+GROWTH = {"exponent": NUMBER, "low": NUMBER, "high": NUMBER, "lengths": SIZE}
+GRADIENT = dict.fromkeys(["query", "key", "value", "layer_input"], Maybe(AMOUNT))
+LAYER = {
+    "layer": NAMED,
+    "kl": Maybe(NUMBER),
+    "perplexity_ratio": Maybe(POSITIVE),
+    "gradient": GRADIENT,
+    "gradient_of_softmax": GRADIENT,
+    "dead": Maybe(AMOUNT),
+    "saturated": Maybe(AMOUNT),
+    "effective_keys": Maybe(AMOUNT),
+    "softmax_effective_keys": Maybe(POSITIVE),
+    "row_sum": Maybe(NUMBER),
+    "negative": Maybe(AMOUNT),
+    "sparsity": Maybe(AMOUNT),
+    "distance": Maybe(AMOUNT),
+    "output_scale": [{"first": SIZE, "last": SIZE, "scale": Maybe(AMOUNT)}],
+}
+DIAGNOSTICS = {"context": SIZE, "tokens": SIZE, "layers": [LAYER]}
 ARM = {
     "label": NAMED,
     "attention": NAMED,
@@ -62,6 +94,9 @@ ARM = {
     "status": one_of("measured", "failed", "not measured"),
     "reason": Maybe(TEXT),
     "alignment": Maybe(ALIGNMENT),
+    "checks": [{"name": NAMED, "passed": FLAG, "worst": Maybe(AMOUNT), "limit": AMOUNT}],
+    "growth": {"prefill_s": Maybe(GROWTH), "decode_s": Maybe(GROWTH)},
+    "diagnostics": Maybe(DIAGNOSTICS),
     "perplexity": [PERPLEXITY],
     "speed": [SPEED],
 }
@@ -79,7 +114,7 @@ REPORT = {
     "date": DATE,
     "command": TEXT,
     "seed": INTEGER,
-    "data": {"text": TEXT, "training_tokens": COUNT, "evaluation_tokens": COUNT},
+    "data": {"text": TEXT, "training_tokens": COUNT, "evaluation_tokens": COUNT, "fingerprint": Maybe(TEXT)},
     "arms": [ARM],
 }
 
@@ -152,6 +187,25 @@ def _problems(report: Any) -> Iterator[Problem]:
             yield from _rules(report["arms"])
 
 
+def _upgraded(report: Any) -> Any:
+    """A report of version 1 with what version 2 adds: what was not measured then is empty now."""
+    if not isinstance(report, dict) or report.get("version") != 1 or isinstance(report["version"], bool):
+        return report
+    report = copy.deepcopy(report)
+    arms = report["arms"] if isinstance(report.get("arms"), list) else []
+    report["data"]["fingerprint"] = None
+    for arm in arms:
+        arm |= {"checks": [], "growth": {"prefill_s": None, "decode_s": None}, "diagnostics": None}
+    for entry in [entry for arm in arms for entry in arm["perplexity"]]:
+        entry |= {"against": [], "word_perplexity": None, "byte_perplexity": None, "by_position": []}
+        if entry["ratio"]:
+            low, high = entry["ratio"]["low"], entry["ratio"]["high"]
+            items = entry["tokens"] // max(1, entry["context"] - 1)
+            verdict = "worse" if low > 1 else "better" if high < 1 else "no measurable difference"
+            entry["ratio"] |= {"items": items, "few": items < 500, "verdict": verdict}
+    return report | {"version": VERSION}
+
+
 def _validate(report: Any, name: str) -> None:
     problem = next(_problems(report), None)
     if problem is None:
@@ -170,12 +224,16 @@ def validate(report: dict) -> None:
 
 
 def read(path: str | Path) -> dict:
-    """The report in the file `path`, validated; ValueError names the file and the place."""
+    """The report in the file `path`, of this version or upgraded to it; ValueError names the file and the place."""
     path = Path(path)
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    try:
+        report = _upgraded(report)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a report of version 1: {error!r}") from error
     _validate(report, str(path))
     return report
 

@@ -2,13 +2,13 @@
 
 from . import facts
 from .facts import Arm, Report
-from .text import count, listing, number, plain
+from .text import count, interval, listing, number, plain
 
 
 def summary(report: Report) -> list[str]:
     """Paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
     speed = [_speed(report, "prefill_speedup", "Prefill"), _speed(report, "decode_speedup", "Decoding")]
-    attention = [_cost(report), _none(report), *_hybrids(report)]
+    attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_hybrids(report)]
     return [_quality(report), *speed, *attention, *_unmeasured(report)]
 
 
@@ -44,11 +44,12 @@ def _quality(report: Report) -> str:
     best = ranked[0]
     value = facts.ratio(best, context)
     said = [start, f"{_name(best)} keeps most quality: {_perplexity(value)}, {_training(best)}."]
-    if value["low"] <= 1 <= value["high"]:
+    if value["verdict"] == "no measurable difference":
         said.append("That is no measurable difference from softmax.")
-    ties = [arm for arm in ranked[1:] if facts.ratio(arm, context)["low"] <= value["high"]]
+    compared = [(arm, facts.against(arm, best, context)) for arm in ranked[1:]]
+    ties = [arm for arm, found in compared if found and found["verdict"] == "no measurable difference"]
     if ties:
-        said.append(f"The interval of {_names(ties)} overlaps it, so their order is open.")
+        said.append(f"Between it and {_names(ties)} there is no measurable difference, so their order is open.")
     cheaper = next((arm for arm in ranked if arm["cost_class"] != "quadratic"), None)
     if cheaper and cheaper is not best:
         said.append(
@@ -84,6 +85,8 @@ def _first_faster(measured: list[tuple[Arm, int, dict]], key: str) -> str:
         also = "; ".join(f"from {count(start)} on also {_names(arms)}" for start, arms in others.items())
         also = f" Faster {also}." if also else ""
         start = f"from {count(length)} tokens on, {_name(arm)} is faster than softmax in every run"
+        crossing = facts.crossover(arm, key)
+        also += f" The medians cross at about {count(round(crossing))} tokens (interpolated)." if crossing else ""
         return f"{start}, {_speedup(spread)} at {count(length)}.{also}"
     lengths = sorted({length for _, length, _ in measured})
     tried = " and ".join(count(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
@@ -115,6 +118,37 @@ def _cost(report: Report) -> str:
     )
 
 
+def _growth(report: Report) -> list[str]:
+    """The measured exponents of the prefill's time, softmax first."""
+    softmax = facts.reference(report)
+    arms = [arm for arm in report["arms"] if arm["growth"]["prefill_s"] and not (arm["control"] and arm is not softmax)]
+    if not arms:
+        return []
+    said = []
+    for arm in arms:
+        found = arm["growth"]["prefill_s"]
+        bounds = f"{number(found['low'])} to {number(found['high'])}"
+        said.append(f"n^{number(found['exponent'])} for {_name(arm)} ({bounds})")
+    lengths = facts.lengths(report)
+    where = f"between {count(lengths[0])} and {count(lengths[-1])} tokens, the rest of the model included"
+    return [f"Growth: the time of the prefill grows as {listing(said)}, measured {where} (95 % intervals)."]
+
+
+def _bound(report: Report) -> list[str]:
+    """Amdahl: what no attention at all would gain."""
+    found = facts.best_possible(report, "prefill_speedup")
+    if not found:
+        return []
+    length, spread = found[-1]
+    share = 1 - 1 / spread["median"]
+    if share <= 0:
+        return [f"Bound: at {count(length)} tokens the model is no faster without any attention, so no swap can gain."]
+    return [
+        f"Bound: at {count(length)} tokens attention is {100 * share:.0f} % of the time of the prefill, so no swap "
+        f"can be more than {_speedup(spread)}."
+    ]
+
+
 def _none(report: Report) -> str:
     arm = next((arm for arm in report["arms"] if arm["attention"] == "none"), None)
     what = 'The control "none" (no attention at all)'
@@ -133,25 +167,30 @@ def _hybrids(report: Report) -> list[str]:
 
 
 def _hybrid(report: Report, arm: Arm) -> str:
-    control = facts.window_control(report, arm)
-    pairs = {c: (facts.ratio(arm, c), control and facts.ratio(control, c)) for c in facts.contexts(report)}
-    verdicts: dict[str, list[str]] = {}
-    for context, (mine, other) in pairs.items():
-        if mine and other:
-            verdicts.setdefault(_verdict(mine, other), []).append(count(context))
-    if not control or not verdicts:
-        return f"Hybrid {_name(arm)}: no window control with the same window and sinks was measured."
-    said = listing([f"{verdict} at context {listing(at)}" for verdict, at in verdicts.items()])
-    if facts.aligned_tokens(arm) != facts.aligned_tokens(control):
-        said += f" (the hybrid {_training(arm)}, the control {_training(control)})"
-    return f"Hybrid {_name(arm)} against the control {_name(control)}: {said}."
+    said = []
+    for control, what in (
+        (facts.window_control(report, arm), "the control {}"),
+        (facts.linear_control(report, arm), "its linear part alone, {}"),
+    ):
+        verdicts = _verdicts(report, arm, control) if control else ""
+        if not verdicts:
+            continue
+        if facts.aligned_tokens(arm) != facts.aligned_tokens(control):
+            verdicts += f" (the hybrid {_training(arm)}, the control {_training(control)})"
+        said.append(f"against {what.format(_name(control))}: {verdicts}")
+    if not said or not said[0].startswith("against the control"):
+        said.insert(0, "was compared with no window control of the same window and sinks")
+    return f"Hybrid {_name(arm)} {'; '.join(said)}."
 
 
-def _verdict(hybrid: dict, control: dict) -> str:
-    """A difference is two intervals that do not overlap."""
-    if hybrid["high"] < control["low"]:
-        return "better"
-    return "worse" if hybrid["low"] > control["high"] else "no measurable difference"
+def _verdicts(report: Report, arm: Arm, control: Arm) -> str:
+    """What the paired differences allow to say, by context."""
+    found: dict[str, list[str]] = {}
+    for context in facts.contexts(report):
+        compared = facts.against(arm, control, context)
+        if compared:
+            found.setdefault(compared["verdict"], []).append(f"{count(context)}, {interval(compared, 'value')}")
+    return listing([f"{verdict} at context {listing(at)}" for verdict, at in found.items()])
 
 
 def _unmeasured(report: Report) -> list[str]:

@@ -73,7 +73,9 @@ def details(report: Report) -> list[tuple[str, str]]:
         ("machine", f"{machine['processor']}, {memory}, {machine['platform']}; device {machine['device']}"),
         ("versions", ", ".join(f"{key} {value}" for key, value in report["versions"].items())),
         ("data", f"{data['text']}: {training} tokens for training, {evaluation} for evaluation"),
-        ("speed", f"{_runs(report)}; lowest and highest run in parentheses"),
+        ("intervals", "95 %, paired bootstrap over blocks of text; * from fewer than 500 of them"),
+        ("checks", _checks(report)),
+        ("speed", f"{_runs(report)}; lowest and highest run in parentheses; prefill is the time to first token"),
         ("seed", str(report["seed"])),
         ("date", report["date"]),
         ("command", report["command"]),
@@ -81,14 +83,23 @@ def details(report: Report) -> list[tuple[str, str]]:
     return [(key, plain(value)) for key, value in pairs]
 
 
+def _checks(report: Report) -> str:
+    """Which checks of the swap itself were made, and which arms fail them."""
+    names = dict.fromkeys(check["name"] for arm in report["arms"] for check in arm["checks"])
+    if not names:
+        return UNMEASURED
+    failed = [plain(arm["label"]) for arm in report["arms"] if not all(check["passed"] for check in arm["checks"])]
+    return f"{', '.join(names)}: " + (f"failed by {', '.join(failed)}" if failed else "passed by every arm swapped")
+
+
 def render(report: Report) -> Table:
     """The quality table for the terminal."""
-    return _rich(QUALITY, rows(report), sections=False)
+    return as_table(QUALITY, rows(report), sections=False)
 
 
 def render_speed(report: Report) -> Table:
     """The speed table for the terminal."""
-    return _rich(SPEED, speed_rows(report), sections=True)
+    return as_table(SPEED, speed_rows(report), sections=True)
 
 
 def show(report: Report) -> Group:
@@ -150,10 +161,10 @@ def _runs(report: Report) -> str:
 
 def two_lines(cell: str) -> str:
     """The cell with what closes in parentheses, an interval as a rule, on a line of its own."""
-    return re.sub(r" (\([^()]*\))$", r"\n\1", cell)
+    return re.sub(r" (\([^()]*\)\*?)$", r"\n\1", cell)
 
 
-def _rich(title: str, table: Rows, sections: bool) -> Table:
+def as_table(title: str, table: Rows, sections: bool) -> Table:
     """`sections` draws a line where the first column changes."""
     header, *body = table
     rendered = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)

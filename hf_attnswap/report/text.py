@@ -28,8 +28,9 @@ def times(value: float) -> str:
 
 
 def interval(value: dict, middle: str) -> str:
-    """`value[middle]` with its bounds: ×1.106 (1.090–1.123)."""
-    return f"{times(value[middle])} ({number(value['low'])}–{number(value['high'])})"
+    """`value[middle]` with its bounds: ×1.106 (1.090–1.123), and a * where they come from few items."""
+    few = "*" if value.get("few") else ""
+    return f"{times(value[middle])} ({number(value['low'])}–{number(value['high'])}){few}"
 
 
 def seconds(value: float) -> str:

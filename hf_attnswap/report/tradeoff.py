@@ -43,6 +43,10 @@ def tradeoff(report: Report) -> Picture:
     for panel, key in zip(panels, keys, strict=True):
         for arm, value, height in zip(arms, values, heights, strict=True):
             _arm(panel, arm, value, height, facts.speedups(arm, key), lengths)
+        front = [
+            (facts.speedups(arm, key)[-1][1]["median"], heights[arms.index(arm)]) for arm in facts.pareto(report, key)
+        ]
+        panel.plot(*zip(*front, strict=True), color=INK, linewidth=0.9, linestyle=":", zorder=1)
         _speed_axis(panel, [spread for arm in arms for _, spread in facts.speedups(arm, key)])
         panel.set_xlabel(f"{_SPEEDS[key]} speed / softmax's")
     _ratio_axis(panels, values, heights)
@@ -176,7 +180,8 @@ def _caption(report: Report, arms: Sequence[Arm], context: int | None) -> str:
         "One point per arm and length; right of the vertical line is faster than softmax, lower is better. "
         f"The height is the perplexity at context {count(context)} over softmax's, with its 95 % interval "
         "upright at the longest length; level bars span the runs. A larger mark is a longer text; hollow "
-        "marks are controls."
+        "marks are controls. The dotted line joins the arms that no other is both better and faster than at the "
+        "longest length (the Pareto front)."
     ]
     ratios = [(plain(arm["label"]), facts.ratio(arm, context)["value"]) for arm in arms]
     clipped = [f"{label} ({times(ratio)})" for label, ratio in ratios if ratio > CLIP]

@@ -69,7 +69,7 @@ def script():
     sys.path.insert(0, str(EXAMPLES))
     yield importlib.import_module
     sys.path.remove(str(EXAMPLES))
-    for path in EXAMPLES.glob("*.py"):  # `evaluate` is also the name of a package
+    for path in EXAMPLES.glob("*.py"):
         sys.modules.pop(path.stem, None)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

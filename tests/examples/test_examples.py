@@ -290,7 +290,9 @@ def test_mixed_precision(script, arguments, tmp_path, monkeypatch, name):
 def test_evaluate(script, checkpoint, text, tmp_path, capsys):
     output = tmp_path / "perplexity.json"
     given = ["--model_name_or_path", checkpoint, "--validation_file", text, "--max_eval_tokens", "500"]
-    script("evaluate").main([*given, "--context_length", "32", "--context_length", "300", "--output_file", str(output)])
+    script("perplexity").main(
+        [*given, "--context_length", "32", "--context_length", "300", "--output_file", str(output)]
+    )
     found = json.loads(output.read_text())
     assert (found["model"], found["attention"], found["text"]) == (checkpoint, "softmax", text)
     model, tokenizer = load(checkpoint)

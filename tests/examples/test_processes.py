@@ -167,9 +167,11 @@ def test_two_processes_measure_the_same_perplexity_as_one(process, script, check
     given = ["--model_name_or_path", checkpoint, "--validation_file", text, "--max_eval_tokens", "510"]
     given += ["--context_length", "32", "--context_length", "300", "--output_file"]
     out, _ = finish(
-        process(*LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", "examples/evaluate.py", *given, tmp_path / "two")
+        process(
+            *LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", "examples/perplexity.py", *given, tmp_path / "two"
+        )
     )
-    script("evaluate").main([*given, str(tmp_path / "one")])
+    script("perplexity").main([*given, str(tmp_path / "one")])
     assert json.loads((tmp_path / "two").read_text()) == json.loads((tmp_path / "one").read_text())
     assert out.count("perplexity") == 1
 

@@ -14,6 +14,21 @@ def spread(median: float) -> dict[str, Any]:
     return {"median": median, "low": median * 0.95, "high": median * 1.06, "runs": 5}
 
 
+def compared(value: float, spread: float = 0.02, few: bool = False) -> dict[str, Any]:
+    low, high = value * (1 - spread), value * (1 + spread)
+    verdict = "worse" if low > 1 else "better" if high < 1 else "no measurable difference"
+    return {"value": value, "low": low, "high": high, "items": 20 if few else 640, "few": few, "verdict": verdict}
+
+
+def compare_all(arms: list[dict[str, Any]]) -> None:
+    """Every arm against every other but softmax, at each context where both are."""
+    for mine in arms:
+        for index, entry in enumerate(mine["perplexity"]):
+            others = [o for o in arms if o is not mine and o["attention"] != "softmax" and len(o["perplexity"]) > index]
+            pairs = [(o["label"], entry["perplexity"] / o["perplexity"][index]["perplexity"]) for o in others]
+            entry["against"] = [{"arm": label} | compared(value) for label, value in pairs]
+
+
 def arm(
     attention: str,
     cost: tuple[str, str],
@@ -31,7 +46,11 @@ def arm(
             "nll": 3.4,
             "standard_error": 0.02,
             "tokens": 10240,
-            "ratio": None if is_softmax else {"value": ratio, "low": ratio * 0.98, "high": ratio * 1.02},
+            "ratio": None if is_softmax else compared(ratio),
+            "against": [],
+            "word_perplexity": SOFTMAX[context] * ratio * 2,
+            "byte_perplexity": (SOFTMAX[context] * ratio) ** 0.25,
+            "by_position": [{"first": 1, "last": 1, "nll": 5.5}, {"first": 2, "last": context - 1, "nll": 3.3}],
         }
         for context, ratio in zip(SOFTMAX, ratios or (), strict=False)
     ]
@@ -61,6 +80,12 @@ def arm(
         "status": "measured",
         "reason": None,
         "alignment": None,
+        "checks": [] if is_softmax else [{"name": "causal", "passed": True, "worst": 1e-6, "limit": 1e-3}],
+        "growth": {
+            "prefill_s": {"exponent": 1.4, "low": 1.2, "high": 1.6, "lengths": 3} if speed else None,
+            "decode_s": None,
+        },
+        "diagnostics": None,
         "perplexity": perplexity,
         "speed": speed,
     }
@@ -99,9 +124,10 @@ def make_report() -> dict[str, Any]:
         arm("performer", LINEAR, status="failed", reason="loss NaN at step 3 | <b>1</b> & [red]"),
         arm("delta", LINEAR, status="not measured", reason="the time limit of 600 s was reached"),
     ]
+    compare_all(arms)
     return {
         "schema": "hf_attnswap.tradeoff",
-        "version": 1,
+        "version": 2,
         "model": {
             "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "parameters": 134_515_008,
@@ -123,7 +149,12 @@ def make_report() -> dict[str, Any]:
         "date": "2026-11-21T22:00:00+00:00",
         "command": "attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct",
         "seed": 0,
-        "data": {"text": "WikiText-2 test", "training_tokens": 51200, "evaluation_tokens": 10240},
+        "data": {
+            "text": "WikiText-2 test",
+            "training_tokens": 51200,
+            "evaluation_tokens": 10240,
+            "fingerprint": "0123456789abcdef",
+        },
         "arms": arms,
     }
 

@@ -1,5 +1,6 @@
 """The plots: PNGs of the expected size, clipped arms said so, and the dial only where there is one."""
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ def powers(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_the_sizes(report: dict[str, Any]) -> None:
     pictures = plots.pictures(report)
-    assert [picture.file for picture in pictures] == ["tradeoff.png", "dial.png"]
+    assert [picture.file for picture in pictures] == ["tradeoff.png", "dial.png", "positions.png"]
     assert size(pictures[0].png)[0] == 1500 and 750 <= size(pictures[0].png)[1] <= 1500
     assert size(pictures[1].png) == (1050, 690)
     assert all(len(picture.png) > 20_000 for picture in pictures)
@@ -77,7 +78,7 @@ def test_the_dial_has_a_line_per_shift(report: dict[str, Any]) -> None:
 
 def test_two_powers_are_no_dial(report: dict[str, Any]) -> None:
     report["arms"] = [a for a in report["arms"] if a["attention"] != "relu_power" or a["options"]["p"] in (4, 8)]
-    assert facts.dial(report) == [] and len(plots.pictures(report)) == 1
+    assert facts.dial(report) == [] and len(plots.pictures(report)) == 2
 
 
 def test_three_powers_of_different_shifts_are_no_dial(report: dict[str, Any], without: Without) -> None:
@@ -105,5 +106,55 @@ def test_a_dial_of_an_earlier_report_goes(report: dict[str, Any], tmp_path: Path
     write_all(report, tmp_path)
     assert (tmp_path / "dial.png").exists()
     written = write_all(without(report, "relu_power"), tmp_path)
-    assert not (tmp_path / "dial.png").exists() and len(written) == 4
+    assert not (tmp_path / "dial.png").exists() and len(written) == 5
     assert "dial.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def layer(kl: float, gradient: float, keys: float) -> dict[str, Any]:
+    norms = dict.fromkeys(["query", "key", "value", "layer_input"], 1.0)
+    return {
+        "layer": "model.layers.0.self_attn", "kl": kl, "perplexity_ratio": 1.1,
+        "gradient": norms | {"layer_input": gradient}, "gradient_of_softmax": norms | {"layer_input": 2.0},
+        "dead": 0.1, "saturated": None, "effective_keys": keys, "softmax_effective_keys": 10.0, "row_sum": 1.0,
+        "negative": 0.0, "sparsity": 0.2, "distance": 0.3, "output_scale": [{"first": 1, "last": 1, "scale": 1.0}],
+    }  # fmt: skip
+
+
+def test_layers_are_drawn_where_they_were_looked_at(report: dict[str, Any]) -> None:
+    for arm in report["arms"][2:5]:
+        arm["diagnostics"] = {"context": 64, "tokens": 64, "layers": [layer(0.1, 1.0, 5.0), layer(0.0, 4.0, 20.0)]}
+    pictures = plots.pictures(report)
+    assert [picture.file for picture in pictures][-1] == "layers.png" and len(pictures[-1].png) > 20_000
+    assert pictures[-1].caption.startswith("On 64 tokens.")
+    before = pictures[-1].png
+    report["arms"][3]["diagnostics"]["layers"][1]["kl"] = 0.7
+    assert plots.pictures(report)[-1].png != before
+
+
+def test_what_is_far_off_everywhere_is_named(report: dict[str, Any]) -> None:
+    for point in report["arms"][1]["perplexity"][1]["by_position"]:
+        point["nll"] += 5
+    caption = plots.pictures(report)[2].caption
+    assert caption.endswith("Not drawn, more than 4 nats worse everywhere: none.")
+
+
+def test_the_front_holds_what_nothing_beats(report: dict[str, Any]) -> None:
+    front = facts.pareto(report, "prefill_speedup")
+    assert [arm["label"] for arm in front] == ["relu_power:p=16", "hedgehog+window", "window:w=64", "none"]
+    points = [
+        (facts.speedups(arm, "prefill_speedup")[-1][1]["median"], facts.ratio(arm, 2048)["value"]) for arm in front
+    ]
+    assert points == sorted(points)
+    for arm in report["arms"]:
+        if arm in front or not facts.speedups(arm, "prefill_speedup") or not facts.ratio(arm, 2048):
+            continue
+        speed, value = facts.speedups(arm, "prefill_speedup")[-1][1]["median"], facts.ratio(arm, 2048)["value"]
+        assert any(s >= speed and v <= value for s, v in points)
+
+
+def test_the_crossover_is_interpolated(report: dict[str, Any]) -> None:
+    elu = next(arm for arm in report["arms"] if arm["label"] == "elu")  # 0.6, 1.02 and 2.4 times at 512, 2048 and 8192
+    share = math.log(1 / 0.6) / math.log(1.02 / 0.6)
+    assert facts.crossover(elu, "prefill_speedup") == pytest.approx(512 * 4**share)
+    power = powers(report)[0]
+    assert facts.crossover(power, "prefill_speedup") is None

@@ -46,9 +46,9 @@ SPEED = ["arms", 2, "speed", 1]
         (["arms", 1, "formula"], DELETE, "arms[1].formula is missing; expected a string"),
         (["schema"], "other", "schema is 'other'; expected 'hf_attnswap.tradeoff'"),
         (["schema"], DELETE, "schema is missing; expected 'hf_attnswap.tradeoff'"),
-        (["version"], 2, "version is 2; expected 1; a newer hf_attnswap wrote this file: upgrade"),
-        (["version"], True, "version is True; expected 1"),
-        (["version"], 0, "version is 0; expected 1"),
+        (["version"], 3, "version is 3; expected 2; a newer hf_attnswap wrote this file: upgrade"),
+        (["version"], True, "version is True; expected 2"),
+        (["version"], 0, "version is 0; expected 2"),
         (["model"], [], "model is []; expected an object"),
         (["model", "head_dim"], 64.0, "model.head_dim is 64.0; expected a whole number of 0 or more"),
         (["machine", "cores"], True, "machine.cores is True; expected a whole number of 0 or more"),
@@ -147,6 +147,36 @@ def test_read_gives_back_what_write_wrote(report: dict[str, Any], tmp_path: Path
     path = write(report, tmp_path / "report.json")
     assert read(path) == report
     assert os.listdir(tmp_path) == ["report.json"]
+
+
+def as_version_1(report: dict[str, Any]) -> dict[str, Any]:
+    report["version"] = 1
+    del report["data"]["fingerprint"]
+    for arm in report["arms"]:
+        del arm["checks"], arm["growth"], arm["diagnostics"]
+    for entry in [entry for arm in report["arms"] for entry in arm["perplexity"]]:
+        for key in ("against", "word_perplexity", "byte_perplexity", "by_position"):
+            del entry[key]
+        for key in ("items", "few", "verdict"):
+            (entry["ratio"] or {}).pop(key, None)
+    return report
+
+
+def test_a_report_of_version_1_is_read_as_one_of_version_2(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps(as_version_1(report)))
+    found = read(tmp_path / "old.json")
+    assert found["version"] == 2
+    window = found["arms"][2]["perplexity"][0]
+    assert window["against"] == [] and window["ratio"]["verdict"] == "worse"
+    assert window["ratio"]["items"] == 10240 // 511 and window["ratio"]["few"]
+    write_all(found, tmp_path / "drawn")
+
+
+def test_a_broken_report_of_version_1_is_one_line(report: dict[str, Any], tmp_path: Path) -> None:
+    del as_version_1(report)["arms"][2]["perplexity"][0]["tokens"]
+    (tmp_path / "old.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match="old.json: not a report of version 1: KeyError"):
+        read(tmp_path / "old.json")
 
 
 @pytest.mark.parametrize(

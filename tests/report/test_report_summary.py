@@ -43,10 +43,17 @@ def test_the_best_arm_is_named_with_its_interval_and_training(report: dict[str, 
 
 
 def test_an_interval_around_one_is_no_difference_and_ties_are_open(report: dict[str, Any]) -> None:
-    arm(report, "relu_power:p=16")["perplexity"][1]["ratio"] |= {"low": 0.99, "high": 1.2}
+    best = arm(report, "relu_power:p=16")["perplexity"][1]
+    best["ratio"] |= {"low": 0.99, "high": 1.2, "verdict": "no measurable difference"}
+    other = next(
+        found
+        for found in arm(report, "relu_power:p=8")["perplexity"][1]["against"]
+        if found["arm"] == "relu_power:p=16"
+    )
+    other["verdict"] = "no measurable difference"
     said = paragraph(report, "Quality")
     assert "That is no measurable difference from softmax." in said
-    assert "The interval of relu_power:p=8 overlaps it, so their order is open." in said
+    assert "Between it and relu_power:p=8 there is no measurable difference, so their order is open." in said
 
 
 def test_controls_are_never_the_best(report: dict[str, Any]) -> None:
@@ -104,27 +111,60 @@ def test_none_says_how_much_attention_is_needed(report: dict[str, Any], without:
     [("hedgehog", "better"), ("elu", "no measurable difference"), ("t2r", "worse")],
 )
 def test_hybrids_are_compared_with_the_window(report: dict[str, Any], hybrid: str, verdict: str) -> None:
-    said = paragraph(report, f"Hybrid {hybrid}+window against the control window:w=64: ")
-    assert f": {verdict} at context 512 and 2,048 (the hybrid after alignment on 51,200 tokens, the control " in said
+    said = paragraph(report, f"Hybrid {hybrid}+window against the control window:w=64: {verdict} at context 512, ×")
+    assert "(the hybrid after alignment on 51,200 tokens, the control with no training)" in said
+
+
+def against(report: dict[str, Any], label: str, other: str, context: int) -> dict[str, Any]:
+    return next(found for found in arm(report, label)["perplexity"][context]["against"] if found["arm"] == other)
 
 
 def test_verdicts_that_differ_by_context_are_both_said(report: dict[str, Any]) -> None:
-    arm(report, "hedgehog+window")["perplexity"][1]["ratio"] |= {"value": 9.0, "low": 8.0, "high": 10.0}
-    assert "better at context 512 and worse at context 2,048" in paragraph(report, "Hybrid hedgehog+window")
+    against(report, "hedgehog+window", "window:w=64", 1)["verdict"] = "worse"
+    said = paragraph(report, "Hybrid hedgehog+window")
+    assert "better at context 512, ×0.841 (0.824–0.858) and worse at context 2,048, ×0.757 " in said
 
 
-def test_intervals_that_touch_are_no_difference(report: dict[str, Any]) -> None:
-    low = arm(report, "window:w=64")["perplexity"][0]["ratio"]["low"]
-    arm(report, "hedgehog+window")["perplexity"] = [arm(report, "hedgehog+window")["perplexity"][0]]
-    arm(report, "hedgehog+window")["perplexity"][0]["ratio"]["high"] = low
-    assert "no measurable difference at context 512" in paragraph(report, "Hybrid hedgehog+window")
+def test_a_paired_difference_counts_where_intervals_overlap(report: dict[str, Any]) -> None:
+    for entry in arm(report, "elu+window")["perplexity"]:
+        entry["ratio"] |= {"low": 0.1, "high": 100.0}
+    against(report, "elu+window", "window:w=64", 0).update(verdict="better", high=0.999)
+    assert "window:w=64: better at context 512, ×0.993 (0.974–0.999)" in paragraph(report, "Hybrid elu+window")
+
+
+def test_few_samples_are_marked(report: dict[str, Any]) -> None:
+    against(report, "elu+window", "window:w=64", 0)["few"] = True
+    assert "×0.993 (0.974–1.013)* and" in paragraph(report, "Hybrid elu+window")
+
+
+def test_a_hybrid_is_compared_with_its_linear_part_alone(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Hybrid hedgehog+window")
+    assert "; against its linear part alone, hedgehog: better at context 512, ×0.255 (0.250–0.260)" in said
+    assert "linear part alone" not in paragraph(report, "Hybrid t2r+window")
 
 
 def test_a_window_of_another_size_is_no_control(report: dict[str, Any]) -> None:
     arm(report, "elu+window")["options"] = {"window": 128, "sinks": 4}
-    assert "no window control with the same window and sinks" in paragraph(report, "Hybrid elu+window")
+    assert "was compared with no window control of the same window and sinks" in paragraph(report, "Hybrid elu+window")
 
 
 def test_what_failed_is_named(report: dict[str, Any]) -> None:
     assert "performer" in paragraph(report, "Failed: ")
     assert "delta" in paragraph(report, "Not measured: ")
+
+
+def test_growth_is_said_with_its_interval(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Growth: the time of the prefill grows as n^1.400 for softmax (1.200 to 1.600), ")
+    assert "measured between 512 and 8,192 tokens, the rest of the model included (95 % intervals)" in said
+    for one in report["arms"]:
+        one["growth"]["prefill_s"] = None
+    assert not [words for words in summary(report) if words.startswith("Growth")]
+
+
+def test_without_attention_is_the_bound(report: dict[str, Any]) -> None:
+    said = paragraph(report, "Bound: at 8,192 tokens attention is 75 % of the time of the prefill")
+    assert "no swap can be more than 4.000 times as fast (runs 3.800 to 4.240)" in said
+    arm(report, "none")["speed"][-1]["prefill_speedup"].update(median=0.98, low=0.9)
+    assert "is no faster without any attention" in paragraph(report, "Bound")
+    arm(report, "none")["speed"] = []
+    assert not [words for words in summary(report) if words.startswith("Bound")]

@@ -2,7 +2,7 @@
 
 Every block of text is a context of its own. Under accelerate launch the processes share the blocks.
 
-    accelerate launch examples/evaluate.py --model_name_or_path aligned/model --validation_file book.txt \\
+    accelerate launch examples/perplexity.py --model_name_or_path aligned/model --validation_file book.txt \\
         --context_length 512 --context_length 2048 --output_file perplexity.json
 """
 
@@ -80,5 +80,5 @@ def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context:
 
 
 if __name__ == "__main__":
-    with one_line_errors("evaluate"):
+    with one_line_errors("perplexity"):
         main()

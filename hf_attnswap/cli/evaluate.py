@@ -1,0 +1,193 @@
+"""The command that measures quality: perplexity, tasks, and what differs from another model on the same items."""
+
+import math
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import UsageError
+from .options import (
+    AllowPickle,
+    DatasetConfig,
+    DatasetName,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    TextColumn,
+    TrustRemoteCode,
+    show,
+    table_of,
+    text_source,
+)
+
+PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 64, 64, 8  # of free generation
+PERPLEXITY = {
+    "context": "context", "perplexity": "perplexity", "nll_per_token": "nll", "standard_error": "standard_error",
+    "per_word": "word_perplexity", "per_byte": "byte_perplexity", "tokens": "tokens",
+}  # fmt: skip
+TASKS = {"task": "task", "metric": "metric", "value": "value", "standard_error": "standard_error", "items": "items"}
+
+
+def evaluate(
+    model: Model,
+    validation_file: Annotated[str | None, typer.Option("--validation_file", help="text, json, parquet or csv")] = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfig = None,
+    split: Annotated[str, typer.Option("--split", help="of the dataset")] = "test",
+    text_column: TextColumn = "text",
+    context_lengths: Annotated[
+        list[int] | None,
+        typer.Option("--context_length", min=2, help="of perplexity, needle and recall; may be repeated"),
+    ] = None,
+    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1)] = 16384,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="windows of the context move on by so many tokens")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="with commas between: needle, recall, .jsonl files, or tasks of lm-eval"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="items per task")] = None,
+    include_path: Annotated[str | None, typer.Option("--include_path", help="a folder of tasks for lm-eval")] = None,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="of tasks")] = 8,
+    control: Annotated[
+        str | None, typer.Option("--control", metavar="MODEL", help="compare with this model on the same items")
+    ] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Perplexity and tasks of a model, swapped or not, with standard errors; differences to a control are paired.
+
+    With a control and a text it also writes on from the text with both, and says how long they agree.
+
+    Example: attnswap evaluate relu16 --control HuggingFaceTB/SmolLM2-135M --validation_file book.txt --tasks needle
+    """
+    from ..evaluation.tasks import check_tasks
+
+    names = [name for name in (tasks or "").split(",") if name]
+    check_tasks(names)
+    given = validation_file is not None or dataset_name is not None
+    source = None
+    if given or not names:
+        source = text_source(validation_file, dataset_name, dataset_config_name, split, text_column)
+    contexts = context_lengths or [512]
+    if stride and stride >= min(contexts):
+        raise UsageError(f"stride is {stride}; expected less than the context of {min(contexts)}")
+    told = {
+        "source": source, "contexts": contexts, "max_eval_tokens": max_eval_tokens, "stride": stride, "names": names,
+        "limit": limit, "include_path": include_path, "batch_size": batch_size, "seed": seed,
+        "loading": {
+            "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
+        },
+    }  # fmt: skip
+    with Console(stderr=True).status("loading the model") as status:
+        against = _measure(control, None, status.update, is_control=True, **told) if control else None
+        ours = _measure(model, against, status.update, is_control=False, **told)
+    content, tables = _result(ours, against)
+    show(as_json, content, *tables)
+
+
+def _measure(
+    name, against, progress, *, is_control, source, contexts, max_eval_tokens, stride, names, loading, **told
+) -> dict:
+    """All that is asked of one model; what it says of the control needs `against`, which this gave for that one."""
+    from ..data import token_blocks
+    from ..evaluation.generating import agreement, continuations
+    from ..evaluation.perplexity import count_units, perplexity, sliding_perplexity
+    from ..evaluation.tasks import run_tasks
+    from ..loading import load
+    from ..patching import describe
+
+    model, tokenizer = load(name, **loading)
+    found: dict[str, Any] = {"model": name, "attention": describe(model), "perplexity": [], "agreement": None}
+    found["trained"] = getattr(model.config, "max_position_embeddings", None)
+    if source:
+        tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, *contexts))
+        if against and against["tokens"].tolist() != tokens.tolist():
+            raise UsageError(f"{name!r} and {against['model']!r} have different tokenizers, so nothing can be paired")
+        found["tokens"] = tokens
+        for context in contexts:
+            progress(f"{name}: perplexity at context {context}")
+            if stride:
+                measured = sliding_perplexity(model, tokens, context, stride)
+            else:
+                measured = perplexity(model, tokens, context)
+            units = count_units(tokenizer, tokens, context, len(measured.nll), stride)
+            found["perplexity"].append((measured, units))
+        prompts = tokens.reshape(-1)[: PROMPTS * PROMPT_TOKENS]
+        prompts = prompts[: len(prompts) // PROMPT_TOKENS * PROMPT_TOKENS].view(-1, PROMPT_TOKENS)
+        if len(prompts) and against:
+            progress(f"{name}: writing")
+            found["agreement"] = agreement(model, prompts, against["written"])
+        elif len(prompts) and is_control:
+            progress(f"{name}: writing")
+            found["written"] = continuations(model, prompts, NEW_TOKENS)
+    found["results"] = run_tasks(model, tokenizer, names, lengths=contexts, progress=progress, **told)
+    return found
+
+
+def _result(ours: dict, against: dict | None) -> tuple[dict[str, Any], list]:
+    from ..evaluation.perplexity import ratio
+
+    rows = []
+    for index, (measured, units) in enumerate(ours["perplexity"]):
+        row = _perplexity_row(measured, units, ours["trained"])
+        if against:
+            row["ratio"] = ratio(measured, against["perplexity"][index][0])
+            row["verdict"] = row["ratio"]["verdict"]
+        rows.append(row)
+    compared = {"ratio_to_control": "ratio", "verdict": "verdict"} if against else {}
+    title = f"{ours['model']}: {ours['attention']}"
+    title += f", beside {against['model']}: {against['attention']}" if against else ""
+    tables = []
+    if rows:
+        tables.append(table_of(title, rows, **PERPLEXITY, **compared, note="note"))
+        positions = [p | {"context": row["context"]} for row in rows for p in row["by_position"]]
+        columns = {"context": "context", "positions_from": "first", "to": "last", "perplexity": "perplexity"}
+        tables += [table_of("by position in the context", positions, **columns)] if positions else []
+    controls = against["results"] if against else [None] * len(ours["results"])
+    tasks = [result.row(other) for result, other in zip(ours["results"], controls, strict=True)]
+    if tasks:
+        compared = {"control": "control", "difference": "difference", "verdict": "verdict"} if against else {}
+        tables.append(table_of(title, tasks, **TASKS, **compared))
+    writing = _agreement_row(ours["agreement"]) if ours["agreement"] else None
+    if writing:
+        tables.append(table_of("free generation, greedy", [writing], **{key: key for key in writing}))
+    if any(row.get("few") or (row.get("ratio") or {}).get("few") for row in (*rows, *tasks)):
+        tables.append("* or few items: fewer than 500, so the interval is rough")
+    content = {"model": ours["model"], "attention": ours["attention"], "control": against and against["model"]}
+    return content | {"perplexity": rows, "tasks": tasks, "generation": writing}, tables
+
+
+def _agreement_row(found) -> dict[str, float]:
+    rows = {"same_tokens": found.same, "tokens_before_the_first_other": found.prefix, "agreement_when_told": found.told}
+    rows |= {"repetition": found.repetition, "repetition_of_control": found.repetition_of_control}
+    return {name: math.fsum(values) / len(values) for name, values in rows.items()} | {"prompts": len(found.same)}
+
+
+def _perplexity_row(found, units, trained: int | None) -> dict[str, Any]:
+    error = found.standard_error
+    return {
+        "context": found.context,
+        "stride": found.stride,
+        "perplexity": found.perplexity,
+        "nll": found.mean,
+        "standard_error": None if math.isnan(error) else error,
+        "tokens": found.tokens,
+        "word_perplexity": found.per(units.words) if units.words else None,
+        "byte_perplexity": found.per(units.bytes) if units.bytes else None,
+        "words": units.words,
+        "bytes": units.bytes,
+        "by_position": [
+            {"first": first, "last": last, "nll": nll, "perplexity": math.exp(min(nll, 700))}
+            for first, last, nll in found.by_position
+        ],
+        "note": f"beyond the {trained} of its config" if trained and found.context > trained else "",
+    }

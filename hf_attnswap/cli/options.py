@@ -1,0 +1,74 @@
+"""What the commands share: their arguments, where text comes from, and how a result is printed."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UsageError
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hub id, a folder, or a .gguf file")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16 or auto")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...; CUDA where there is one")]
+Revision = Annotated[str | None, typer.Option("--revision", help="of a Hub model")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust_remote_code", help="run code that the model's repository brings")
+]
+AllowPickle = Annotated[bool, typer.Option("--allow_pickle", help="read pickled weights where it has no safetensors")]
+AttentionName = Annotated[str, typer.Option("--attention", help="a variant, see `attnswap ls`")]
+Layers = Annotated[str | None, typer.Option("--layers", help="all, or a slice '1::2', or indices '0,3,5'")]
+Kinds = Annotated[
+    list[str] | None, typer.Option("--kind", help="causal, bidirectional or cross; may be repeated; the first two")
+]
+Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="an option of the variant")]
+Seed = Annotated[int, typer.Option("--seed", help="of the order of text")]
+TrainFile = Annotated[str | None, typer.Option("--train_file", help="text, json, parquet or csv")]
+ValidationFile = Annotated[
+    str | None, typer.Option("--validation_file", help="held-out text; else a fifth is held out")
+]
+DatasetName = Annotated[str | None, typer.Option("--dataset_name", help="a dataset of the Hub, in place of files")]
+DatasetConfig = Annotated[str | None, typer.Option("--dataset_config_name", help="its configuration")]
+TextColumn = Annotated[str, typer.Option("--text_column", help="the column that holds the text")]
+
+
+def layers_of(text: str | None) -> Any:
+    return text if text is None or ":" in text else [part.strip() for part in text.split(",")]
+
+
+def show(as_json: bool, content: Any, *renderables: Any) -> None:
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        Console().print(*renderables)
+
+
+def text_source(file, dataset_name, dataset_config_name, split, column):
+    from ..data import TextSource
+
+    if (file is None) == (dataset_name is None):
+        raise UsageError("give text: either a file or --dataset_name")
+    return TextSource(file or dataset_name, split=split, config_name=dataset_config_name, column=column)
+
+
+def table_of(title: str, rows: Sequence[dict[str, Any]], **columns: str) -> Table:
+    """A table of rows: what each column is called here, and the key that it shows; ? where there is nothing."""
+    table = Table(title=escape(title))
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(escape(_cell(row.get(key))) for key in columns.values()))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:
+        return "?"
+    if isinstance(value, dict):  # an interval
+        few = "*" if value.get("few") else ""
+        return f"{value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g}){few}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,112 @@
+"""The command that compares: every arm on one model, as a report."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .options import (
+    AllowPickle,
+    DatasetConfig,
+    DatasetName,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Revision,
+    Seed,
+    TextColumn,
+    TrainFile,
+    TrustRemoteCode,
+    ValidationFile,
+    show,
+    text_source,
+)
+
+
+def tradeoff(
+    model: Model,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="new, empty, or of an interrupted run")],
+    train_file: TrainFile = None,
+    validation_file: ValidationFile = None,
+    dataset_name: DatasetName = None,
+    dataset_config_name: DatasetConfig = None,
+    text_column: TextColumn = "text",
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="a variant, options after a colon: relu_power:p=8; may be repeated"),
+    ] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no_controls", help="add softmax, none, window and the linear part alone")
+    ] = True,
+    context_lengths: Annotated[
+        list[int] | None, typer.Option("--context_length", min=2, help="of perplexity; may be repeated")
+    ] = None,
+    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 4096,
+    lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="of speed; may be repeated")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="of speed, arms taking turns")] = 3,
+    decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 4,
+    align_tokens: Annotated[int, typer.Option("--align_tokens", min=0, help="0 leaves the arms untrained")] = 16384,
+    block_size: Annotated[int, typer.Option("--block_size", min=2, help="of training")] = 512,
+    learning_rate: Annotated[float | None, typer.Option("--learning_rate", help="of the alignment")] = None,
+    per_device_train_batch_size: Annotated[int, typer.Option("--per_device_train_batch_size", min=1)] = 1,
+    diagnose_tokens: Annotated[
+        int, typer.Option("--diagnose_tokens", min=0, help="of the text for gradients and layers; 0 leaves them out")
+    ] = 0,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    revision: Revision = None,
+    as_json: Json = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """What each attention costs in quality and gains in speed on a model: report.json, .md, .html and plots.
+
+    Example: attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct --train_file book.txt --output_dir report
+    """
+    from .. import report
+    from ..loading import load
+    from ..tradeoff import DEFAULT_ARMS, Arm, Settings, measure, with_controls
+    from ..training.align import DEFAULT_LEARNING_RATE
+
+    arms = arms or DEFAULT_ARMS
+    labels = with_controls(arms) if controls else [Arm.parse(arm).label for arm in arms]
+    settings = Settings(
+        arms=tuple(labels), context_lengths=tuple(context_lengths or [512]), max_eval_tokens=max_eval_tokens,
+        lengths=tuple(lengths or [512, 1536]), rounds=rounds, decode_tokens=decode_tokens, align_tokens=align_tokens,
+        block_size=block_size, learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
+        per_device_train_batch_size=per_device_train_batch_size, seed=seed, diagnose_tokens=diagnose_tokens,
+    )  # fmt: skip
+    training = text_source(train_file, dataset_name, dataset_config_name, "train", text_column)
+    evaluation = None if validation_file is None else text_source(validation_file, None, None, "train", text_column)
+    console = Console(stderr=True)
+    with console.status("loading the model") as status:
+        loaded, tokenizer = load(
+            model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )  # fmt: skip
+
+        def progress(line: str) -> None:
+            status.update(line)
+            if not console.is_terminal and "alignment step" not in line:
+                print(line, file=sys.stderr, flush=True)
+
+        found = measure(
+            loaded,
+            tokenizer,
+            training,
+            evaluation,
+            settings,
+            output_dir,
+            model_name=Path(model).name if Path(model).exists() else model,
+            command=shlex.join(["attnswap", *sys.argv[1:]]),
+            progress=progress,
+        )
+        status.update("drawing the report")
+        written = report.write_all(found, output_dir)
+    show(as_json, found, report.show(found))
+    print("\n".join(str(path) for path in written), file=sys.stderr)

@@ -1,0 +1,115 @@
+"""Is a swap what it says it is? Checks that a broken one fails, run before its numbers are believed."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from .observing import answering, softmax
+
+TOKENS, PADDING, STEPS = 48, 5, 6  # of the text, before it in a batch, and written one by one
+
+
+@dataclass(frozen=True)
+class Check:
+    """worst: the largest difference there was, over the spread (standard deviation) of what was compared; NaN where it
+    could not be computed. limit: what is allowed. says: what a failure means, with the reason where there is one."""
+
+    name: str
+    worst: float
+    limit: float
+    says: str
+
+    @property
+    def passed(self) -> bool:
+        return self.worst <= self.limit
+
+
+@torch.no_grad()
+def check_swap(original: nn.Module, swapped: nn.Module, tokens: Tensor) -> list[Check]:
+    """The checks of a swapped causal language model, on some text of at least `TOKENS` tokens.
+
+    - causal: what comes later changes nothing before it (the mask is there)
+    - padding: a text says the same alone and padded on the left in a batch
+    - state: token by token, with what is kept between calls, as in one pass
+    - definition: every layer answers what its definition, `Attention.reference`, does
+    - seam: with softmax in the swapped layers, through the same masks and scale, it is the original
+
+    Args:
+        original: the model before the swap, in eval mode. swapped: the same weights, swapped.
+    """
+    text = tokens.reshape(-1)[None, :TOKENS].to(next(swapped.parameters()).device)
+    limit = 0.1 if next(swapped.parameters()).dtype in (torch.bfloat16, torch.float16) else 2e-3
+    whole = _logits(swapped, text)
+    checks: dict[str, tuple[str, Callable[[], float]]] = {
+        "causal": ("what comes later changes what stands before it", lambda: _causal(swapped, text, whole)),
+        "padding": ("padding changes what a text says", lambda: _padding(swapped, text, whole)),
+        "state": ("writing token by token differs from reading at once", lambda: _state(swapped, text, whole)),
+        "definition": ("a layer does not compute its definition", lambda: _definition(swapped, text)),
+        "seam": ("masks or scale do not reach the layers as they should", lambda: _seam(original, swapped, text)),
+    }
+    found = []
+    for name, (says, run) in checks.items():
+        try:
+            worst = run()
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            worst, says = math.nan, f"{says}: {(str(error) or repr(error)).splitlines()[0]}"
+        found.append(Check(name, worst, limit, says))
+    return found
+
+
+def _logits(model: nn.Module, text: Tensor, **told) -> Tensor:
+    return model(input_ids=text, use_cache=False, **told).logits.float()
+
+
+def _worst(ours: Tensor, expected: Tensor) -> float:
+    spread = expected.float().std().clamp(min=1e-12)
+    return ((ours.float() - expected.float()).abs().max() / spread).item()
+
+
+def _causal(model, text, whole) -> float:
+    changed = text.clone()
+    half = text.shape[1] // 2
+    changed[:, half:] = text[:, half:].flip(1).roll(1)
+    return _worst(_logits(model, changed)[:, :half], whole[:, :half])
+
+
+def _padding(model, text, whole) -> float:
+    pad = text[:, :1].expand(-1, PADDING)
+    batch = torch.cat([torch.cat([pad, text], 1), torch.cat([text[:, :PADDING], text], 1)])
+    mask = torch.ones_like(batch)
+    mask[0, :PADDING] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    told = {"attention_mask": mask, "position_ids": positions}
+    return _worst(_logits(model, batch, **told)[0, PADDING:], whole[0])
+
+
+def _state(model, text, whole) -> float:
+    cache = DynamicCache(config=model.config)
+    start = text.shape[1] - STEPS
+    parts = [model(input_ids=text[:, :start], past_key_values=cache, use_cache=True).logits[:, -1:]]
+    for at in range(start, text.shape[1] - 1):
+        parts.append(model(input_ids=text[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+    return _worst(torch.cat(parts, 1), whole[:, start - 1 : -1])
+
+
+def _definition(model, text) -> float:
+    found = []
+
+    def look(name, attention, query, key, value, mask, scaling):
+        expected = attention.reference(query, key, value, mask, scaling)
+        found.append(_worst(attention(query, key, value, mask, scaling), expected) if expected.any() else 0.0)
+        return softmax(name, attention, query, key, value, mask, scaling)
+
+    with answering(model, look):
+        _logits(model, text)
+    return max(found)
+
+
+def _seam(original, swapped, text) -> float:
+    with answering(swapped, softmax):
+        through = _logits(swapped, text)
+    return _worst(through, _logits(original, text))

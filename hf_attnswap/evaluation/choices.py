@@ -1,0 +1,126 @@
+"""Multiple choice, minimal pairs and last words from a local .jsonl, scored by log-likelihood.
+
+One item a line, in one of these forms:
+
+    {"prompt": "The sky is", "choices": ["blue", "a fish"], "answer": 0}
+    {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps."}
+    {"context": "She looked at the", "continuation": "sky"}
+
+`query`, `ctx` or `question` for prompt, `endings` for choices, and `gold` or `label` for answer are read as well, which
+are the names of ARC, HellaSwag and PIQA.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UsageError
+from .likelihood import encode_pair, log_likelihoods
+
+_NAMES = {
+    "prompt": ("prompt", "query", "ctx", "question"),
+    "choices": ("choices", "endings"),
+    "answer": ("answer", "gold", "label"),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """Which of `choices` follows `prompt`? A single choice asks whether the model would say it, word for word."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
+    """The first `limit` items of a .jsonl file.
+
+    Raises:
+        UsageError: no such file, or a line that is no item, with its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"task file {str(path)!r} does not exist")
+    items: list[Item] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit is not None and len(items) >= limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                items.append(_item(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or repr(error)
+                raise UsageError(f"{str(path)!r}, line {number}, is no item: {reason}") from error
+    if not items:
+        raise UsageError(f"task file {str(path)!r} is empty")
+    return items
+
+
+def _item(row: dict[str, Any]) -> Item:
+    if "sentence_good" in row:
+        return Item("", (row["sentence_good"], row["sentence_bad"]), 0)
+    if "continuation" in row:
+        return Item(row["context"], (row["continuation"],), 0)
+    given = {}
+    for name, known in _NAMES.items():
+        key = next((key for key in known if key in row), None)
+        if key is None:
+            raise ValueError(f"it has no {name}; it has {', '.join(row)}")
+        given[name] = row[key]
+    choices, answer = tuple(given["choices"]), int(given["answer"])
+    if len(choices) < 2 or not all(isinstance(c, str) and c for c in choices) or not 0 <= answer < len(choices):
+        raise ValueError(
+            f"{len(choices)} choices with answer {given['answer']!r}; expected texts, and the index of one"
+        )
+    return Item(given["prompt"], choices, answer)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """By item, 1.0 where right: `acc`, and `acc_norm`, by log-likelihood per character of the choice, as lm-eval."""
+
+    acc: list[float]
+    acc_norm: list[float]
+
+
+def score_choices(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score items as lm-eval's `multiple_choice` does, with a space before each choice; a tie goes to the first.
+
+    A single choice is right where each of its tokens is the most likely one (`acc_norm` is the same).
+
+    Raises:
+        UsageError: an item longer than the positions of the model.
+    """
+    requests = [encode_pair(tokenizer, item.prompt, f" {choice}") for item in items for choice in item.choices]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(r.prompt) + len(r.target) for r in requests)
+    if limit and longest > limit + 1:
+        raise UsageError(f"an item has {longest} tokens, and the model takes {limit}")
+    found = iter(log_likelihoods(model, requests, batch_size, progress))
+    acc, acc_norm = [], []
+    for item in items:
+        likelihoods = [next(found) for _ in item.choices]
+        if len(item.choices) == 1:
+            right = normed = likelihoods[0].greedy
+        else:
+            values = [x.value for x in likelihoods]
+            per_character = [x / len(choice) for x, choice in zip(values, item.choices, strict=True)]
+            right = values.index(max(values)) == item.answer
+            normed = per_character.index(max(per_character)) == item.answer
+        acc.append(float(right))
+        acc_norm.append(float(normed))
+    return Scores(acc, acc_norm)

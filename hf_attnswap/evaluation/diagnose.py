@@ -1,0 +1,99 @@
+"""Gradients, distributions and damage of a swapped model together, by layer, as plain data."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..patching import describe
+from .damage import layer_damage
+from .distribution import distribution_facts
+from .gradients import LayerGradients, gradient_flow
+
+
+def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """What the swapped layers of a language model do, each beside the softmax that it stands in for.
+
+    Gradients and distributions are seen on the first text, the damage of each layer on all.
+
+    Args:
+        blocks: texts `[N, n]`, int64.
+
+    Returns:
+        `attention`, `context`, `tokens`, `perplexity` (of softmax), `gradient_at_first_layer` (what reaches the
+        input of the first swapped layer, over softmax's: far below 1 gradients vanish, far above they explode), and
+        `layers`, a row per layer.
+
+    Raises:
+        UsageError: the model is not swapped.
+    """
+    progress("gradients")
+    ours, control = (gradient_flow(model, blocks[:1], with_softmax) for with_softmax in (False, True))
+    progress("distributions")
+    facts = distribution_facts(model, blocks[:1])
+    reference, *damage = layer_damage(model, blocks, progress)
+    layers = [
+        {
+            "layer": row.layer,
+            "kl": row.kl,
+            "kl_error": row.kl_error,
+            "perplexity_ratio": math.exp(min(row.nll - reference.nll, 700)),
+            "gradient": _norms(mine),
+            "gradient_of_softmax": _norms(other),
+            "dead": mine.dead,
+            "saturated": mine.saturated,
+            "saturated_of_softmax": other.saturated,
+            **fact.means(),
+            "output_scale": [{"first": a, "last": b, "scale": scale} for a, b, scale in fact.output_scale],
+            "by_head": fact.by_head(),
+        }
+        for row, mine, other, fact in zip(damage, ours, control, facts, strict=True)
+    ]
+    return _finite(
+        {
+            "attention": describe(model),
+            "context": blocks.shape[1],
+            "tokens": blocks.numel(),
+            "perplexity": reference.perplexity,
+            "gradient_at_first_layer": _over(layers[0], "layer_input"),
+            "layers": layers,
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    """None in place of what is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _norms(found: LayerGradients) -> dict[str, float | None]:
+    return {part: getattr(found, part) for part in ("query", "key", "value", "layer_input")}
+
+
+def _over(row: dict[str, Any], part: str) -> float | None:
+    """Our gradient over softmax's; None where that is 0 or where there is none."""
+    control = row["gradient_of_softmax"][part]
+    ours = row["gradient"][part]
+    return ours / control if control and ours is not None else None
+
+
+def summary_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row of numbers per layer, for a table; gradients, effective keys and output scale over softmax's."""
+    return [
+        {
+            "layer": ".".join(re.findall(r"\d+", row["layer"])) or row["layer"],
+            "kl": row["kl"],
+            "perplexity_ratio": row["perplexity_ratio"],
+            **{f"gradient_{part}": _over(row, part) for part in row["gradient"]},
+            **{name: row[name] for name in ("dead", "saturated", "row_sum", "negative", "sparsity", "distance")},
+            "effective_keys": row["effective_keys"] and row["effective_keys"] / row["softmax_effective_keys"],
+            "output_scale": row["output_scale"][-1]["scale"],
+        }
+        for row in found["layers"]
+    ]

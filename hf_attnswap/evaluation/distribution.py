@@ -1,0 +1,134 @@
+"""What becomes of the distribution that softmax is: facts of the weights by layer and head, on softmax's own inputs.
+
+Softmax flows on from layer to layer, so that every layer is seen with the query and key that it was trained for, and
+none pays for what another does. O(n^2) memory per layer: for samples of some hundred tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attentions import Attention
+from ..masks import Mask
+from .observing import SOFTMAX, allowed_keys, answering
+from .perplexity import octaves
+
+FACTS = ("row_sum", "row_sum_spread", "negative", "entropy", "effective_keys", "sparsity", "distance")
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """Of one layer; tensors are float64 `[H]`, means over the rows of the sample.
+
+    Attributes:
+        row_sum, row_sum_spread: mean and standard deviation of `sum_j w_ij`; 1 and 0 for softmax.
+        negative: share of the mass `|w_ij|` that is negative.
+        entropy: of `|w_ij|` over its sum, nats. effective_keys: its exponential, row by row.
+        sparsity: share of the keys allowed whose part is below a hundredth of an equal one.
+        distance: half of `sum_j |p_ij - softmax_ij|`, with p the weights over the sum of their magnitudes.
+        output_scale: root mean square of the output, by position: (first, last, over softmax's), all heads together.
+    """
+
+    layer: str
+    row_sum: Tensor
+    row_sum_spread: Tensor
+    negative: Tensor
+    entropy: Tensor
+    effective_keys: Tensor
+    sparsity: Tensor
+    distance: Tensor
+    softmax_entropy: Tensor
+    softmax_effective_keys: Tensor
+    softmax_sparsity: Tensor
+    output_scale: tuple[tuple[int, int, float], ...]
+
+    def means(self) -> dict[str, float]:
+        """Over heads."""
+        return {name: getattr(self, name).mean().item() for name in self.__dataclass_fields__ if name not in _OTHER}
+
+    def by_head(self) -> dict[str, list[float]]:
+        return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__ if name not in _OTHER}
+
+
+_OTHER = ("layer", "output_scale")
+
+
+@torch.no_grad()
+def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
+    """The facts of every swapped layer of `model` on a batch `[B, n]`.
+
+    Raises:
+        UsageError: the model is not swapped.
+        NotImplementedError: a variant without weights.
+    """
+    found = []
+
+    def look(name: str, attention: Attention, query, key, value, mask: Mask, scaling: float) -> Tensor:
+        teacher = SOFTMAX(query, key, value, mask, scaling)
+        ours = weight_facts(attention.weights(query, key, mask, scaling), mask)
+        soft = SOFTMAX.weights(query, key, mask, scaling)
+        theirs = weight_facts(soft, mask)
+        share = ours.pop("share")
+        rows = theirs["rows"]
+        distance = (share - theirs.pop("share")).abs().sum(-1) / 2
+        student = attention(query, key, value, mask, scaling)
+        found.append(
+            LayerFacts(
+                layer=name,
+                **{fact: _over_rows(ours[fact], rows) for fact in FACTS if fact in ours},
+                row_sum_spread=_spread(ours["row_sum"], rows),
+                distance=_over_rows(distance, rows),
+                softmax_entropy=_over_rows(theirs["entropy"], rows),
+                softmax_effective_keys=_over_rows(theirs["effective_keys"], rows),
+                softmax_sparsity=_over_rows(theirs["sparsity"], rows),
+                output_scale=_scale(student, teacher, rows),
+            )
+        )
+        return teacher
+
+    with answering(model, look):
+        model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+    return found
+
+
+def weight_facts(weights: Tensor, mask: Mask) -> dict[str, Tensor]:
+    """By row, `[B, H, T]` in float64, and `share` `[B, H, T, S]`, the weights over the sum of their magnitudes.
+
+    `rows`: bool, those that may attend to something.
+    """
+    allowed = allowed_keys(mask, weights)
+    weights = weights.double().masked_fill(~allowed, 0)
+    count = allowed.sum(-1)
+    magnitude = weights.abs().sum(-1)
+    share = weights / magnitude.clamp(min=1e-300)[..., None]
+    entropy = torch.special.entr(share.abs()).sum(-1)
+    small = (share.abs() < 0.01 / count.clamp(min=1)[..., None]) & allowed
+    return {
+        "row_sum": weights.sum(-1),
+        "negative": share.clamp(max=0).abs().sum(-1),
+        "entropy": entropy,
+        "effective_keys": entropy.exp(),
+        "sparsity": small.sum(-1) / count.clamp(min=1),
+        "share": share,
+        "rows": count > 0,
+    }
+
+
+def _over_rows(x: Tensor, rows: Tensor) -> Tensor:
+    return (x * rows).sum((0, 2)) / rows.sum((0, 2)).clamp(min=1)
+
+
+def _spread(x: Tensor, rows: Tensor) -> Tensor:
+    centred = x - _over_rows(x, rows)[None, :, None]
+    return _over_rows(centred.square(), rows).sqrt()
+
+
+def _scale(student: Tensor, teacher: Tensor, rows: Tensor) -> tuple[tuple[int, int, float], ...]:
+    keep = rows[..., None].double()
+
+    def power(x: Tensor, first: int, last: int) -> float:
+        return (x.double().square() * keep)[:, :, first - 1 : last].sum().item()
+
+    ranges = octaves(student.shape[2])
+    return tuple((a, b, (power(student, a, b) / max(power(teacher, a, b), 1e-300)) ** 0.5) for a, b in ranges)

@@ -1,0 +1,162 @@
+"""Does the swap make gradients vanish or explode? Their norms by layer, beside those of softmax on the same batch."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..attentions import Attention, ScoreAttention
+from ..masks import Mask
+from ..patching import swapped_modules
+from .observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
+
+FLAT = 0.01  # a weight that changes by less than this part of itself per unit of its score is saturated
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """Of one layer.
+
+    Attributes:
+        query, key, value: norm of the gradient of the loss with respect to what the attention was called with.
+        layer_input: with respect to what entered the block of the model that holds it, None where it is in no block.
+        dead: share of the weights allowed that are exactly 0: no gradient passes there, and no value.
+        saturated: of those that are not, share with `|d log w_ij / d s_ij| < 0.01`, their own part of the row sum
+            included; None for variants that do not act on scores.
+    """
+
+    layer: str
+    query: float
+    key: float
+    value: float
+    layer_input: float | None
+    dead: float
+    saturated: float | None
+
+
+def gradient_flow(model: nn.Module, input_ids: Tensor, with_softmax: bool = False) -> list[LayerGradients]:
+    """One forward and one backward pass of the language-modelling loss; the layers in their order.
+
+    Args:
+        input_ids: `[B, n]`, also the labels.
+        with_softmax: run softmax in the swapped layers, for comparison.
+
+    Raises:
+        UsageError: the model is not swapped.
+    """
+    norms: dict[str, dict[str, float]] = {name: {} for name in swapped_modules(model)}
+    shares: dict[str, tuple[float, float | None]] = {}
+    answer: Answer = softmax if with_softmax else own
+
+    def look(name, attention, query, key, value, mask, scaling):
+        query, key, value = (t.view_as(t) for t in (query, key, value))  # so that the hooks see this call alone
+        for part, tensor in (("query", query), ("key", key), ("value", value)):
+            tensor.register_hook(_into(norms[name], part))
+        shares[name] = dead_and_saturated(
+            SOFTMAX if with_softmax else attention, query.detach(), key.detach(), mask, scaling
+        )
+        return answer(name, attention, query, key, value, mask, scaling)
+
+    with answering(model, look), _layer_inputs(model, norms), _frozen(model), torch.enable_grad():
+        embedded = model.get_input_embeddings()(input_ids.to(next(model.parameters()).device))
+        embedded = embedded.detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), input_ids[:, 1:].flatten().to(logits.device)
+        ).backward()
+    return [
+        LayerGradients(
+            name, *(found.get(part, 0.0) for part in ("query", "key", "value")), found.get("layer_input"), *shares[name]
+        )
+        for name, found in norms.items()
+    ]
+
+
+@torch.no_grad()
+def dead_and_saturated(
+    attention: Attention, query: Tensor, key: Tensor, mask: Mask, scaling: float
+) -> tuple[float, float | None]:
+    """`LayerGradients.dead` and `.saturated` of one call, shapes as in `Attention.weights`."""
+    flatness: list[Tensor] = []
+    if isinstance(attention, ScoreAttention):
+        attention.activate = _watched(attention, flatness)
+    try:
+        weights = attention.weights(query, key, mask, scaling)
+    finally:
+        attention.__dict__.pop("activate", None)
+    allowed = allowed_keys(mask, weights)
+    alive = allowed & (weights != 0)
+    dead = 1 - alive.sum().item() / max(1, allowed.sum().item())
+    if not flatness:
+        return dead, None
+    flat = flatness[0][..., : weights.shape[-1]].expand_as(weights) < FLAT
+    return dead, (flat & alive).sum().item() / max(1, alive.sum().item())
+
+
+def _watched(attention: ScoreAttention, flatness: list[Tensor]) -> Callable[..., Tensor]:
+    """The `activate` of a variant, which also notes `|d log w_ij / d s_ij|`."""
+    activate = type(attention).activate.__get__(attention)
+    factor = attention.score_factor()
+
+    def watched(scores: Tensor, count: Tensor, peak: Tensor | None, heads: slice) -> Tensor:
+        with torch.enable_grad():
+            own_scores = scores.detach().clone().requires_grad_()
+            terms = activate(own_scores.clone(), count, peak, heads)
+            (slope,) = torch.autograd.grad(terms.sum(), own_scores)
+        terms = terms.detach()
+        change = slope / terms
+        if attention.needs_total:
+            change = change - slope / terms.sum(-1, keepdim=True)
+        flatness.append((change * factor).abs())
+        return activate(scores, count, peak, heads)
+
+    return watched
+
+
+def _into(found: dict[str, float], part: str) -> Callable[[Tensor], None]:
+    def note(gradient: Tensor) -> None:
+        found[part] = math.hypot(found.get(part, 0.0), gradient.double().norm().item())
+
+    return note
+
+
+@contextmanager
+def _layer_inputs(model: nn.Module, norms: dict[str, dict[str, float]]) -> Iterator[None]:
+    """Note the gradients of what enters the blocks, the members of a list of layers, that hold the modules."""
+    hooks = []
+    for name, found in norms.items():
+        block = name
+        while block and not block.rpartition(".")[2].isdigit():
+            block = block.rpartition(".")[0]
+        if not block:
+            continue
+
+        def look(module, arguments, keywords, found=found):
+            entered = next(
+                (x for x in (*arguments, *keywords.values()) if torch.is_tensor(x) and x.requires_grad), None
+            )
+            if entered is not None:
+                entered.register_hook(_into(found, "layer_input"))
+
+        hooks.append(model.get_submodule(block).register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of weights: they would cost as much again, and nobody asks for them."""
+    training = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in training:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in training:
+            parameter.requires_grad_(True)

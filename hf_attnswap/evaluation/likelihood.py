@@ -1,0 +1,97 @@
+"""Log-likelihoods of continuations, batched: what choices, minimal pairs and retrieval are scored by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Request:
+    """How likely is `target` after `prompt`? Token ids; the prompt must not be empty."""
+
+    prompt: tuple[int, ...]
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of the target, summed over its tokens; greedy: whether each of them is the most likely one."""
+
+    value: float
+    greedy: bool
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Request:
+    """Prompt and target as lm-eval cuts them.
+
+    Spaces at the end of the prompt belong to the target, and the target is what the whole has more than the prompt. An
+    empty prompt is the token that starts a text, or, in tokenizers without one, the one that ends it.
+
+    Raises:
+        ValueError: an empty target, or no token for an empty prompt.
+    """
+    spaces = len(prompt) - len(prompt.rstrip())
+    if spaces:
+        prompt, target = prompt[:-spaces], prompt[-spaces:] + target
+    if prompt:
+        whole, start = tokenizer(prompt + target).input_ids, tokenizer(prompt).input_ids
+    else:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is None:
+            raise ValueError("the tokenizer has no token that starts or ends a text, so nothing can stand first")
+        start = [first]
+        own = tokenizer(target, add_special_tokens=False).input_ids
+        whole = own if own[:1] == start else start + own
+    if len(whole) <= len(start):
+        raise ValueError(f"the target {target!r} has no tokens of its own after {prompt!r}")
+    return Request(tuple(whole[: len(start)]), tuple(whole[len(start) :]))
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: nn.Module,
+    requests: Sequence[Request],
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[Likelihood]:
+    """The likelihood of each request, in their order; batches of like length, padded on the left.
+
+    Raises:
+        ValueError: an empty prompt or target.
+    """
+    if not all(request.prompt and request.target for request in requests):
+        raise ValueError("a likelihood needs at least one token before the target and one in it")
+    order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt) - len(requests[i].target))
+    found: dict[int, Likelihood] = {}
+    for at in range(0, len(order), batch_size):
+        batch = [requests[i] for i in order[at : at + batch_size]]
+        found |= dict(zip(order[at : at + batch_size], _batch(model, batch), strict=True))
+        if progress is not None:
+            progress(len(batch))
+    return [found[i] for i in range(len(requests))]
+
+
+def _batch(model: nn.Module, batch: Sequence[Request]) -> list[Likelihood]:
+    device = next(model.parameters()).device
+    rows = [torch.tensor(r.prompt + r.target[:-1]) for r in batch]
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    inputs = {"input_ids": ids.to(device)}
+    if not mask.all():
+        inputs |= {"attention_mask": mask.to(device), "position_ids": (mask.cumsum(1) - 1).clamp(min=0).to(device)}
+    logits = model(**inputs, use_cache=False).logits
+    return [
+        _score(row[-len(r.target) :], torch.tensor(r.target, device=device))
+        for row, r in zip(logits, batch, strict=True)
+    ]
+
+
+def _score(logits: Tensor, target: Tensor) -> Likelihood:
+    value = -nn.functional.cross_entropy(logits.float(), target, reduction="sum").item()
+    return Likelihood(value, bool((logits.argmax(-1) == target).all()))

@@ -1,0 +1,59 @@
+"""See what the swapped layers of a model are called with, and choose what they answer."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..attentions import Attention, Heads, get
+from ..errors import UsageError
+from ..masks import Mask
+from ..patching import swapped_modules
+
+SOFTMAX = get("softmax")(Heads(1, 1, 1))
+
+# (path of the module, its variant, query, key, value, mask, scaling) -> what the layer answers, `[B, H, T, Dv]`
+Answer = Callable[[str, Attention, Tensor, Tensor, Tensor, Mask, float], Tensor]
+
+
+def own(name, attention, query, key, value, mask, scaling) -> Tensor:
+    """The answer of the variant itself."""
+    return attention(query, key, value, mask, scaling)
+
+
+def softmax(name, attention, query, key, value, mask, scaling) -> Tensor:
+    """The answer of the softmax that the variant stands in for."""
+    return SOFTMAX(query, key, value, mask, scaling)
+
+
+@contextmanager
+def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
+    """While this is open, every swapped layer answers what `answer` says. No state: call the model without a cache.
+
+    Raises:
+        UsageError: the model has no swapped layer.
+    """
+    modules = swapped_modules(model)
+    if not modules:
+        raise UsageError("the model is not swapped: there is nothing to look at")
+
+    def observer(name: str):
+        def call(attention, query, key, value, mask, scaling, state):
+            return answer(name, attention, query, key, value, mask, scaling)
+
+        return call
+
+    try:
+        for name, attention in modules.items():
+            attention.observer = observer(name)
+        yield
+    finally:
+        for attention in modules.values():
+            attention.__dict__.pop("observer", None)
+
+
+def allowed_keys(mask: Mask, weights: Tensor) -> Tensor:
+    """bool of the shape of `weights`: what each row may attend to; rows that are padding may attend to nothing."""
+    allowed = mask.matrix(weights.device).expand_as(weights)
+    valid = mask.new_tokens()
+    return allowed if valid is None else allowed & valid[:, None, :, None]

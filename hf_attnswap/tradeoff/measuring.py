@@ -1,0 +1,246 @@
+"""Every arm of a comparison on one model: swap, align where there is something to align, measure, report.
+
+What is measured is kept arm by arm and round by round in `output_dir/measured`, each file whole by rename, so that an
+interrupted run goes on where it was when the same command is given again.
+"""
+
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..benchmark.generation import run
+from ..data import TextSource, token_blocks
+from ..errors import UsageError
+from ..evaluation.checks import check_swap
+from ..evaluation.diagnose import diagnose
+from ..evaluation.perplexity import count_units, perplexity
+from ..files import write_whole
+from ..patching import swapped_modules
+from ..training.align import aligning, alignment_loss, calibrate, trainable_parameters
+from ..training.batches import batches
+from ..training.loop import train
+from .arms import Arm, Settings, build
+from .machine import describe_model, machine, versions
+from .rows import row
+
+FORMAT = 3  # of the files in `measured`
+Progress = Callable[[str], None]
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training_text: TextSource,
+    evaluation_text: TextSource | None,
+    settings: Settings,
+    output_dir: Path,
+    *,
+    model_name: str,
+    command: str,
+    progress: Progress = lambda line: None,
+) -> dict[str, Any]:
+    """Measure all arms and return the report, as `hf_attnswap.report` takes it.
+
+    Args:
+        evaluation_text: held-out text; None keeps the last fifth of the training text out of training for it.
+
+    Raises:
+        UsageError: unknown arms, too little text, or an `output_dir` that holds something else.
+    """
+    arms = [Arm.parse(text) for text in dict.fromkeys(("softmax", *settings.arms))]
+    train_blocks, eval_tokens = _texts(tokenizer, training_text, evaluation_text, settings)
+    measured = _open(output_dir, settings, model_name, training_text, evaluation_text)
+    results = {arm.label: _quality(arm, model, train_blocks, eval_tokens, settings, measured, progress) for arm in arms}
+    units = {
+        context: count_units(tokenizer, eval_tokens, context, _blocks(settings, context))
+        for context in settings.context_lengths
+    }
+    runs = _speed(arms, results, model, eval_tokens, settings, measured, progress)
+    return {
+        "schema": "hf_attnswap.tradeoff",
+        "version": 2,
+        "model": describe_model(model, model_name),
+        "machine": machine(model.device),
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "seed": settings.seed,
+        "data": {
+            "text": training_text.name if evaluation_text is None else f"{training_text.name}, {evaluation_text.name}",
+            "training_tokens": train_blocks.numel(),
+            "evaluation_tokens": eval_tokens.numel(),
+            "fingerprint": hashlib.sha256(eval_tokens.numpy().tobytes()).hexdigest()[:16],
+        },
+        "arms": [row(arm, results, runs, units) for arm in arms],
+    }
+
+
+def _texts(tokenizer, training_text, evaluation_text, settings: Settings) -> tuple[Tensor, Tensor]:
+    longest = max(*(2 * length for length in settings.context_lengths), *settings.lengths, settings.block_size)
+    blocks = token_blocks(training_text, tokenizer, settings.block_size)
+    if evaluation_text is None:
+        held_out = math.ceil(len(blocks) / 5)
+        blocks, evaluation = blocks[:-held_out], blocks[-held_out:].reshape(-1)
+    else:
+        evaluation = token_blocks(evaluation_text, tokenizer, settings.block_size).reshape(-1)
+    if settings.max_eval_tokens < 2 * max(settings.context_lengths):
+        raise UsageError(
+            f"max_eval_tokens is {settings.max_eval_tokens}, less than two blocks of {max(settings.context_lengths)}: "
+            "without a second one there is no telling how sure a perplexity is"
+        )
+    if evaluation.numel() < longest or len(blocks) == 0:
+        raise UsageError(
+            f"the text leaves {evaluation.numel()} tokens for evaluation and {blocks.numel()} for training; "
+            f"{longest} and {settings.block_size} are needed: give more text or smaller lengths"
+        )
+    return blocks, evaluation
+
+
+def _open(output_dir: Path, settings: Settings, model_name: str, *texts: TextSource | None) -> Path:
+    """The folder of partial results, new or of a run with the same settings."""
+    folder = output_dir / "measured"
+    wanted = json.loads(
+        json.dumps(
+            asdict(settings) | {"format": FORMAT, "model": model_name, "texts": [t and asdict(t) for t in texts]}
+        )
+    )
+    known = folder / "settings.json"
+    if known.is_file():
+        found = json.loads(known.read_text())
+        for key in wanted:
+            if found.get(key) != wanted[key]:
+                raise UsageError(
+                    f"output folder {str(output_dir)!r} holds a run with {key} = {found.get(key)!r}, "
+                    f"not {wanted[key]!r}: name another folder to start anew"
+                )
+        return folder
+    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
+        raise UsageError(f"output folder {str(output_dir)!r} is not empty and holds no earlier run: name another one")
+    folder.mkdir(parents=True)
+    _write_json(known, wanted)
+    return folder
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_whole(path, json.dumps(content, indent=1).encode())
+
+
+def _file(folder: Path, arm: Arm, suffix: str) -> Path:
+    return folder / (re.sub(r"[^A-Za-z0-9+=._-]", "_", arm.label) + suffix)
+
+
+def _quality(arm: Arm, model, train_blocks, eval_tokens, settings: Settings, folder: Path, progress: Progress) -> dict:
+    """Align and evaluate one arm, or read what an earlier run found."""
+    path = _file(folder, arm, ".json")
+    if path.is_file():
+        progress(f"{arm.label}: already measured")
+        return json.loads(path.read_text())
+    result: dict[str, Any] = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0}
+    result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None}
+    try:
+        swapped = build(arm, model)
+        own = [p for attention in swapped_modules(swapped).values() for p in attention.parameters()]
+        result["new_parameters"] = sum(p.numel() for p in own)
+        if own and settings.align_tokens:
+            result["alignment"] = _align(arm, swapped, train_blocks, settings, progress)
+            parameters = {name: p for name, p in swapped.state_dict().items() if ".attnswap." in name}
+            write_whole(_file(folder, arm, ".safetensors"), save(parameters))
+        if arm.attention != "softmax":
+            progress(f"{arm.label}: checks")
+            result["checks"] = [
+                vars(check) | {"passed": check.passed} for check in check_swap(model, swapped, eval_tokens)
+            ]
+        for check in result["checks"]:
+            if not check["passed"]:
+                off = "" if math.isnan(check["worst"]) else f" (by {check['worst']:.2g} of its spread)"
+                raise RuntimeError(f"it fails the check {check['name']!r}: {check['says']}{off}")
+        for context in settings.context_lengths:
+            progress(f"{arm.label}: perplexity at context {context}")
+            found = perplexity(swapped, eval_tokens, context, _blocks(settings, context))
+            result["nll"][str(context)] = found.nll
+            result["by_position"][str(context)] = found.by_position
+        if settings.diagnose_tokens and arm.attention != "softmax":
+            text = eval_tokens.reshape(-1)[: settings.diagnose_tokens][None]
+            result["diagnostics"] = diagnose(swapped, text, lambda line: progress(f"{arm.label}: {line}"))
+        if not all(math.isfinite(x) for nll in result["nll"].values() for x in nll):
+            result |= {"status": "failed", "reason": "its perplexity is not finite", "nll": {}}
+    except Exception as error:
+        if os.environ.get("ATTNSWAP_DEBUG"):
+            raise
+        result |= {"status": "failed", "reason": (str(error) or repr(error)).splitlines()[0]}
+        progress(f"{arm.label}: failed: {result['reason']}")
+    _write_json(path, result)
+    return result
+
+
+def _blocks(settings: Settings, context: int) -> int:
+    return settings.max_eval_tokens // context
+
+
+def _align(arm: Arm, model: nn.Module, blocks: Tensor, settings: Settings, progress: Progress) -> dict[str, Any]:
+    batch_size = settings.per_device_train_batch_size
+    steps = max(1, settings.align_tokens // (batch_size * blocks.shape[1]))
+    parameters = trainable_parameters(model)
+    accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
+    started = time.perf_counter()
+    calibrate(model, blocks[: 2 * batch_size])
+    with aligning(model) as losses:
+        history = train(
+            accelerator,
+            model,
+            batches(blocks, batch_size, settings.seed),
+            lambda model, batch: alignment_loss(model, batch, losses),
+            parameters=parameters,
+            learning_rate=settings.learning_rate,
+            steps=steps,
+            warmup=steps // 20,
+            progress=lambda step, loss: progress(f"{arm.label}: alignment step {step} of {steps}, loss {loss:.4f}"),
+        )
+    accelerator.free_memory()
+    model.eval()
+    return {
+        "tokens": steps * batch_size * blocks.shape[1],
+        "seconds": round(time.perf_counter() - started, 1),
+        "first_loss": history[0],
+        "last_loss": history[-1],
+    }
+
+
+def _speed(arms, results, model, eval_tokens, settings: Settings, folder: Path, progress: Progress) -> dict:
+    """`{length: {label: [Run or None per round]}}`; in a round the arms take turns, softmax first."""
+    path = folder / "speed.json"
+    done: dict[str, list[dict]] = json.loads(path.read_text()) if path.is_file() else {}
+    models = {
+        arm.label: build(arm, model, _file(folder, arm, ".safetensors"))
+        for arm in arms
+        if results[arm.label]["status"] == "measured"
+    }
+    for length in settings.lengths:
+        rounds = done.setdefault(str(length), [])
+        prompt = eval_tokens[:length][None].to(model.device)
+        while len(rounds) < settings.rounds:
+            found = {}
+            for label, candidate in models.items():
+                progress(f"{label}: speed at {length} tokens, round {len(rounds) + 1} of {settings.rounds}")
+                if not rounds:
+                    run(candidate, prompt[:, :32], 1)  # what the first call allocates belongs to no length
+                try:
+                    found[label] = asdict(run(candidate, prompt, settings.decode_tokens))
+                except (RuntimeError, NotImplementedError) as error:  # out of memory, or a refusal
+                    found[label] = {"error": str(error).splitlines()[0]}
+            rounds.append(found)
+            _write_json(path, done)
+    return done

@@ -1,0 +1,100 @@
+"""From what was measured to the rows of the report."""
+
+import math
+from typing import Any
+
+from .. import attentions
+from ..benchmark.generation import Run
+from ..benchmark.growth import growth
+from ..benchmark.measure import Spread, speedup
+from ..evaluation.perplexity import Perplexity, Units, ratio
+from .arms import Arm
+
+
+def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> dict[str, Any]:
+    """What the report says of one arm, from what was measured of all."""
+    cls, result = attentions.get(arm.attention), results[arm.label]
+    return {
+        "label": arm.label, "attention": arm.attention, "options": arm.options, "control": cls.control,
+        "formula": cls.formula, "cost": cls.cost, "cost_class": cls.cost_class, "source": cls.source,
+        "new_parameters": result["new_parameters"], "status": result["status"], "reason": result["reason"],
+        "alignment": result["alignment"],
+        "checks": [
+            {name: check[name] for name in ("name", "passed", "limit")}
+            | {"worst": None if math.isnan(check["worst"]) else check["worst"]}
+            for check in result["checks"]
+        ],
+        "diagnostics": result["diagnostics"],
+        "growth": {key: _growth(arm.label, runs, key) for key in ("prefill_s", "decode_s")},
+        "perplexity": [
+            _perplexity_row(arm.label, int(context), results, units[int(context)]) for context in result["nll"]
+        ],
+        "speed": [_speed_row(arm.label, int(length), rounds) for length, rounds in runs.items()
+                  if result["status"] == "measured"],
+    }  # fmt: skip
+
+
+def _growth(label: str, runs: dict, key: str) -> dict[str, Any] | None:
+    """How the seconds of every run grow with the length."""
+    points = [
+        (int(length), found[label][key])
+        for length, rounds in runs.items()
+        for found in rounds
+        if key in found.get(label, {})
+    ]
+    found = growth(*map(list, zip(*points, strict=True))) if points else None
+    return None if found is None else dict(vars(found))
+
+
+def _perplexity_row(label: str, context: int, results: dict[str, dict], units: Units) -> dict[str, Any]:
+    measured = {
+        other: Perplexity(context, tuple(result["nll"][str(context)]))
+        for other, result in results.items()
+        if str(context) in result["nll"]
+    }
+    found = measured.pop(label)
+    against = {other: ratio(found, control) for other, control in measured.items()}
+    return {
+        "context": context,
+        "perplexity": found.perplexity,
+        "nll": found.mean,
+        "standard_error": found.standard_error,
+        "tokens": found.tokens,
+        "ratio": None if label == "softmax" else against.pop("softmax", None),
+        "against": [{"arm": other} | compared for other, compared in against.items()],
+        "word_perplexity": _finite(found.per(units.words)) if units.words else None,
+        "byte_perplexity": _finite(found.per(units.bytes)) if units.bytes else None,
+        "by_position": [
+            {"first": first, "last": last, "nll": nll}
+            for first, last, nll in results[label]["by_position"][str(context)]
+        ],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _speed_row(label: str, length: int, rounds: list[dict]) -> dict[str, Any]:
+    errors = [r[label]["error"] for r in rounds if "error" in r.get(label, {})]
+    pairs = [
+        (Run(**r["softmax"]), Run(**r[label]))
+        for r in rounds
+        if not any("error" in r.get(name, {"error": ""}) for name in ("softmax", label))
+    ]
+    row: dict[str, Any] = {"length": length, "note": errors[0] if errors else None}
+    row |= dict.fromkeys(
+        ("prefill_s", "prefill_speedup", "decode_tokens_per_s", "decode_speedup", "peak_memory_mib", "cache_mib")
+    )
+    if not pairs:
+        return row | {"note": row["note"] or "not measured"}
+    ours, control = [o for _, o in pairs], [c for c, _ in pairs]
+    row["prefill_s"] = Spread.of([r.prefill_s for r in ours]).as_dict()
+    row["decode_tokens_per_s"] = Spread.of([1 / r.decode_s for r in ours]).as_dict()
+    row["cache_mib"] = ours[0].cache_bytes / 2**20
+    peaks = [r.peak_memory_mib for r in ours if r.peak_memory_mib is not None]
+    row["peak_memory_mib"] = max(0.0, Spread.of(peaks).median) if peaks else None
+    if label != "softmax":
+        row["prefill_speedup"] = speedup([r.prefill_s for r in control], [r.prefill_s for r in ours]).as_dict()
+        row["decode_speedup"] = speedup([r.decode_s for r in control], [r.decode_s for r in ours]).as_dict()
+    return row

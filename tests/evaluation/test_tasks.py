@@ -1,0 +1,193 @@
+"""Choices, minimal pairs and last words from local files, by hand and beside lm-eval on the same items."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import hf_attnswap
+from hf_attnswap import UsageError
+from hf_attnswap.evaluation.choices import Item, read_items, score_choices
+from hf_attnswap.evaluation.tasks import Result, check_tasks, run_tasks
+from hf_attnswap.loading import load
+
+CHOICES = [
+    {"prompt": "Once upon a time, there was a little", "choices": ["girl", "of", "house in the big"], "answer": 0},
+    {"query": "Lily liked to play with her", "choices": ["and", "toys", "upon"], "gold": 1},
+    {"ctx": "They went to the park and", "endings": ["played", "time"], "label": 1},
+    {"question": "The dog was very happy ", "choices": ["because he found a ball", "red"], "answer": 0},
+    {"prompt": "Mom said", "choices": ["yes", "no"], "answer": 1},
+]
+PAIRS = [
+    {"sentence_good": "She was happy.", "sentence_bad": "She were happy."},
+    {"sentence_good": "They played in the park.", "sentence_bad": "They plays in the park."},
+    {"sentence_good": "Dog the big ran.", "sentence_bad": "The big dog ran."},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    words = [{"context": "Once upon a", "continuation": "time"}, {"context": "Once upon a", "continuation": "dog"}]
+    return {
+        name: write(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("choices", CHOICES), ("pairs", PAIRS), ("words", words))
+    }
+
+
+def test_items_are_read_under_every_name(files):
+    items = read_items(files["choices"])
+    assert items[2] == Item("They went to the park and", ("played", "time"), 1)
+    assert [item.answer for item in items] == [0, 1, 1, 0, 1]
+    assert read_items(files["pairs"], limit=1) == [Item("", ("She was happy.", "She were happy."), 0)]
+    assert len(read_items(files["words"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2, is no item: not JSON"),
+        ('{"prompt": "a", "answer": 0}', "line 2, is no item: it has no choices; it has prompt, answer"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "line 2, is no item: 2 choices with answer 2"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "line 2, is no item: 1 choices with answer 0"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "line 2, is no item: 2 choices"),
+        ("[1]", "line 2, is no item"),
+    ],
+)
+def test_what_is_no_item_is_refused_with_its_line(tmp_path, line, says):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(CHOICES[0]) + "\n" + line + "\n")
+    with pytest.raises(UsageError, match=says.replace("[", r"\[")):
+        read_items(path)
+
+
+def test_files_that_are_not_there_and_unknown_tasks_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="does not exist"):
+        check_tasks([str(tmp_path / "no.jsonl")])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match="is empty"):
+        check_tasks([str(tmp_path / "empty.jsonl")])
+    monkeypatch.setattr("hf_attnswap.evaluation.tasks.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r'lm-eval is not installed: pip install "hf_attnswap\[eval\]"'):
+        check_tasks(["needle", "hellaswag"])
+
+
+def test_scores_by_hand(stories260k, files):
+    """Against the model's own log-probabilities, item by item and without batches."""
+    model, tokenizer = load(stories260k)
+    items = read_items(files["choices"])
+    found = score_choices(model, tokenizer, items, batch_size=4)
+    for item, acc, normed in zip(items, found.acc, found.acc_norm, strict=True):
+        values = []
+        for choice in item.choices:
+            prompt = item.prompt.rstrip()
+            whole = tokenizer(
+                f"{prompt}{' ' * (len(item.prompt) - len(prompt))} {choice}", return_tensors="pt"
+            ).input_ids
+            start = len(tokenizer(prompt).input_ids)
+            with torch.no_grad():
+                logits = model(whole).logits[0].log_softmax(-1)
+            values.append(sum(logits[i - 1, whole[0, i]].item() for i in range(start, whole.shape[1])))
+        assert acc == (values.index(max(values)) == item.answer)
+        per_character = [value / len(choice) for value, choice in zip(values, item.choices, strict=True)]
+        assert normed == (per_character.index(max(per_character)) == item.answer)
+    assert found.acc[:2] == [1.0, 1.0]
+    assert score_choices(model, tokenizer, read_items(files["words"])).acc == [1.0, 0.0]
+    assert score_choices(model, tokenizer, read_items(files["pairs"])).acc == [1.0, 1.0, 0.0]
+
+
+def test_an_item_that_is_too_long_is_refused(stories260k):
+    model, tokenizer = load(stories260k)
+    with pytest.raises(UsageError, match="tokens, and the model takes 512"):
+        score_choices(model, tokenizer, [Item("Once upon a time. " * 200, ("a", "b"), 0)])
+
+
+def test_rows_have_errors_marks_and_paired_differences():
+    ours, control = Result("t", "acc", (1.0, 0.0, 1.0, 1.0)), Result("t", "acc", (0.0, 0.0, 1.0, 0.0))
+    row = ours.row(control)
+    assert (row["value"], row["control"], row["items"], row["few"]) == (0.75, 0.25, 4, True)
+    assert row["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert row["difference"]["value"] == 0.5 and row["verdict"] == "no measurable difference"
+    many = Result("t", "acc", (1.0, 0.0) * 300), Result("t", "acc", (0.0, 0.0) * 300)
+    assert not many[0].row()["few"] and many[0].row(many[1])["verdict"] == "better"
+    assert Result("t", "loss", (1.0, 0.0) * 300, False).row(many[1])["verdict"] == "worse"
+
+
+def test_generated_and_local_tasks_together(stories260k, files):
+    model, tokenizer = load(stories260k)
+    told = dict(lengths=[160, 320], limit=2)
+    results = run_tasks(model, tokenizer, ["needle", "recall", files["pairs"], files["choices"]], **told)
+    labels = [(r.task, r.metric, len(r.scores)) for r in results]
+    assert labels == [
+        ("needle at 160", "found", 10), ("needle at 320", "found", 10),
+        ("recall of 30 pairs in 100 tokens", "recalled", 2), ("recall of 30 pairs in 120 tokens", "recalled", 2),
+        ("pairs", "acc", 2), ("pairs", "acc_norm", 2), ("choices", "acc", 2), ("choices", "acc_norm", 2),
+    ]  # fmt: skip
+    assert all(0 <= r.value <= 1 for r in results)
+    with pytest.raises(UsageError, match="a haystack of 20 tokens has no room"):
+        run_tasks(model, tokenizer, ["needle"], lengths=[20])
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{text}"
+doc_to_choice: "{choices}"
+doc_to_target: {target}
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.mark.parametrize("attention", (None, "relu_power", "hedgehog+window"))
+def test_numbers_agree_with_those_of_lm_eval(stories260k, files, tmp_path, attention, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install hf_attnswap[eval])")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = load(stories260k)
+    if attention:
+        hf_attnswap.swap(model, attention)
+    items = read_items(files["choices"])
+    plain = [{"prompt": i.prompt, "choices": i.choices, "answer": i.answer} for i in items] * 3
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    ours = write(tmp_path / "ours.jsonl", plain)
+    for name, file, fields in (
+        ("local_choices", ours, {"text": "{{prompt}}", "choices": "{{choices}}", "target": "answer"}),
+        ("local_pairs", files["pairs"], {"text": "", "choices": "{{[sentence_good, sentence_bad]}}", "target": "0"}),
+    ):
+        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, file=file, **fields))
+    names = ["local_choices", "local_pairs"]
+    theirs = run_tasks(model, tokenizer, [ours, files["pairs"], *names], include_path=str(tasks), batch_size=4)
+    values = {(r.task, r.metric): r for r in theirs}
+    for mine, other in (("ours", "local_choices"), ("pairs", "local_pairs")):
+        for metric in ("acc", "acc_norm"):
+            assert values[mine, metric].scores == values[other, metric].scores
+            assert values[mine, metric].value == pytest.approx(values[other, metric].value, abs=5e-4)
+    with pytest.raises(UsageError, match="lm-eval has no task 'no_such_task'"):
+        run_tasks(model, tokenizer, ["no_such_task"])
+
+
+def test_word_perplexity_agrees_with_lm_eval(stories260k, tmp_path, monkeypatch):
+    """One text no longer than the model's context: rolling windows are then one block."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install hf_attnswap[eval])")
+    from lm_eval.models.huggingface import HFLM
+
+    from hf_attnswap.evaluation.perplexity import count_units, perplexity
+
+    model, tokenizer = load(stories260k)
+    text = "Once upon a time there was a little girl named Lily. She loved to play in the park with her dog."
+    request = type("Request", (), {"args": (text,)})
+    (loglikelihood,) = HFLM(pretrained=model, tokenizer=tokenizer).loglikelihood_rolling([request], disable_tqdm=True)
+    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids])
+    found = perplexity(model, ids, len(ids))
+    assert -found.mean * found.tokens == pytest.approx(loglikelihood, abs=1e-3)
+    units = count_units(tokenizer, ids, len(ids), 1)
+    assert units.words == len(text.split())
+    assert found.per(units.words) == pytest.approx(math.exp(-loglikelihood / len(text.split())), rel=1e-3)

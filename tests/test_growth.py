@@ -1,0 +1,47 @@
+"""The exponent of growth against curves whose exponent is known, and against the textbook regression."""
+
+import math
+import random
+
+import pytest
+
+from hf_attnswap.benchmark.growth import growth
+
+LENGTHS = [256, 512, 1024, 2048, 4096]
+
+
+@pytest.mark.parametrize("exponent", (0.0, 1.0, 2.0))
+def test_a_pure_power_is_found_exactly(exponent):
+    found = growth(LENGTHS, [3e-6 * n**exponent for n in LENGTHS])
+    assert (found.exponent, found.low, found.high) == pytest.approx((exponent,) * 3, abs=1e-9) and found.lengths == 5
+
+
+def test_a_regression_by_hand():
+    # log2 of lengths 0, 1, 2 and of times 0, 2, 1: slope 1/2, rest 3/2, error sqrt(3/2 / 1 / 2), t 12.706.
+    found = growth([1, 2, 4], [1.0, 4.0, 2.0])
+    assert found.exponent == pytest.approx(0.5)
+    assert found.high - 0.5 == pytest.approx(12.7062 * math.sqrt(0.75), rel=1e-4)
+
+
+def test_the_interval_holds_what_it_says():
+    draw, held = random.Random(0), 0
+    for _ in range(300):
+        times = [n**1.5 * math.exp(draw.gauss(0, 0.1)) for n in LENGTHS]
+        found = growth(LENGTHS, times)
+        held += found.low <= 1.5 <= found.high
+    assert 0.92 <= held / 300 <= 0.98
+
+
+def test_linear_work_hides_the_quadratic():
+    found = growth(LENGTHS, [1e-4 * n + 1e-9 * n**2 for n in LENGTHS])
+    assert 1 < found.exponent < 1.1
+
+
+@pytest.mark.parametrize(("lengths", "seconds"), [([256, 256, 256], [1.0, 1.1, 1.2]), ([256, 512], [1.0, 2.0])])
+def test_too_little_says_nothing(lengths, seconds):
+    assert growth(lengths, seconds) is None
+
+
+def test_what_has_no_logarithm_is_refused():
+    with pytest.raises(ValueError, match="expected as many, all above 0"):
+        growth([1, 2, 3], [1.0, 0.0, 1.0])
