@@ -33,6 +33,7 @@ from hf_attnswap.benchmark.measure import Spread, interleaved, peak_memory_mib, 
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.files import require_empty, whole_folder
 from hf_attnswap.loading import find_dtype
+from hf_attnswap.ops.backends import told, watch
 from hf_attnswap.tradeoff import Arm
 
 ATTENTIONS = "elu hedgehog hedgehog+window window relu_norm relu_power:p=8".split()
@@ -264,7 +265,10 @@ def main(argv: Sequence[str] | None = None) -> Record:
     settings = {"heads": vars(heads), "batch_size": args.batch_size, "rounds": args.rounds, "budget_s": args.budget}
     report = heading(argv, **settings, peer=PEER if peer() else None)
     report["memory"] = [record for dtype in dtypes for record in measure_memory(args, heads, dtype)]
-    report["figures"] = [record for dtype in dtypes for record in measure(args, heads, dtype)]
+    with watch() as ran:
+        report["figures"] = [record for dtype in dtypes for record in measure(args, heads, dtype)]
+    report["backends"] = {op: sorted(backends) for op, backends in ran.items()}
+    note(f"backends that ran: {told(ran) or 'none of ours'}")
     picture = summarise(report)
     with whole_folder(args.output_dir) as folder:
         (folder / "attention.json").write_text(json.dumps(report, indent=1))

@@ -196,6 +196,7 @@ def bench(
     from ..attentions import get
     from ..benchmark.attention import bench as measure
     from ..loading import architecture, find_device, find_dtype
+    from ..ops.backends import told, watch
     from ..patching import head_shape
 
     if threads:
@@ -205,18 +206,20 @@ def bench(
     names = attention or [cls.name for cls in available() if cls.name != "softmax"]
     where, kind = find_device(device), find_dtype(dtype)
     variants = {name: _checked(get, name)(heads).to(where, kind) for name in names}
-    rows = measure(
-        variants,
-        heads,
-        lengths or [512, 1024, 2048, 4096],
-        batch_size=batch_size,
-        rounds=rounds,
-        dtype=kind,
-        device=where,
-    )
+    with watch() as ran:
+        rows = measure(
+            variants,
+            heads,
+            lengths or [512, 1024, 2048, 4096],
+            batch_size=batch_size,
+            rounds=rounds,
+            dtype=kind,
+            device=where,
+        )
     table = Table(
         title=f"times as fast as SDPA, median (lowest to highest of {rounds} rounds)\n{heads}, batch "
-        f"{batch_size}, {dtype}, {where}, {torch.get_num_threads()} threads"
+        f"{batch_size}, {dtype}, {where}, {torch.get_num_threads()} threads",
+        caption="Backends that ran: " + (told(ran) or "torch's own attention alone"),
     )
     for column in ("attention", "length", "forward", "forward + backward", "peak MiB", "SDPA's peak MiB"):
         table.add_column(column, justify="left" if column == "attention" else "right")
@@ -230,7 +233,15 @@ def bench(
         )
     show(
         as_json,
-        [{**vars(r), "forward": vars(r.forward), "forward_backward": vars(r.forward_backward)} for r in rows],
+        [
+            {
+                **vars(r),
+                "forward": vars(r.forward),
+                "forward_backward": vars(r.forward_backward),
+                "backends": {op: sorted(ran[op]) for op in variants[r.attention].ops if op in ran},
+            }
+            for r in rows
+        ],
         table,
     )
 

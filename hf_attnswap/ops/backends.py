@@ -122,3 +122,8 @@ def watch() -> Iterator[dict[str, set[str]]]:
         for op, ran in _ran.items():
             before.setdefault(op, set()).update(ran)
         _ran = before
+
+
+def told(ran: dict[str, set[str]]) -> str:
+    """What `watch` collected, in words."""
+    return ", ".join(f"{op} {' and '.join(sorted(backends))}" for op, backends in sorted(ran.items()))

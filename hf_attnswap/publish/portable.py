@@ -28,8 +28,8 @@ FILE = "modeling_attnswap.py"
 _AUTO = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM"}
 # The fast forms, which no definition needs.
 _LEFT_OUT = {
-    "forward", "_fast", "_attend", "_by_tiles", "_one_row", "_fits_blocks", "_blocked", "calibrate", "tiles", "new_tokens",
-    "_divide",
+    "forward", "_fast", "_attend", "_by_tiles", "_one_row", "_fits_blocks", "_blocked", "calibrate", "tiles",
+    "new_tokens", "_divide",
 }  # fmt: skip
 
 
