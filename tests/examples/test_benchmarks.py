@@ -3,10 +3,10 @@
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXAMPLES
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,7 @@ from hf_attnswap.benchmark.measure import Spread, interleaved
 from hf_attnswap.cache import cache_nbytes
 from hf_attnswap.masks import Mask
 
-FOLDER = EXAMPLES / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
 MODULES = ("attention", "model", "figures", "peers")
 
 
