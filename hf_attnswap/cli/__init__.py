@@ -146,6 +146,9 @@ def convert(
     kind: Kinds = None,
     option: Options = None,
     dtype: Dtype = "auto",
+    portable: Annotated[
+        bool, typer.Option("--portable", help="add a file that loads it without hf_attnswap, under trust_remote_code")
+    ] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -166,7 +169,7 @@ def convert(
     )
     swap(loaded, attention, layers=layers_of(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
     with whole_folder(output_dir) as folder:
-        loaded.save_pretrained(folder)
+        loaded.save_pretrained(folder, portable=portable)
         if processor is not None:
             processor.save_pretrained(folder)
     print(f"{output_dir}: {describe(loaded)}, not trained" + ("" if processor else "; it has no tokenizer"))

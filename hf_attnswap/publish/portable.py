@@ -1,11 +1,13 @@
 """One self-contained file that loads a conversion without this package, under trust_remote_code=True.
 
 The file is made of the package's own source: the definitions of the variants (`weights`, O(n^2)) and all that these
-need, without the fast forms and the constant-size state, and below them `portable_runtime.py`, which puts them on the
+need, without the fast forms and the constant-size state, and below them `portable_runtime.txt`, which puts them on the
 model. It gives the same numbers up to rounding, at the cost of softmax or more.
 """
 
 import ast
+import copy
+import functools
 import inspect as python_inspect
 import json
 import sys
@@ -58,18 +60,43 @@ def add(folder: str | Path) -> Path:
     return path
 
 
+def hook_into_transformers() -> None:
+    """Give `save_pretrained` the argument `portable`; done once, when the package is imported."""
+    original = PreTrainedModel.save_pretrained
+    if original.__module__ == __name__:
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self, save_directory, *args, portable: bool = False, **kwargs):
+        if portable and not swapped_modules(self):
+            raise UsageError("portable=True is for swapped models, and this one is not swapped")
+        if portable and kwargs.get("push_to_hub"):
+            raise UsageError("portable=True with push_to_hub=True: save it first, then run `attnswap push`")
+        named = getattr(self.config, "auto_map", None) or {}
+        if not portable and not self.is_remote_code() and any(FILE[:-3] in str(name) for name in named.values()):
+            del self.config.auto_map  # of the folder that it came from; this one gets no such file
+        original(self, save_directory, *args, **kwargs)
+        if portable:
+            add(save_directory)
+
+    save_pretrained.__module__ = __name__
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
 def _source(model: PreTrainedModel, architecture: str) -> str:
     """The whole file for a swapped model."""
-    modules, roots, made = {}, [], {}
-    for name, variant in swapped_modules(model).items():
+    modules: dict[str, tuple[Any, ...]] = {}  # by the path of the attention module
+    made: dict[str, str] = {}  # how the class of each variant is had
+    roots: list[Any] = []
+    for path, variant in swapped_modules(model).items():
         cls = type(variant)
         linear = cls.linear_class if issubclass(cls, Hybrid) else cls
         if variant.kind != "causal" or issubclass(linear, LinearAttention) and linear.prepare is not _PREPARE:
-            raise UsageError(f"{name} cannot be portable: {variant.kind} {cls.name} is not defined by its scores alone")
-        modules[name] = (cls.name, variant.option_values(), *vars(variant.heads).values())
+            raise UsageError(f"{path} cannot be portable: {variant.kind} {cls.name} is not defined by its scores alone")
+        modules[path.rpartition(".")[0]] = (cls.name, variant.option_values(), *vars(variant.heads).values())
         roots += [linear] if linear is cls else [linear, hybrid_of]
         made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
-    runtime = Path(__file__).with_name("portable_runtime.py").read_text(encoding="utf-8")
+    runtime = Path(__file__).with_name("portable_runtime.txt").read_text(encoding="utf-8")
     imports, definitions = _Shaken(roots).text()
     table = "".join(f"    {name!r}: {entry!r},\n" for name, entry in modules.items())
     variants = "".join(f"    {name!r}: {expression},\n" for name, expression in made.items())
@@ -90,7 +117,7 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
             "# Which variant stands where: its options, query heads, key/value heads, head dimension, value dimension.",
             f"SWAPPED = {{\n{table}}}",
             f"GUARD = {GUARD!r}\n",
-            runtime[runtime.index("# From here on") :].replace("Architecture", architecture),
+            runtime.replace("Architecture", architecture),
         ]
     )
 
@@ -185,6 +212,6 @@ def _without(node: ast.stmt) -> ast.stmt:
     left_out = _LEFT_OUT if variant or node.name == "Attention" else set()
     body = [item for item in node.body if not (isinstance(item, ast.FunctionDef) and item.name in left_out)]
     decorators = [d for d in node.decorator_list if not (isinstance(d, ast.Name) and d.id == "register")]
-    return ast.ClassDef(
-        name=node.name, bases=node.bases, keywords=node.keywords, body=body, decorator_list=decorators, type_params=[]
-    )
+    shortened = copy.copy(node)
+    shortened.body, shortened.decorator_list = body, decorators
+    return shortened

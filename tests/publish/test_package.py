@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -72,13 +73,16 @@ def test_wheel_and_sdist_build_and_a_pushed_checkpoint_generates_the_same_with_t
 
     from transformers import pipeline
 
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    unwanted = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "examples")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=unwanted)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     (wheel,), (sdist,) = (list((tmp_path / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_attnswap").rglob("*.py")} <= inside
-    assert "hf_attnswap/py.typed" in inside and not any(name.startswith("tests") for name in inside)
+    assert {"hf_attnswap/py.typed", "hf_attnswap/publish/portable_runtime.txt"} <= inside
+    assert not any(name.startswith("tests") for name in inside)
     metadata = zipfile.ZipFile(wheel).read(next(n for n in inside if n.endswith("/METADATA"))).decode()
     for said in ("Name: hf_attnswap", "License-Expression: Apache-2.0", "Requires-Python: >=3.10", "# hf_attnswap"):
         assert said in metadata
@@ -88,12 +92,12 @@ def test_wheel_and_sdist_build_and_a_pushed_checkpoint_generates_the_same_with_t
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", wheel]
-    subprocess.run(command, check=True, timeout=300)
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    subprocess.run(command, check=True, timeout=300, env=keep)
     site = next(environment.glob("lib/python*/site-packages"))
     (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
     folder = save_conversion(tmp_path / "converted")
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     with Hub() as hub:
         keep |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
         push = [sys.executable, "-m", "hf_attnswap", "push", str(folder), "user/converted"]
