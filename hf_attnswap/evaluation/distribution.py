@@ -24,7 +24,7 @@ class LayerFacts:
     Attributes:
         row_sum, row_sum_spread: mean and standard deviation of `sum_j w_ij`; 1 and 0 for softmax.
         negative: share of the mass `|w_ij|` that is negative.
-        entropy: of `|w_ij|` over its sum, nats. effective_keys: its exponential, row by row.
+        entropy: of `|w_ij|` over its sum, nats. effective_keys: its exponential, row by row; 0 without any weight.
         sparsity: share of the keys allowed whose part is below a hundredth of an equal one.
         distance: half of `sum_j |p_ij - softmax_ij|`, with p the weights over the sum of their magnitudes.
         output_scale: root mean square of the output, by position: (first, last, over softmax's), all heads together.
@@ -108,7 +108,7 @@ def weight_facts(weights: Tensor, mask: Mask) -> dict[str, Tensor]:
         "row_sum": weights.sum(-1),
         "negative": share.clamp(max=0).abs().sum(-1),
         "entropy": entropy,
-        "effective_keys": entropy.exp(),
+        "effective_keys": entropy.exp() * (magnitude > 0),
         "sparsity": small.sum(-1) / count.clamp(min=1),
         "share": share,
         "rows": count > 0,

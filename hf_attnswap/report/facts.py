@@ -88,20 +88,23 @@ def best_possible(report: Report, key: str) -> list[tuple[int, dict]]:
     return speedups(arm, key) if arm else []
 
 
-def pareto(report: Report, key: str) -> list[Arm]:
-    """The arms, softmax left out, that no other is both better and faster than at the longest length; slowest first.
+def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
+    """The arms, softmax among them, that no other is both better and faster than at the longest length, with their
+    speed over softmax's; slowest first.
 
     "Better" by the ratio at the headline context, "faster" by the median.
     """
     context, points = headline_context(report), []
     for arm in report["arms"]:
         speeds = speedups(arm, key)
-        if ratio(arm, context) and speeds and arm["attention"] != "softmax":
+        if arm is reference(report):
+            points.append((1.0, 1.0, arm))
+        elif ratio(arm, context) and speeds and arm["attention"] != "softmax":
             points.append((speeds[-1][1]["median"], ratio(arm, context)["value"], arm))
     front, lowest = [], float("inf")
-    for _, value, arm in sorted(points, key=lambda point: (-point[0], point[1])):
+    for speed, value, arm in sorted(points, key=lambda point: (-point[0], point[1])):
         if value < lowest:
-            front.append(arm)
+            front.append((arm, speed))
             lowest = value
     return front[::-1]
 

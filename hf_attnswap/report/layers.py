@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from . import facts
 from .drawing import GRID, INK, Picture, png
@@ -37,6 +38,7 @@ def layers(report: Report) -> Picture:
     for panel in panels[1:]:
         panel.axhline(1, color=INK, linewidth=0.9)
     panels[-1].set_xlabel("layer")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
     return Picture("layers.png", "By layer", _caption(report), png(figure))

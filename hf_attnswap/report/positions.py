@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from . import facts
-from .drawing import GRID, INK, Picture, png
+from .drawing import GRID, INK, Picture, fix_ticks, png
 from .facts import Arm, Report
 from .text import count, listing, plain
 
@@ -36,7 +36,9 @@ def positions(report: Report) -> Picture:
             label=plain(arm["label"]),
         )
     axes.set_xscale("log", base=2)
-    axes.set_ylim(floor - 0.3, floor + ROOM + 1)
+    highest = max(point["nll"] for arm in drawn for point in _points(arm, context))
+    axes.set_ylim(floor - 0.3, min(highest + 0.3, floor + ROOM + 1))
+    fix_ticks(axes.xaxis, [point["first"] for point in _points(drawn[0], context)])
     axes.grid(True, **GRID)
     axes.set_xlabel("position in the context (tokens, log2 axis)")
     axes.set_ylabel("negative log-likelihood per token (nats)")

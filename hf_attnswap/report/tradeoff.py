@@ -43,9 +43,8 @@ def tradeoff(report: Report) -> Picture:
     for panel, key in zip(panels, keys, strict=True):
         for arm, value, height in zip(arms, values, heights, strict=True):
             _arm(panel, arm, value, height, facts.speedups(arm, key), lengths)
-        front = [
-            (facts.speedups(arm, key)[-1][1]["median"], heights[arms.index(arm)]) for arm in facts.pareto(report, key)
-        ]
+        height_of = {arm["label"]: height for arm, height in zip(arms, heights, strict=True)}
+        front = [(speed, height_of.get(arm["label"], 1.0)) for arm, speed in facts.pareto(report, key)]
         panel.plot(*zip(*front, strict=True), color=INK, linewidth=0.9, linestyle=":", zorder=1)
         _speed_axis(panel, [spread for arm in arms for _, spread in facts.speedups(arm, key)])
         panel.set_xlabel(f"{_SPEEDS[key]} speed / softmax's")

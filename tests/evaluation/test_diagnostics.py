@@ -71,7 +71,7 @@ def test_distributions_tell_the_variants_apart():
     assert found["identity"]["negative"] > 0.1 and found["relu"]["negative"] == 0
     assert found["relu_norm"]["sparsity"] > 0.3
     assert found["window"]["effective_keys"] <= 5 < found["window"]["softmax_effective_keys"]
-    assert found["none"]["row_sum"] == 0
+    assert found["none"]["row_sum"] == found["none"]["effective_keys"] == 0
 
 
 def test_wrong_scale_shows_in_the_output_by_position():

@@ -146,7 +146,8 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
-@pytest.mark.parametrize("attention", (None, "relu_power", "hedgehog+window"))
+@pytest.mark.long
+@pytest.mark.parametrize("attention", (None, "hedgehog+window"))
 def test_numbers_agree_with_those_of_lm_eval(stories260k, files, tmp_path, attention, monkeypatch):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install hf_attnswap[eval])")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -174,6 +175,7 @@ def test_numbers_agree_with_those_of_lm_eval(stories260k, files, tmp_path, atten
         run_tasks(model, tokenizer, ["no_such_task"])
 
 
+@pytest.mark.long
 def test_word_perplexity_agrees_with_lm_eval(stories260k, tmp_path, monkeypatch):
     """One text no longer than the model's context: rolling windows are then one block."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install hf_attnswap[eval])")
@@ -184,7 +186,8 @@ def test_word_perplexity_agrees_with_lm_eval(stories260k, tmp_path, monkeypatch)
     model, tokenizer = load(stories260k)
     text = "Once upon a time there was a little girl named Lily. She loved to play in the park with her dog."
     request = type("Request", (), {"args": (text,)})
-    (loglikelihood,) = HFLM(pretrained=model, tokenizer=tokenizer).loglikelihood_rolling([request], disable_tqdm=True)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=False)  # which it would put there twice
+    (loglikelihood,) = wrapped.loglikelihood_rolling([request], disable_tqdm=True)
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids])
     found = perplexity(model, ids, len(ids))
     assert -found.mean * found.tokens == pytest.approx(loglikelihood, abs=1e-3)
