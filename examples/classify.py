@@ -1,8 +1,10 @@
 """Fine-tune an encoder on labelled texts, swapped or not, and measure its accuracy.
 
 Swapped attention with parameters of its own is aligned first: for `--align_steps` steps, on the same texts, each
-swapped layer learns to reproduce the softmax output of its layer. Then all weights train. There is no dropout in the
-attention, with softmax neither. Batches are of texts of about one length, so that little of them is padding.
+swapped layer learns to reproduce the softmax output of its layer. Long texts come more often then, in proportion to
+their tokens: an attention that has learned among few keys is poor among many. Then all weights train. There is no
+dropout in the attention, with softmax neither. Batches are of texts of about one length, so that little of them is
+padding.
 
     accelerate launch examples/classify.py --model_name_or_path MODEL --attention hedgehog \\
         --train_file train.tsv --validation_file dev.tsv --text_column sentence --output_dir classified
@@ -171,6 +173,12 @@ def lengths(rows: Tensor) -> Tensor:
     return (rows[:, 1:] != EMPTY).sum(1)
 
 
+def by_tokens(groups: Tensor, count: int, seed: int) -> Tensor:
+    """`count` of the groups `[N, size, n]`, each drawn as often as it has tokens."""
+    weights = lengths(groups.flatten(0, 1)).view(groups.shape[:2]).sum(1).double()
+    return groups[weights.multinomial(count, replacement=True, generator=torch.Generator().manual_seed(seed))]
+
+
 def inputs(rows: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """What the model takes for these rows, cut to the longest of them."""
     ids = rows[:, 1 : 1 + int(lengths(rows).max())]
@@ -197,6 +205,8 @@ def align(
     else:
         # An accelerator of its own: a checkpoint holds all that an accelerator has prepared.
         own = build_accelerator(accelerator.gradient_accumulation_steps)
+        per_step = own.gradient_accumulation_steps * own.num_processes
+        drawn = Batches(by_tokens(loader.blocks, args.align_steps * per_step, args.seed), 1, args.seed)
         calibrate(model, inputs(loader.blocks[len(loader.blocks) // 2].flatten(0, -2), tokenizer))
         trainable_parameters(model)
         with aligning(model) as layers:
@@ -204,7 +214,7 @@ def align(
                 args,
                 own,
                 model,
-                loader,
+                drawn,
                 lambda model, batch: alignment_loss(model, inputs(batch.flatten(0, 1), tokenizer), layers),
                 steps=args.align_steps,
                 step_size=texts_per_step(args, own),

@@ -189,8 +189,8 @@ def markdown(report: dict[str, Any]) -> str:
 {told["num_train_epochs"]} time(s), at most {told["max_length"]} tokens each, batches of \
 {told["per_device_train_batch_size"] * told["gradient_accumulation_steps"] * report["processes"]}, AdamW at \
 {told["learning_rate"]:g} after {told["num_warmup_steps"]} steps of warm-up, no dropout in the attention; seeds {seeds}.
-- Attention with parameters is aligned before, for {told["align_steps"]} steps on the same texts at \
-{told["align_learning_rate"]:g}: softmax flows on, each swapped layer learns its output.
+- Attention with parameters is aligned before, for {told["align_steps"]} steps on the same texts, \
+the long ones more often, at {told["align_learning_rate"]:g}: softmax flows on, each swapped layer learns its output.
 - Accuracy on {report["validation_texts"]:,} texts of {told["validation_file"]}, mean of the seeds. The intervals are \
 of a bootstrap over these texts, paired with softmax's; how runs with other seeds differ is not in them.
 - {device["processor"]}, {device["threads"]} thread(s), {device["device"]}, torch {report["versions"]["torch"]}, \

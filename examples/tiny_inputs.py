@@ -42,6 +42,8 @@ def forward(model: PreTrainedModel, run: Run) -> Any:
 def reach(model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> tuple[list[Run], dict[str, str]]:
     """Forwards that together run the target modules: the model's own first, then those of the parts around the rest.
 
+    A codec runs as a whole only where none of its parts does.
+
     Returns:
         the runs, and for each part that none could be found for, the error of its first inputs.
     """
@@ -63,7 +65,8 @@ def reach(model: PreTrainedModel, targets: Mapping[str, nn.Module]) -> tuple[lis
                 errors.pop(part, None)
                 return
 
-    attempt("", set())
+    if not hasattr(model, "quantizer"):  # codes hide what changes before them: of a codec, its parts come first
+        attempt("", set())
     tried = {""}
     while around := {part for name in missing for part in parts_around(model, name)} - tried:
         part = max(around, key=lambda path: path.count("."))

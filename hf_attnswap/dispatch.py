@@ -108,6 +108,8 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
         causal = False
     elif causal is None:
         causal = getattr(module, "is_causal", True)
+    if attention.kind == "causal" and query.shape[2] == 1:
+        causal = True  # of one row a mask does not tell, nor does the module of a decoder that goes by its mask alone
     seen = layer.seen if attention.stateful and layer is not None else key.shape[2]
     mask = parse(attention_mask, query.shape[2], seen, bool(causal))
     if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):

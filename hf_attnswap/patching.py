@@ -231,8 +231,8 @@ def _kind(model: nn.Module, name: str, module: nn.Module) -> str:
     causal = getattr(module, "is_causal", None)
     if causal is None:
         causal = getattr(getattr(module, "config", None), "model_type", None) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if not causal:  # the text model of CLIP says it with every call
-        causal = _calls_it_causal(_owner(model, name).__class__)
+    if not causal:  # some decoders go by their mask alone; the text model of CLIP says it with every call
+        causal = getattr(module, "is_decoder", False) or _calls_it_causal(_owner(model, name).__class__)
     return "causal" if causal else "bidirectional"
 
 

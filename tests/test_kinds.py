@@ -148,6 +148,34 @@ def test_the_text_model_of_clip_is_causal():
     }
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("softmax", "relu_norm", "elu"))
+def test_a_decoder_that_goes_by_its_mask_alone_is_causal(name):
+    settings = SEQ2SEQ | dict(stagger_local_blocks=False, block_size=8, num_global_tokens=2)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model("pegasus_x", **settings)).eval()
+    own = [module for module in model.modules() if getattr(module, "is_decoder", None) is True]
+    assert len(own) == 4 and not any(module.is_causal for module in own)
+    kinds = {entry.name: entry.kind for entry in hf_attnswap.inspect(model) if not entry.reason}
+    assert kinds == {
+        f"decoder.layers.{i}.{part}": kind
+        for i in range(2)
+        for part, kind in (("self_attn", "causal"), ("encoder_attn", "cross"))
+    }
+    given = dict(input_ids=tokens(16), decoder_input_ids=tokens(9, seed=1))
+    expected = model(**given).last_hidden_state
+    hf_attnswap.swap(model, name, kinds=["causal"])
+    found = model(**given).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5) == (name == "softmax")
+    given["decoder_input_ids"] = torch.cat([given["decoder_input_ids"][:, :6], tokens(3, seed=2)], dim=1)
+    torch.testing.assert_close(model(**given).last_hidden_state[:, :6], found[:, :6])
+    cache = None
+    for i, ids in enumerate(given["decoder_input_ids"][:, :6].split(1, dim=1)):
+        step = model(input_ids=given["input_ids"], decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        torch.testing.assert_close(step.last_hidden_state[:, 0], found[:, i], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "kinds", (["causal"], ["causal", "bidirectional"], ["causal", "bidirectional", "cross"]), ids=str
 )

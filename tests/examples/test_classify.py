@@ -164,6 +164,18 @@ def test_groups_hold_every_text_once_and_little_padding(script):
     assert classify.by_length(rows, 3).shape == (3, 3, 9)
 
 
+def test_groups_are_drawn_by_their_tokens(script):
+    classify = script("classify")
+    groups = torch.full((2, 2, 31), classify.EMPTY)
+    groups[0, :, :11] = 0  # texts of 10 tokens
+    groups[1] = 1  # of 30
+    drawn = classify.by_tokens(groups, 4000, seed=0)
+    assert drawn.shape == (4000, 2, 31)
+    assert drawn[:, 0, 0].float().mean().item() == pytest.approx(0.75, abs=0.03)
+    assert torch.equal(drawn, classify.by_tokens(groups, 4000, seed=0))
+    assert not torch.equal(drawn, classify.by_tokens(groups, 4000, seed=1))
+
+
 def test_accuracy_has_wilsons_interval(script):
     found = script("classify").accuracy([1] * 10)
     assert found["accuracy"] == 1 and found["standard_error"] == 0
