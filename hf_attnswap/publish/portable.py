@@ -27,7 +27,8 @@ from ..patching import swapped_modules
 from ..version import __version__
 
 FILE = "modeling_attnswap.py"
-_AUTO = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM"}
+# The families that it was tested on.
+FAMILIES = ("llama", "mistral", "qwen2")
 # The fast forms, which no definition needs.
 _LEFT_OUT = {
     "forward", "_fast", "_attend", "_by_tiles", "_one_row", "_fits_blocks", "_blocked", "calibrate", "tiles",
@@ -38,7 +39,7 @@ _LEFT_OUT = {
 def add(folder: str | Path) -> Path:
     """Write `modeling_attnswap.py` into the folder of a saved conversion, and name it in its config.json.
 
-    For decoder-only language models whose swapped attention is causal; the path of the file.
+    For language models of `FAMILIES`; the path of the file.
 
     Raises:
         UsageError: another kind of model, or a variant that is not defined by its scores alone.
@@ -46,15 +47,16 @@ def add(folder: str | Path) -> Path:
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
     architecture = (config.architectures or [""])[0]
-    auto = next((auto for suffix, auto in _AUTO.items() if architecture.endswith(suffix)), None)
-    cls = getattr(transformers, architecture, None)
-    if auto is None or cls is None or config.is_encoder_decoder:
-        raise UsageError(f"{architecture or 'this model'} cannot be portable: only decoder-only language models can")
+    if config.model_type not in FAMILIES or not architecture.endswith("ForCausalLM"):
+        raise UsageError(
+            f"{architecture or config.model_type} cannot be portable: only language models of {', '.join(FAMILIES)} can"
+        )
+    cls = getattr(transformers, architecture)
     with torch.device("meta"):
         model = cls(config)
     text = _source(model, architecture)
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    saved["auto_map"] = {auto: f"{FILE.removesuffix('.py')}.Swapped{architecture}"}
+    saved["auto_map"] = {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.Swapped{architecture}"}
     path = write_whole(folder / FILE, text.encode())
     write_whole(folder / "config.json", f"{json.dumps(saved, indent=2, sort_keys=True)}\n".encode())
     return path
