@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .base import LinearAttention, Option, positions
+from .base import Option
+from .linear import LinearAttention, positions
 from .registry import register
 
 

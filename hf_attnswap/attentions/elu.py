@@ -2,7 +2,7 @@
 
 import torch
 
-from .base import LinearAttention
+from .linear import LinearAttention
 from .registry import register
 
 

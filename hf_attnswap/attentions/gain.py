@@ -7,7 +7,8 @@ projections. It is an option, off unless asked for, because a swap without train
 import torch
 from torch import nn
 
-from .base import Option, ScoreAttention
+from .base import Option
+from .scores import ScoreAttention
 from .softmax import Softmax
 
 

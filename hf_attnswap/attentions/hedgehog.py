@@ -9,7 +9,7 @@ scaled: the features are then sharp enough to train.
 import torch
 from torch import Tensor, nn
 
-from .base import LinearAttention
+from .linear import LinearAttention
 from .registry import register
 
 

@@ -20,7 +20,8 @@ from ..ops.heads import compute_dtype, scores
 from ..ops.linear import linear_block, linear_step, values_with_ones
 from ..ops.rows import by_rows
 from ..ops.window import Step, context
-from .base import Attention, LinearAttention, by_definition, needs_state
+from .base import Attention, by_definition, needs_state
+from .linear import LinearAttention
 from .window import Window, near, read_state
 
 _hybrid = Op("hybrid")

@@ -3,7 +3,7 @@
 The product re-associates, (Q K^T) V = Q (K^T V): this, not an activation on the scores, is what makes it O(n).
 """
 
-from .base import LinearAttention
+from .linear import LinearAttention
 from .registry import register
 
 

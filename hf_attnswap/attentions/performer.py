@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .base import LinearAttention, Option
+from .base import Option
+from .linear import LinearAttention
 from .registry import register
 
 # exp of more than this would overflow in sums of float32; only a key that points along w gets near.

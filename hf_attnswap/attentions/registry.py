@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-from .base import Attention, LinearAttention, suggestion
+from .base import Attention, suggestion
+from .linear import LinearAttention
 
 _registered: dict[str, type[Attention]] = {}
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..ops.heads import mix, scores
-from .base import Option, ScoreAttention
+from .base import Option
 from .registry import register
+from .scores import ScoreAttention
 
 
 @register

@@ -5,7 +5,7 @@ Kasai et al., "Finetuning pretrained transformers into RNNs" (T2R, without its p
 
 import torch
 
-from .base import LinearAttention
+from .linear import LinearAttention
 from .registry import register
 
 

@@ -6,8 +6,8 @@ o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij). Vaswani et al., "Attention is all y
 import torch
 import torch.nn.functional as F
 
-from .base import ScoreAttention
 from .registry import register
+from .scores import ScoreAttention
 
 
 @register

@@ -7,7 +7,7 @@ transformers into RNNs", 2021, where W starts at random.
 import torch
 from torch import Tensor, nn
 
-from .base import LinearAttention
+from .linear import LinearAttention
 from .registry import register
 
 

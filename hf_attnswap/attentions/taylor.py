@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import LinearAttention, Option
+from .base import Option
+from .linear import LinearAttention
 from .registry import register
 
 

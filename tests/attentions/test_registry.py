@@ -14,7 +14,8 @@ from hf_attnswap.attentions import Heads, registry
 VARIANT = '''
 import torch
 
-from .base import LinearAttention, Option
+from .base import Option
+from .linear import LinearAttention
 from .registry import register
 
 

@@ -1,0 +1,116 @@
+"""The family of linear variants: a feature map on queries and one on keys make attention O(n)."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..masks import Mask
+from ..ops.heads import scores
+from ..ops.linear import causal_linear, full_linear
+from .base import Attention
+
+
+class LinearAttention(Attention):
+    """Variants with `phi(q) . phi(k)` in place of `exp(s)`: the product re-associates, O(n) in time and memory.
+
+    o_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps), or / n_i where `divide_by_count`.
+    The maps see query and key as they are, or times sqrt(scaling) where `scaled`. With `hybrid` there is an `X+window`.
+    """
+
+    cost_class = "linear"
+    stateful = True
+    ops = ("causal_linear", "full_linear")
+    scaled: ClassVar[bool] = False
+    divide_by_count: ClassVar[bool] = False
+    hybrid: ClassVar[bool] = True
+    eps: ClassVar[float] = 1e-6
+
+    def map_query(self, x: Tensor) -> Tensor:
+        """Feature map of the queries, `[B, H, t, D]` -> `[B, H, t, F]`."""
+        return self.feature_map(x)
+
+    def map_key(self, x: Tensor) -> Tensor:
+        """Feature map of the keys, `[B, Hkv, t, D]` -> `[B, Hkv, t, F]`."""
+        return self.feature_map(x)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """The map where queries and keys share it."""
+        raise NotImplementedError(f"{type(self).__name__} defines no feature map")
+
+    def map_query_beside_softmax(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The map of the queries in `X+window`, where a factor of the row does not cancel.
+
+        Returns:
+            Features, and the log of a factor of each row that was left out of them, `[B, H, t, 1]`; None for 0. Any
+            number that keeps the features in range will do for it, so it is a constant to the gradient.
+        """
+        return self.map_query(x), None
+
+    def kernel(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """`phi(q_i) . phi(k_j)`, `[B, H, T, S]`: O(n^2), for the definition."""
+        scale = scaling**0.5 if self.scaled else 1.0
+        return scores(self.map_query(query * scale), self.map_key(key * scale))
+
+    def weights(self, query, key, mask, scaling):
+        allowed = mask.matrix(query.device)
+        kernel = self.kernel(*self.prepare(query, key, mask, None), scaling).masked_fill(~allowed, 0)
+        if self.divide_by_count:
+            return kernel / allowed.sum(-1, keepdim=True).clamp(min=1)
+        return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
+
+    def prepare(self, query: Tensor, key: Tensor, mask: Mask, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Query and key as the maps want them, where these need more than each token by itself."""
+        return query, key
+
+    def forward(self, query, key, value, mask, scaling, state=None):
+        dtype = query.dtype
+        query, key = self.prepare(query, key, mask, state)
+        maps = {
+            "map_query": self.map_query,
+            "map_key": self.map_key,
+            "scale": scaling**0.5 if self.scaled else 1.0,
+            "eps": None if self.divide_by_count else self.eps,
+        }
+        if not mask.causal:
+            out, _ = full_linear(query, key, value, **maps, key_mask=mask.valid)
+            if self.divide_by_count:
+                counts = key.shape[2] if mask.valid is None else mask.valid.sum(1).clamp(min=1)[:, None, None, None]
+                out = out / counts
+            return out.to(dtype)
+        valid = mask.new_tokens()
+        out, _, after = causal_linear(
+            query,
+            key,
+            value,
+            **maps,
+            parameters=tuple(self.parameters()) if torch.is_grad_enabled() else (),
+            key_mask=valid,
+            state=None if state is None else state.get("S"),
+        )
+        if self.divide_by_count:
+            out, counts = self._divide(out, query, valid, state)
+            if state is not None:
+                state["count"] = counts
+        if state is not None:
+            state["S"] = after
+        return out.to(dtype)
+
+    @staticmethod
+    def _divide(numerator, query, valid, state):
+        """By the number of keys seen so far, `n_i`; also that number after the last token, `[B]`."""
+        counts = positions(query, valid, state) + 1
+        after = counts[:, -1].clone()  # not a view of all counts
+        return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), after
+
+
+def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:
+    """How many valid tokens stand before each of the new ones, those in `state["count"]` included: int `[B, T]`.
+
+    Padding has the position of the valid token before it (-1 where there is none).
+    """
+    batch, _, length, _ = query.shape
+    if valid is None:
+        valid = torch.ones(batch, length, dtype=torch.long, device=query.device)
+    before = 0 if state is None or "count" not in state else state["count"][:, None]
+    return valid.long().cumsum(1) - 1 + before
