@@ -168,7 +168,7 @@ def test_wrong_use_leaves_the_model_as_it_was(arguments, says):
     ("name", "options", "says"),
     (
         ("window", {"windw": 8}, "window has no option 'windw'. Did you mean 'window'?"),
-        ("relu", {"window": 8}, "relu has no option 'window'. Its options: alpha, gain"),
+        ("relu", {"window": 8}, "relu has no option 'window'. Its options: gain, alpha"),
         ("window", {"window": -3}, "window: window is -3; expected at least 1"),
     ),
 )
