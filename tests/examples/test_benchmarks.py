@@ -19,7 +19,7 @@ from hf_attnswap.cache import cache_nbytes
 from hf_attnswap.masks import Mask
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
-MODULES = ("attention", "model", "figures", "peers")
+MODULES = ("attention", "model", "figures", "peers", "where_time_goes")
 
 
 @pytest.fixture
@@ -147,6 +147,16 @@ def test_a_filled_cache_is_that_of_a_prompt(checkpoint, name):
     assert cache_nbytes(filled) == cache_nbytes(read)
     decode(model, filled, torch.ones(1, 1, dtype=torch.long), 3)
     assert filled.get_seq_length() == 103
+
+
+def test_where_time_goes(benchmark, capsys):
+    module = benchmark("where_time_goes")
+    a, b = torch.randn(2, 256, 256)
+    found = module.shares(lambda: torch.mm(a, b))
+    assert found["products"] > 0.5 and sum(found.values()) == pytest.approx(1)
+    for more in ([], ["--backward"], ["--decode"]):
+        module.main(["--attention", "elu", "--length", "32", *more])
+    assert capsys.readouterr().out.count("elu") == 3
 
 
 def test_bench_of_the_command_line():
