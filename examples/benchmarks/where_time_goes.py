@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", action="append", required=True, help="may be repeated")
     parser.add_argument("--length", type=int, default=2048, help="(default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
+    parser.add_argument("--bidirectional", action="store_true", help="every token attends to every other")
     parser.add_argument("--backward", action="store_true", help="forward + backward")
     parser.add_argument("--decode", action="store_true", help="one step after so many tokens")
     args = parser.parse_args(argv)
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name in args.attention:
         arm = Arm.parse(name)
-        candidate = Variant(attentions.get(arm.attention)(HEADS, **arm.options).to(dtype))
+        variant = attentions.get(arm.attention)(HEADS, **arm.options).to(dtype)
+        candidate = Variant(variant, causal=not args.bidirectional)
         inputs = random_inputs(HEADS, args.length, dtype=dtype)
         if args.decode:
             with torch.no_grad():
@@ -83,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         milliseconds = f"{statistics.median(times) * 1e3:.3g}"
         rows.append([name, milliseconds, *(f"{share:.0%}" for share in found.values())])
     what = "one decode step after" if args.decode else "forward + backward of" if args.backward else "forward of"
-    print_table(f"{what} {args.length} tokens, {args.dtype}", ["attention", "ms", *found], rows)
+    direction = "bidirectional" if args.bidirectional else "causal"
+    print_table(f"{what} {args.length} tokens, {direction}, {args.dtype}", ["attention", "ms", *found], rows)
 
 
 if __name__ == "__main__":
