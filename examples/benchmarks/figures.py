@@ -23,7 +23,7 @@ Record = dict[str, Any]
 def heading(argv: Sequence[str] | None, **settings: Any) -> Record:
     """Machine, date, versions and command of a run."""
     command = ["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]] if argv is None else argv
-    command = [Path(word).name if Path(word).is_absolute() else word for word in command]  # no paths of one machine
+    command = [named(word) for word in command]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(torch.device("cpu")),
@@ -32,6 +32,11 @@ def heading(argv: Sequence[str] | None, **settings: Any) -> Record:
         "spread": "median, low and high: median and quartiles over the rounds",
         **settings,
     }
+
+
+def named(word: str) -> str:
+    """A path of this machine as its last part; anything else as it is."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def note(line: str) -> None:

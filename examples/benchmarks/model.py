@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from figures import Record, draw, heading, note, print_table, quartiles, spread
+from figures import Record, draw, heading, named, note, print_table, quartiles, spread
 from transformers import PreTrainedModel
 
 from hf_attnswap import UsageError, swap
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
         raise UsageError("lengths, new_tokens, rounds and threads must be at least 1")
     require_empty(args.output_dir)
     torch.set_num_threads(args.threads)
-    report = heading(argv, model=args.model_name_or_path, rounds=args.rounds, budget_s=args.budget)
+    report = heading(argv, model=named(args.model_name_or_path), rounds=args.rounds, budget_s=args.budget)
     dtypes = dict.fromkeys(args.dtype or ["float32", "bfloat16"])
     report["figures"] = [record for dtype in dtypes for record in measure(args, dtype)]
     panels: dict[str, dict[str, list[Record]]] = {}
