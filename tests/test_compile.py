@@ -7,8 +7,20 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import hf_attnswap
 
 # Compiling takes some ten seconds.
-USUAL = ("elu", "relu_norm")
-RARE = ("hedgehog+window", "window", "relu_power", "sigmoid", "rela", "gated", "delta", "cosformer", "taylor", "none")
+USUAL = ("elu",)
+RARE = (
+    "relu_norm",
+    "hedgehog+window",
+    "window",
+    "relu_power",
+    "sigmoid",
+    "rela",
+    "gated",
+    "delta",
+    "cosformer",
+    "taylor",
+    "none",
+)
 
 
 def swapped(name: str) -> LlamaForCausalLM:
