@@ -135,10 +135,6 @@ def _joined(numerator, denominator, c, linear, log_scale):
     return torch.addcmul(out, linear_numerator, (-lead).sigmoid() / linear_denominator)
 
 
-_hybrid.form("torch")(Hybrid._fast)
-_hybrid.form("reference", needs_state)(by_definition)
-
-
 def _joined(numerator, denominator, c, linear, log_scale):
     """The result of rows, from the parts of both branches `[..., Dv]`, `[..., 1]`, `[..., 1]` and `[..., Dv + 1]`.
 
