@@ -5,12 +5,21 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import UsageError
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:
-    """Write `data` to a temporary file beside `path`, then rename it to `path`; return `path`.
+    """Write `data` to `path` as `whole_file` does; return `path`."""
+    with whole_file(path) as stream:
+        stream.write(data)
+    return Path(path)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file beside `path` that is renamed to `path` when the block ends well.
 
     Whatever fails before the rename leaves the file that was there before, and no temporary file.
     """
@@ -19,13 +28,12 @@ def write_whole(path: str | Path, data: bytes) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from .files import whole_file
 
 
 def default_folder() -> Path:
@@ -34,16 +35,9 @@ def cached(path: Path, chunks: Iterable[array]) -> Tensor:
     which then appears whole."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                for chunk in chunks:
-                    chunk.tofile(stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as stream:
+            for chunk in chunks:
+                chunk.tofile(stream)
     if path.stat().st_size == 0:
         return torch.empty(0, dtype=torch.int32)
     return torch.from_numpy(np.memmap(path, dtype=np.int32, mode="c"))  # "c": torch warns of what it cannot write to
