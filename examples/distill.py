@@ -16,7 +16,16 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from common import load_as_asked, read_text, run, run_script, save, training_parser
+from common import (
+    add_validation_arguments,
+    load_as_asked,
+    read_text,
+    read_validation,
+    run,
+    run_script,
+    save,
+    training_parser,
+)
 from lora import add_lora_arguments, merged, with_lora_if_asked
 from torch import nn
 
@@ -39,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the error of each layer's hidden states, beside the divergence (default: %(default)s)",
     )
     add_lora_arguments(parser)
+    add_validation_arguments(parser)
     return parser
 
 
@@ -59,7 +69,8 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
                 model, teacher, batch, temperature=args.temperature, hidden_weight=args.hidden_weight
             )
 
-    history = run(args, accelerator, trained, read_text(args, accelerator, tokenizer), loss)
+    blocks, validation = (read(args, accelerator, tokenizer) for read in (read_text, read_validation))
+    history = run(args, accelerator, trained, blocks, loss, validation)
     model = merged(trained)
     folder = save(args, accelerator, model, tokenizer)
     accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")
