@@ -269,8 +269,6 @@ def run(
             if step % args.validation_steps == 0 or step == steps:
                 log_validation(accelerator, model, validation, log, step, step * tokens)
 
-        if not log.exists():
-            validate(0)
     return run_steps(args, accelerator, model, loader, step_loss, steps=steps, step_size=tokens, validate=validate)
 
 
@@ -286,6 +284,7 @@ def log_validation(
     entry = {"step": step, "tokens": tokens, "perplexity": found.perplexity, "nll": found.mean}
     if not math.isnan(found.standard_error):
         entry["standard_error"] = found.standard_error
+    log.parent.mkdir(parents=True, exist_ok=True)
     write_whole(log, "".join(f"{line}\n" for line in [*kept, json.dumps(entry)]).encode())
     accelerator.log({"validation_perplexity": found.perplexity}, step=step)
     say(accelerator, f"step {step}: perplexity {found.perplexity:.3f} on the validation text")
@@ -320,7 +319,7 @@ def run_steps(
 
     Args:
         learning_rate, output_dir: in place of those of the arguments.
-        validate: called after each step.
+        validate: called before the first step, with 0, and after each.
     """
     output_dir = output_dir or args.output_dir
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -339,6 +338,8 @@ def run_steps(
     if args.with_tracking:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers("hf_attnswap", config=plain)
+    if validate is not None and not checkpoint:
+        validate(0)
     with progress_bar(accelerator, steps, step_size, unit) as draw:
 
         def progress(step: int, loss: float) -> None:

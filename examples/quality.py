@@ -6,7 +6,7 @@
 A run is a folder that convert.py wrote; its name is that of the row. All are measured on the same blocks of text, so
 differences are paired. What a stage is compared with:
 
-- distill: the original model, whose distribution it learns. Softmax trained that way stays the original.
+- distill: the original model, whose distribution it learns; softmax has nothing to learn there.
 - finetune: the run of softmax in its finetune stage. Cross-entropy teaches the style of the text to every model, the
   original too; a comparison with the untrained one would call that a gain.
 
@@ -78,9 +78,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         report["models"][key] = found
         write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
 
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     measure("original", original, {})
     for run in args.runs:
         stages, so_far = recipes[run.name], 0
+        (args.output_dir / run.name).mkdir(parents=True, exist_ok=True)
         write_whole(
             args.output_dir / run.name / "recipe.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False).encode()
         )
