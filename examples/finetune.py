@@ -13,7 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from common import load_as_asked, read_text, run, run_script, save, training_parser
+from common import (
+    add_freeze_argument,
+    freeze_as_asked,
+    load_as_asked,
+    read_text,
+    run,
+    run_script,
+    save,
+    training_parser,
+)
 from lora import add_lora_arguments, merged, with_lora_if_asked
 
 from hf_attnswap.errors import one_line_errors
@@ -23,12 +32,14 @@ from hf_attnswap.training.loop import next_token_loss
 
 def build_parser() -> argparse.ArgumentParser:
     parser = training_parser(__doc__, learning_rate=5e-5)
+    add_freeze_argument(parser)
     add_lora_arguments(parser)
     return parser
 
 
 def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     model, tokenizer = load_as_asked(args, accelerator)
+    freeze_as_asked(model, args)
     trained = with_lora_if_asked(model, args, accelerator)
     history = run(args, accelerator, trained, read_text(args, accelerator, tokenizer), next_token_loss)
     model = merged(trained)
