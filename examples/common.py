@@ -39,7 +39,8 @@ from hf_attnswap.training.loop import Step, train
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
     "model_name_or_path dtype attention layers option train linear_branch_alone use_lora lora_r lora_alpha "
-    "lora_dropout align_steps align_learning_rate teacher_name_or_path temperature hidden_weight".split()
+    "lora_dropout freeze_embeddings align_steps align_learning_rate teacher_name_or_path temperature "
+    "hidden_weight".split()
 )
 
 # So much of a text is shuffled at least, however short the run: its beginning alone may be a single subject.
@@ -106,6 +107,11 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     parser.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     parser.add_argument("--learning_rate", type=float, default=learning_rate, help="(default: %(default)s)")
     parser.add_argument(
+        "--new_parameters_learning_rate",
+        type=float,
+        help="of the swapped attention's own parameters (default: that of the others)",
+    )
+    parser.add_argument(
         "--final_learning_rate", type=float, default=0.0, help="a cosine ends there (default: %(default)s)"
     )
     parser.add_argument("--num_warmup_steps", type=int, default=0, help="before the cosine (default: %(default)s)")
@@ -119,6 +125,27 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     parser.add_argument("--with_tracking", action="store_true")
     parser.add_argument("--report_to", default="all", choices=LoggerType.list(), help="(default: all installed)")
     parser.add_argument("--seed", type=int, default=0, help="of new weights, dropout and the order of the text")
+
+
+def add_freeze_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--freeze_embeddings",
+        action="store_true",
+        help="of a model that trains in full, leave the input and output embeddings as they are: where these are tied, "
+        "they hold the space in which the original's logits arise",
+    )
+
+
+def freeze_as_asked(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    if args.freeze_embeddings:
+        for embeddings in _embeddings(model):
+            embeddings.requires_grad_(False)
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Of the input, and of the output where the model has those."""
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [embeddings for embeddings in both if embeddings is not None]
 
 
 def positive(text: str) -> int:
@@ -323,8 +350,7 @@ def run_steps(
     """
     output_dir = output_dir or args.output_dir
     parameters = [p for p in model.parameters() if p.requires_grad]
-    count, total = (sum(p.numel() for p in group) for group in (parameters, model.parameters()))
-    say(accelerator, f"{count:,} of {total:,} parameters train")
+    say(accelerator, what_trains(model))
     for dtype in {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
         say(
             accelerator,
@@ -354,6 +380,7 @@ def run_steps(
             step_loss,
             learning_rate=args.learning_rate if learning_rate is None else learning_rate,
             steps=steps,
+            new_parameters_learning_rate=args.new_parameters_learning_rate if learning_rate is None else None,
             final_learning_rate=args.final_learning_rate if learning_rate is None else 0.0,
             warmup=args.num_warmup_steps,
             weight_decay=args.weight_decay,
@@ -367,6 +394,29 @@ def run_steps(
             unit=unit,
             progress=progress,
         )
+
+
+def what_trains(model: nn.Module) -> str:
+    """How many parameters of which kind train, of how many."""
+    embeddings = {
+        id(p)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        if part
+        for p in part.parameters()
+    }
+    counts = dict.fromkeys(("the swapped attention", "LoRA", "the embeddings", "other weights"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if ".attnswap." in name:
+                kind = "the swapped attention"
+            elif ".lora_" in name:
+                kind = "LoRA"
+            else:
+                kind = "the embeddings" if id(parameter) in embeddings else "other weights"
+            counts[kind] += parameter.numel()
+    total = sum(p.numel() for p in model.parameters())
+    parts = ", ".join(f"{count:,} of {kind}" for kind, count in counts.items() if count)
+    return f"{sum(counts.values()):,} of {total:,} parameters train: {parts}"
 
 
 def save(

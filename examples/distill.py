@@ -17,7 +17,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from common import (
+    add_freeze_argument,
     add_validation_arguments,
+    freeze_as_asked,
     load_as_asked,
     read_text,
     read_validation,
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="of the error of each layer's hidden states, beside the divergence (default: %(default)s)",
     )
+    add_freeze_argument(parser)
     add_lora_arguments(parser)
     add_validation_arguments(parser)
     return parser
@@ -60,6 +63,7 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     model, tokenizer = load_as_asked(args, accelerator)
     if not swapped_modules(model):
         raise UsageError(f"the attention of {args.model_name_or_path!r} is not swapped: give --attention")
+    freeze_as_asked(model, args)
     trained = with_lora_if_asked(model, args, accelerator)
     teacher = find_teacher(args, accelerator, trained)
 

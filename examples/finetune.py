@@ -14,7 +14,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from common import (
+    add_freeze_argument,
     add_validation_arguments,
+    freeze_as_asked,
     load_as_asked,
     read_text,
     read_validation,
@@ -32,6 +34,7 @@ from hf_attnswap.training.loop import next_token_loss
 
 def build_parser() -> argparse.ArgumentParser:
     parser = training_parser(__doc__, learning_rate=5e-5)
+    add_freeze_argument(parser)
     add_lora_arguments(parser)
     add_validation_arguments(parser)
     return parser
@@ -39,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     model, tokenizer = load_as_asked(args, accelerator)
+    freeze_as_asked(model, args)
     trained = with_lora_if_asked(model, args, accelerator)
     blocks, validation = (read(args, accelerator, tokenizer) for read in (read_text, read_validation))
     history = run(args, accelerator, trained, blocks, next_token_loss, validation)

@@ -157,6 +157,26 @@ def test_finetuning_trains_all_weights_of_the_control(trained, arguments, checkp
     assert sum(losses[10:]) < 0.9 * sum(losses[:10])
 
 
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_embeddings_stay_when_asked(script, arguments, checkpoint, tmp_path, name, capsys):
+    """The tied output embeddings too; what trains is said."""
+    given = [*arguments, "--attention", "relu_norm", "--option", "gain=true", "--learning_rate", "1e-2"]
+    given += ["--new_parameters_learning_rate", "3e-2", "--freeze_embeddings"]
+    script(name).main(given)
+    source = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    assert source.keys() - changed(source, new) == {"model.embed_tokens.weight", "lm_head.weight"}
+    embeddings = source["lm_head.weight"].numel()
+    total = sum(p.numel() for p in load(str(tmp_path / "out" / "model"))[0].parameters())
+    said = capsys.readouterr().err
+    assert (
+        f"{total - embeddings:,} of {total:,} parameters train: 12 of the swapped attention, "
+        f"{total - embeddings - 12:,} of other weights\n" in said
+    )
+    log = read_log(tmp_path / "out")
+    assert (log[0]["learning_rate"], log[0]["new_parameters_learning_rate"]) == (1e-2, 3e-2)
+
+
 def test_lora_on_a_conversion_is_merged_and_trains_the_new_parameters(trained, arguments, checkpoint, tmp_path):
     given = [*arguments, *WINDOW, "--use_lora", "--lora_r", "2", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
     expected = trained("finetune", given)
