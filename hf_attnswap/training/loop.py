@@ -124,9 +124,7 @@ def train(
                         raise _not_finite(accelerator, model, step_loss, loader, losses[-1], step, learning_rate)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    # Read from the optimiser: FSDP2 puts other tensors in the place of the parameters.
-                    groups = optimizer.param_groups
-                    accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], max_grad_norm)
+                    accelerator.clip_grad_norm_(_in_order(model, optimizer), max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         jump = spike(losses)
@@ -164,6 +162,13 @@ def _groups(
         )
     old = [p for p in parameters if id(p) not in own]
     return [*([{"params": old, "lr": learning_rate}] if old else []), {"params": new, "lr": new_learning_rate}]
+
+
+def _in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What trains, from the prepared model, as FSDP2 puts other tensors in the place of the parameters; in the model's
+    order, as accelerate compares the list with the model's under FSDP."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in model.parameters() if id(p) in trained]
 
 
 def _rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> dict[str, float]:
