@@ -106,7 +106,13 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     parser.add_argument("--seed", type=int, default=0, help="of new weights, dropout and the order of the text")
 
 
-def add_freeze_argument(parser: argparse.ArgumentParser) -> None:
+def add_whole_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the scripts whose gradients go through the whole model."""
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute layers again in the backward pass: less memory, about a third more time",
+    )
     parser.add_argument(
         "--freeze_embeddings",
         action="store_true",
