@@ -28,8 +28,8 @@ from hf_attnswap.training.loop import Step, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
-    "model_name_or_path dtype attention layers option train linear_branch_alone use_lora lora_r lora_alpha "
-    "lora_dropout freeze_embeddings align_steps align_learning_rate teacher_name_or_path temperature "
+    "model_name_or_path dtype attention layers option train linear_branch_alone weights_loss use_lora lora_r "
+    "lora_alpha lora_dropout freeze_embeddings align_steps align_learning_rate teacher_name_or_path temperature "
     "hidden_weight".split()
 )
 

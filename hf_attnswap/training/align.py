@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..attentions import Attention, Heads, get
 from ..attentions.hybrid import Hybrid
 from ..errors import UsageError
+from ..masks import Mask
+from ..ops.heads import compute_dtype
 from ..patching import swapped_modules
 from .batches import model_inputs
 from .teacher import frozen, softmax_flows_on
@@ -29,7 +32,7 @@ DEFAULT_PROJECTIONS_LEARNING_RATE = 1e-3  # to 1e-5, as RADLADS
 
 class LayerLosses(dict[str, Tensor]):
     """Loss of each layer, by the path of its module, in the last forward pass: mean squared error over the variance of
-    the softmax output.
+    the softmax output, and the divergence of the weights where that is asked for.
 
     Attributes:
         valid: which tokens of the batch count, `[B, T]`; None for all.
@@ -43,7 +46,7 @@ class LayerLosses(dict[str, Tensor]):
 
 
 @contextmanager
-def aligning(model: nn.Module, linear_branch_alone: bool = False) -> Iterator[LayerLosses]:
+def aligning(model: nn.Module, linear_branch_alone: bool = False, weights_loss: float = 0.0) -> Iterator[LayerLosses]:
     """While this is open, a forward pass runs softmax everywhere and fills the losses of the swapped layers.
 
     Call `losses.clear()` before the next forward pass.
@@ -51,13 +54,17 @@ def aligning(model: nn.Module, linear_branch_alone: bool = False) -> Iterator[La
     Args:
         linear_branch_alone: of each `X+window`, compare the linear variant X over all keys. The window gives most of
             the output and leaves X little to learn from; LoLCATs trains X first, and adds the window then.
+        weights_loss: how many times `weights_divergence` is added to the error of the outputs.
     """
     losses = LayerLosses()
 
     def compare(layer, attention, teacher, query, key, value, mask, scaling):
         learner = attention.linear if linear_branch_alone else attention
         student = learner(query, key, value, mask, scaling)
-        losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
+        loss = normalised_error(student, teacher, mask.new_tokens())
+        if weights_loss:
+            loss = loss + weights_loss * weights_divergence(learner, query, key, mask, scaling)
+        losses[layer] = losses.get(layer, 0) + loss
 
     with softmax_flows_on(model, compare):
         yield losses
@@ -131,6 +138,37 @@ def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = No
     error = ((student - teacher).square() * count).sum((1, 2, 3))
     spread = ((teacher - centre).square() * count).sum((1, 2, 3))
     return (error / spread.clamp(min=1e-12)).mean()
+
+
+_SOFTMAX = get("softmax")(Heads(1, 1, 1))
+_SMALLEST_WEIGHT = 1e-8
+
+
+def weights_divergence(attention: Attention, query: Tensor, key: Tensor, mask: Mask, scaling: float) -> Tensor:
+    """`sum_j p_ij log(p_ij / w_ij)`, the mean over rows; p is softmax's weights, w the variant's, rows brought to sum
+    one.
+
+    That is the cross-entropy by which Hedgehog (Zhang 2024) learns and LoLCATs (Zhang 2024) may, less the entropy of p,
+    which trains nothing. O(n^2) time and memory. Weights below 1e-8 count as that.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`. Computes in float32 or above.
+
+    Raises:
+        UsageError: the variant has negative weights.
+    """
+    query, key = (t.to(compute_dtype(t.dtype)) for t in (query, key))
+    with torch.no_grad():
+        p = _SOFTMAX.weights(query, key, mask, scaling)
+    weights = attention.weights(query, key, mask, scaling)
+    if (weights < 0).any():
+        raise UsageError(f"{attention.name} has negative weights, which have no cross-entropy: leave weights_loss out")
+    p, w = (t / t.sum(-1, keepdim=True).clamp(min=_SMALLEST_WEIGHT) for t in (p, weights))
+    rows = (p * (p.clamp(min=_SMALLEST_WEIGHT) / w.clamp(min=_SMALLEST_WEIGHT)).log()).sum(-1)
+    valid = mask.new_tokens()
+    count = torch.ones_like(rows) if valid is None else valid[:, None].to(rows.dtype).expand_as(rows)
+    # Of each text by itself, as in `normalised_error`.
+    return ((rows * count).sum((1, 2)) / count.sum((1, 2)).clamp(min=1)).mean()
 
 
 def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) -> list[nn.Parameter]:

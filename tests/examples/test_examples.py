@@ -342,6 +342,12 @@ def test_evaluate(script, checkpoint, text, tmp_path, capsys):
         ("align_attention", ["--attention", "relu"], "no parameters to align"),
         ("align_attention", ["--use_lora"], "--use_lora is for the projections"),
         ("align_attention", ["--train", "attention", "--linear_branch_alone"], "compares no whole attention modules"),
+        (
+            "align_attention",
+            ["--attention", "relu_norm", "--train", "attention", "--weights_loss", "1"],
+            "compares weights on the same queries",
+        ),
+        ("align_attention", ["--attention", "delta", "--weights_loss", "1"], "delta has negative weights"),
         ("align_attention", ["--attention", "elu", "--linear_branch_alone"], "has no linear branch beside a window"),
         ("align_attention", ["--attention", "hedghog"], "Did you mean 'hedgehog'"),
         ("align_attention", ["--option", "window"], "expected name=value"),
