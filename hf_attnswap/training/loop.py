@@ -206,9 +206,13 @@ def _not_finite(
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token."""
+    """Mean cross-entropy of the next token, over all tokens but the first of each row.
+
+    The first token of a separate document follows from nothing and counts as 0: so it does not matter how rows are
+    batched."""
     inputs = model_inputs(batch)
-    return model(**inputs, labels=next_tokens(inputs)).loss
+    labels = next_tokens(inputs)
+    return model(**inputs, labels=labels).loss * (labels[:, 1:] != -100).float().mean()
 
 
 def _cut_log(log: Path, steps: int) -> None:

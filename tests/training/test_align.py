@@ -129,11 +129,13 @@ def test_the_divergence_of_weights_is_that_of_its_definition(attention):
     p, w = (a.weights(query.double(), key.double(), mask, scaling) for a in (get("softmax")(variant.heads), variant))
     w = (w / w.sum(-1, keepdim=True).clamp(min=1e-8)).clamp(min=1e-8)
     expected = torch.where(p > 0, p * (p / w).log(), 0).sum(-1).mean().item()
-    found = weights_divergence(variant, query, key, mask, scaling)
+    found = weights_divergence(variant, query, key, mask, scaling).mean()
     assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-6) and (expected > 0.01) == (attention != "softmax")
     padded = torch.cat([text, torch.zeros(2, 5, dtype=torch.long)], 1)
     query, key, mask, scaling = seen(model, {"input_ids": padded, "attention_mask": (padded > 0).long()})
-    assert weights_divergence(variant, query, key, mask, scaling).item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert weights_divergence(variant, query, key, mask, scaling).mean().item() == pytest.approx(
+        expected, rel=1e-3, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("alone", [False, True])
