@@ -38,8 +38,8 @@ from hf_attnswap.training.loop import Step, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
-    "model_name_or_path dtype attention layers option train linear_branch_alone use_lora lora_r lora_alpha "
-    "lora_dropout freeze_embeddings align_steps align_learning_rate teacher_name_or_path temperature "
+    "model_name_or_path dtype attention layers option train linear_branch_alone weights_loss use_lora lora_r "
+    "lora_alpha lora_dropout freeze_embeddings align_steps align_learning_rate teacher_name_or_path temperature "
     "hidden_weight".split()
 )
 
@@ -87,13 +87,6 @@ def training_parser(description: str, learning_rate: float) -> argparse.Argument
     return parser
 
 
-def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
-    """For stages that train the model's own output: its perplexity as it goes on."""
-    parser.add_argument("--validation_file", help="log the perplexity on it, read as the training file is")
-    parser.add_argument("--validation_steps", type=positive, default=100, help="(default: %(default)s)")
-    parser.add_argument("--max_validation_tokens", type=positive, default=8192, help="(default: %(default)s)")
-
-
 def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float, batch_size: int = 1) -> None:
     """The arguments of every training script."""
     add_model_arguments(parser)
@@ -127,13 +120,22 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     parser.add_argument("--seed", type=int, default=0, help="of new weights, dropout and the order of the text")
 
 
-def add_freeze_argument(parser: argparse.ArgumentParser) -> None:
+def add_whole_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the scripts that train the model's own output."""
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute layers again in the backward pass: less memory, about a third more time",
+    )
     parser.add_argument(
         "--freeze_embeddings",
         action="store_true",
         help="of a model that trains in full, leave the input and output embeddings as they are: where these are tied, "
         "they hold the space in which the original's logits arise",
     )
+    parser.add_argument("--validation_file", help="log the perplexity on it, read as the training file is")
+    parser.add_argument("--validation_steps", type=positive, default=100, help="(default: %(default)s)")
+    parser.add_argument("--max_validation_tokens", type=positive, default=8192, help="(default: %(default)s)")
 
 
 def freeze_as_asked(model: PreTrainedModel, args: argparse.Namespace) -> None:

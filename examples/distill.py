@@ -17,8 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from common import (
-    add_freeze_argument,
-    add_validation_arguments,
+    add_whole_model_arguments,
     freeze_as_asked,
     load_as_asked,
     read_text,
@@ -36,6 +35,7 @@ from hf_attnswap.errors import one_line_errors
 from hf_attnswap.loading import load
 from hf_attnswap.patching import describe, swapped_modules
 from hf_attnswap.training.distill import DEFAULT_LEARNING_RATE, distillation_loss
+from hf_attnswap.training.recompute import recompute_layers
 from hf_attnswap.training.teacher import frozen
 
 
@@ -49,9 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="of the error of each layer's hidden states, beside the divergence (default: %(default)s)",
     )
-    add_freeze_argument(parser)
+    add_whole_model_arguments(parser)
     add_lora_arguments(parser)
-    add_validation_arguments(parser)
     return parser
 
 
@@ -73,6 +72,8 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
                 model, teacher, batch, temperature=args.temperature, hidden_weight=args.hidden_weight
             )
 
+    if args.gradient_checkpointing:
+        recompute_layers(trained)
     blocks, validation = (read(args, accelerator, tokenizer) for read in (read_text, read_validation))
     history = run(args, accelerator, trained, blocks, loss, validation)
     model = merged(trained)

@@ -124,9 +124,7 @@ def train(
                         raise _not_finite(accelerator, model, step_loss, loader, losses[-1], step, learning_rate)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    # Read from the optimiser: FSDP2 puts other tensors in the place of the parameters.
-                    groups = optimizer.param_groups
-                    accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], max_grad_norm)
+                    accelerator.clip_grad_norm_(_in_order(model, optimizer), max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         jump = spike(losses)
@@ -166,6 +164,13 @@ def _groups(
     return [*([{"params": old, "lr": learning_rate}] if old else []), {"params": new, "lr": new_learning_rate}]
 
 
+def _in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What trains, from the prepared model, as FSDP2 puts other tensors in the place of the parameters; in the model's
+    order, as accelerate compares the list with the model's under FSDP."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in model.parameters() if id(p) in trained]
+
+
 def _rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> dict[str, float]:
     return dict(zip(("learning_rate", "new_parameters_learning_rate"), scheduler.get_last_lr(), strict=False))
 
@@ -201,9 +206,13 @@ def _not_finite(
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token."""
+    """Mean cross-entropy of the next token, over all tokens but the first of each row.
+
+    The first token of a separate document follows from nothing and counts as 0: so it does not matter how rows are
+    batched."""
     inputs = model_inputs(batch)
-    return model(**inputs, labels=next_tokens(inputs)).loss
+    labels = next_tokens(inputs)
+    return model(**inputs, labels=labels).loss * (labels[:, 1:] != -100).float().mean()
 
 
 def _cut_log(log: Path, steps: int) -> None:

@@ -177,6 +177,15 @@ def test_embeddings_stay_when_asked(script, arguments, checkpoint, tmp_path, nam
     assert (log[0]["learning_rate"], log[0]["new_parameters_learning_rate"]) == (1e-2, 3e-2)
 
 
+@pytest.mark.parametrize("name, more", [("finetune", ["--use_lora"]), ("distill", []), ("distill", ["--use_lora"])])
+def test_gradient_checkpointing_has_the_same_losses(script, arguments, tmp_path, name, more):
+    given = [*arguments, *WINDOW, *more, "--learning_rate", "1e-3"]
+    script(name).main(given)
+    script(name).main([*given, "--gradient_checkpointing", "--output_dir", str(tmp_path / "again")])
+    plain, again = ([entry["loss"] for entry in read_log(tmp_path / folder)] for folder in ("out", "again"))
+    assert plain == again
+
+
 def test_lora_on_a_conversion_is_merged_and_trains_the_new_parameters(trained, arguments, checkpoint, tmp_path):
     given = [*arguments, *WINDOW, "--use_lora", "--lora_r", "2", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
     expected = trained("finetune", given)
@@ -333,6 +342,12 @@ def test_evaluate(script, checkpoint, text, tmp_path, capsys):
         ("align_attention", ["--attention", "relu"], "no parameters to align"),
         ("align_attention", ["--use_lora"], "--use_lora is for the projections"),
         ("align_attention", ["--train", "attention", "--linear_branch_alone"], "compares no whole attention modules"),
+        (
+            "align_attention",
+            ["--attention", "relu_norm", "--train", "attention", "--weights_loss", "1"],
+            "compares weights on the same queries",
+        ),
+        ("align_attention", ["--attention", "delta", "--weights_loss", "1"], "delta has negative weights"),
         ("align_attention", ["--attention", "elu", "--linear_branch_alone"], "has no linear branch beside a window"),
         ("align_attention", ["--attention", "hedghog"], "Did you mean 'hedgehog'"),
         ("align_attention", ["--option", "window"], "expected name=value"),

@@ -16,6 +16,7 @@ from tiny_models import tiny, tokens
 
 from hf_attnswap import UsageError, swap
 from hf_attnswap.training import checkpoints
+from hf_attnswap.training.align import aligning, alignment_loss, trainable_parameters
 from hf_attnswap.training.batches import batches
 from hf_attnswap.training.checkpoints import find_checkpoint
 from hf_attnswap.training.loop import next_token_loss, train, warmup_cosine
@@ -110,6 +111,33 @@ def test_accumulation_is_a_larger_batch():
     assert accumulated == pytest.approx(losses, rel=1e-5)
     assert all(torch.allclose(weights[n], weights_accumulated[n], atol=1e-5) for n in weights)
     assert losses != pytest.approx(run()[0], rel=1e-2)
+
+
+def separate_documents():
+    """Blocks `[7, 16, 2]` with 1, 2, 3, ... documents."""
+    first = torch.zeros_like(BLOCKS)
+    for row, here in enumerate(first):
+        here[torch.arange(row + 1) * 2] = 1
+    return torch.stack([BLOCKS, first], dim=-1)
+
+
+@pytest.mark.parametrize("what", ["finetune", "align"])
+def test_accumulation_is_a_larger_batch_where_documents_are_separate(monkeypatch, what):
+    monkeypatch.setitem(globals(), "BLOCKS", separate_documents())
+    found = []
+    for shared_out in (dict(batch_size=2), dict(accumulation=2)):
+        if what == "finetune":
+            found.append(run(steps=3, **shared_out)[0])
+            continue
+        model = swap(tiny(), "hedgehog")
+        trainable_parameters(model)
+        with aligning(model, weights_loss=1.0) as losses:
+
+            def loss(model, batch, losses=losses):
+                return alignment_loss(model, batch, losses)
+
+            found.append(run(model, loss=loss, steps=3, **shared_out)[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][0] != pytest.approx(found[0][1], rel=1e-2)
 
 
 def test_new_parameters_have_a_rate_of_their_own(tmp_path):
