@@ -392,6 +392,18 @@ def test_a_tracker_that_is_not_installed(script, arguments):
         script("finetune").main([*arguments, "--with_tracking", "--report_to", missing[0]])
 
 
+def test_a_tracker_gets_the_loss_of_each_step(script, arguments, tmp_path):
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    script("finetune").main([*arguments, "--with_tracking", "--report_to", "tensorboard"])
+    read = events.EventAccumulator(str(tmp_path / "out" / "hf_attnswap"))
+    read.Reload()
+    log = read_log(tmp_path / "out")
+    assert [event.step for event in read.Scalars("loss")] == [entry["step"] for entry in log]
+    assert [event.value for event in read.Scalars("loss")] == pytest.approx([entry["loss"] for entry in log])
+
+
 def test_a_launch_that_starts_fewer_processes_than_asked_stops(script, arguments, monkeypatch, tmp_path):
     """The environment of a process that `accelerate launch --cpu --num_processes 2` starts alone."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
