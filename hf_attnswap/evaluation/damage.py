@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..observing import answering, own, softmax
 from ..patching import swapped_modules
-from .observing import answering, own, softmax
 
 
 @dataclass(frozen=True)
