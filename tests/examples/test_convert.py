@@ -202,8 +202,7 @@ def test_from_a_recipe_to_a_model_card(script, recipe, checkpoint, text, tmp_pat
 
     assert attnswap(monkeypatch, *told) == 0  # into the conversion, from where a push takes them
     capsys.readouterr()
-    folder = out / "3_finetune" / "model"
-    assert attnswap(monkeypatch, "push", folder, "user/mine", *origin, "--dry_run", "--json") == 0
+    assert attnswap(monkeypatch, "push", out, "user/mine", "--dry_run", "--json") == 0
     assert {"README.md", "report.json", "recipe.yaml"} < set(json.loads(capsys.readouterr().out)["files"])
 
 
