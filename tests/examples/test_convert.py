@@ -114,7 +114,7 @@ def test_a_family_has_its_own_stages(script, recipe, tmp_path, attention, option
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_here_are_recipes(script, path):
-    assert len(script("convert").read_recipe(path)) >= 2
+    assert script("convert").read_recipe(path)
 
 
 @pytest.mark.parametrize(
