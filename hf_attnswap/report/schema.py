@@ -28,10 +28,22 @@ from .shape import (
 )
 
 NAME = "hf_attnswap.tradeoff"
-VERSION = 2
+VERSION = 3
 
 SPREAD = {"median": POSITIVE, "low": POSITIVE, "high": POSITIVE, "runs": SIZE}
 ALIGNMENT = {"tokens": COUNT, "seconds": AMOUNT, "first_loss": NUMBER, "last_loss": NUMBER}
+STAGE = {
+    "stage": NAMED,
+    "trains": TEXT,
+    "text": TEXT,
+    "tokens": COUNT,
+    "steps": COUNT,
+    "learning_rate": AMOUNT,
+    "first_loss": NUMBER,
+    "last_loss": NUMBER,
+    "arguments": OBJECT,
+}
+GROUP = {"attention": NAMED, "options": OBJECT, "kind": NAMED, "layers": [COUNT]}
 RATIO = {
     "value": POSITIVE,
     "low": POSITIVE,
@@ -90,10 +102,14 @@ ARM = {
     "cost": TEXT,
     "cost_class": one_of("quadratic", "linear", "constant"),
     "source": TEXT,
+    "swapped": [GROUP],
     "new_parameters": COUNT,
     "status": one_of("measured", "failed", "not measured"),
     "reason": Maybe(TEXT),
     "alignment": Maybe(ALIGNMENT),
+    "training": [STAGE],
+    "training_tokens": COUNT,
+    "conversion": Maybe(NAMED),
     "checks": [{"name": NAMED, "passed": FLAG, "worst": Maybe(AMOUNT), "limit": AMOUNT}],
     "growth": {"prefill_s": Maybe(GROWTH), "decode_s": Maybe(GROWTH)},
     "diagnostics": Maybe(DIAGNOSTICS),
@@ -188,11 +204,23 @@ def _problems(report: Any) -> Iterator[Problem]:
 
 
 def _upgraded(report: Any) -> Any:
-    """A report of version 1 with what version 2 adds: what was not measured then is empty now."""
-    if not isinstance(report, dict) or report.get("version") != 1 or isinstance(report["version"], bool):
+    """A report of an earlier version with what the later ones add; what was not measured then is empty now."""
+    version = report.get("version") if isinstance(report, dict) else None
+    if isinstance(version, bool) or version not in (1, 2):
         return report
     report = copy.deepcopy(report)
     arms = report["arms"] if isinstance(report.get("arms"), list) else []
+    if version == 1:
+        _upgrade_first(report, arms)
+    for arm in arms:  # each swapped every layer
+        group = {key: arm[key] for key in ("attention", "options")}
+        group |= {"kind": "causal", "layers": list(range(report["model"]["attention_layers"]))}
+        arm |= {"swapped": [] if arm["attention"] == "softmax" else [group], "training": [], "conversion": None}
+        arm["training_tokens"] = arm["alignment"]["tokens"] if arm["alignment"] else 0
+    return report | {"version": VERSION}
+
+
+def _upgrade_first(report: dict, arms: list[dict]) -> None:
     report["data"]["fingerprint"] = None
     for arm in arms:
         arm |= {"checks": [], "growth": {"prefill_s": None, "decode_s": None}, "diagnostics": None}
@@ -203,7 +231,6 @@ def _upgraded(report: Any) -> Any:
             items = entry["tokens"] // max(1, entry["context"] - 1)
             verdict = "worse" if low > 1 else "better" if high < 1 else "no measurable difference"
             entry["ratio"] |= {"items": items, "few": items < 500, "verdict": verdict}
-    return report | {"version": VERSION}
 
 
 def _validate(report: Any, name: str) -> None:
@@ -233,7 +260,7 @@ def read(path: str | Path) -> dict:
     try:
         report = _upgraded(report)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a report of version 1: {error!r}") from error
+        raise ValueError(f"{path}: not a report of version {report['version']}: {error!r}") from error
     _validate(report, str(path))
     return report
 

@@ -23,12 +23,12 @@ Rows = list[list[str]]
 def rows(report: Report) -> Rows:
     """The quality table, its header first: one row per arm, whatever its status."""
     contexts = facts.contexts(report)
-    header = ["arm", "cost", "new parameters", "alignment tokens"]
+    header = ["arm", "cost", "new parameters", "training tokens"]
     header += [f"perplexity at {count(context)} (ratio to softmax, 95 %)" for context in contexts]
     header += [] if contexts else ["perplexity"]
     table = [[*header, "status"]]
     for arm in report["arms"]:
-        cells = [name(arm), _cost(arm), count(arm["new_parameters"]), count(facts.aligned_tokens(arm))]
+        cells = [name(arm), _cost(arm), count(arm["new_parameters"]), count(arm["training_tokens"])]
         cells += [_perplexity(report, arm, context) for context in contexts or [None]]
         table.append([*cells, _status(arm)])
     return table

@@ -80,6 +80,9 @@ def arm(
         "status": "measured",
         "reason": None,
         "alignment": None,
+        "swapped": [] if is_softmax else [whole(attention)],
+        "training": [],
+        "conversion": None,
         "checks": [] if is_softmax else [{"name": "causal", "passed": True, "worst": 1e-6, "limit": 1e-3}],
         "growth": {
             "prefill_s": {"exponent": 1.4, "low": 1.2, "high": 1.6, "lengths": 3} if speed else None,
@@ -89,7 +92,14 @@ def arm(
         "perplexity": perplexity,
         "speed": speed,
     }
-    return made | other
+    made |= other
+    made["training_tokens"] = made["alignment"]["tokens"] if made["alignment"] else 0
+    return made
+
+
+def whole(attention: str) -> dict[str, Any]:
+    """The group of a swap of all layers."""
+    return {"attention": attention, "options": {}, "kind": "causal", "layers": list(range(30))}
 
 
 SQUARE, LINEAR = ("O(n^2 d)", "quadratic"), ("O(n d^2)", "linear")
@@ -127,7 +137,7 @@ def make_report() -> dict[str, Any]:
     compare_all(arms)
     return {
         "schema": "hf_attnswap.tradeoff",
-        "version": 2,
+        "version": 3,
         "model": {
             "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "parameters": 134_515_008,
