@@ -109,7 +109,7 @@ def _table(name: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    data = b64encode(picture.png).decode("ascii")
+    data = b64encode(picture.svg).decode("ascii")
     caption = escape(picture.caption)
-    image = f'<img alt="{escape(picture.title)}: {caption}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{escape(picture.title)}: {caption}" src="data:image/svg+xml;base64,{data}">'
     return f"<figure>\n{_wide(picture.title, image)}\n<figcaption>{caption}</figcaption>\n</figure>"

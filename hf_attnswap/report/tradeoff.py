@@ -1,4 +1,4 @@
-"""tradeoff.png: quality against speed, one row of points per arm, one point per length."""
+"""The plot `tradeoff`: quality against speed, one row of points per arm, one point per length."""
 
 from collections.abc import Sequence
 from math import log2, log10
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import facts
-from .drawing import CLIP, GRID, INK, Picture, png, ticks
+from .drawing import CLIP, GRID, INK, Picture, ticks
 from .facts import Arm, Report
 from .text import count, listing, plain, times
 
@@ -32,7 +32,7 @@ def tradeoff(report: Report) -> Picture:
     if not arms:
         words = "No arm has both a perplexity and a speed relative to softmax's."
         figure.text(0.5, 0.5, words, ha="center", fontsize=12)
-        return Picture("tradeoff.png", _TITLE, words, png(figure))
+        return Picture("tradeoff", _TITLE, words, figure)
     values = [facts.ratio(arm, context) for arm in arms]
     heights = _heights([value["value"] for value in values])
     keys = [key for key in _SPEEDS if any(facts.speedups(arm, key) for arm in arms)]
@@ -52,7 +52,7 @@ def tradeoff(report: Report) -> Picture:
     panels[0].set_ylabel(f"perplexity / softmax's, context {count(context)}")
     _labels(panels[-1], arms, values, heights)
     _legend(figure, arms, lengths)
-    return Picture("tradeoff.png", _TITLE, _caption(report, arms, context), png(figure))
+    return Picture("tradeoff", _TITLE, _caption(report, arms, context), figure)
 
 
 def _heights(ratios: Sequence[float]) -> list[float]:

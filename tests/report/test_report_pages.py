@@ -142,7 +142,7 @@ def test_html_needs_nothing_from_outside(report: dict[str, Any]) -> None:
     assert tags.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
     assert not re.search(r"url\(|@import|https?://|javascript:", source)
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 3 and all(image.startswith("data:image/png;base64,iVBOR") for image in images)
+    assert len(images) == 3 and all(image.startswith("data:image/svg+xml;base64,PD94bWwg") for image in images)
     for _, attributes in page.tags:
         assert not any(name.startswith("on") or name in ("href", "srcset") for name in attributes)
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
@@ -186,7 +186,8 @@ def test_numbers_are_short() -> None:
 
 def test_write_all_writes_every_file(report: dict[str, Any], tmp_path: Path) -> None:
     written = write_all(report, tmp_path / "new" / "folder")
-    names = ["report.json", "report.md", "report.html", "tradeoff.png", "dial.png", "positions.png"]
+    names = ["report.json", "report.md", "report.html"]
+    names += [f"{name}.{kind}" for name in ("tradeoff", "dial", "positions") for kind in ("png", "svg")]
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     page = written[1].read_text(encoding="utf-8")
