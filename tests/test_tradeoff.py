@@ -2,6 +2,10 @@
 
 import json
 import math
+import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 from tiny_models import tiny
@@ -84,6 +88,39 @@ def test_an_interrupted_run_goes_on(measured, text):
     )
     assert [line for line in said if "perplexity" in line] == ["elu: perplexity at context 32"]
     assert again["arms"] == found["arms"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("line", ("elu: checks", "elu: speed at 32 tokens, round 2 of 2"))
+def test_what_was_measured_survives_kill_9(stories260k, text_file, tmp_path, line):
+    told = f"tradeoff {stories260k} --train_file {text_file} --output_dir {tmp_path / 'out'} --arm elu --no_controls "
+    told += "--context_length 64 --max_eval_tokens 256 --block_size 64 --align_tokens 0 --decode_tokens 1 --rounds 2 "
+    told += "--length 16 --length 32 --json"
+    command = [sys.executable, "-m", "hf_attnswap", *shlex.split(told)]
+    kept = tmp_path / "out" / "measured"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        said = ""
+        while line not in said and process.poll() is None:
+            said = process.stderr.readline()
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out" / "report.json").exists()
+    before = {file.name: json.loads(file.read_text()) for file in kept.glob("*.json")}
+    assert set(before) == {"settings.json", "softmax.json"} | ({"elu.json", "speed.json"} if "speed" in line else set())
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = again.stderr.splitlines()
+    assert "softmax: already measured" in lines and not any(said.startswith("softmax: perplexity") for said in lines)
+    assert ("elu: checks" in lines) == ("elu.json" not in before)
+    after = {file.name: json.loads(file.read_text()) for file in kept.glob("*.json")}
+    for name in set(before) - {"speed.json"}:
+        assert after[name] == before[name]
+    for length, rounds in before.get("speed.json", {}).items():
+        assert after["speed.json"][length][: len(rounds)] == rounds
+    found = json.loads(again.stdout)
+    assert found == report.read(tmp_path / "out" / "report.json")
+    assert [entry["prefill_s"]["runs"] for arm in found["arms"] for entry in arm["speed"]] == [2] * 4
+    if "speed" in line:  # round 1 of both lengths, and 2 of the first, are those of the run that was killed
+        assert {length: len(rounds) for length, rounds in before["speed.json"].items()} == {"16": 2, "32": 1}
 
 
 @pytest.mark.parametrize(

@@ -28,18 +28,13 @@ from .shape import (
 )
 
 NAME = "hf_attnswap.tradeoff"
-VERSION = 2
+VERSION = 3
 
 SPREAD = {"median": POSITIVE, "low": POSITIVE, "high": POSITIVE, "runs": SIZE}
 ALIGNMENT = {"tokens": COUNT, "seconds": AMOUNT, "first_loss": NUMBER, "last_loss": NUMBER}
-RATIO = {
-    "value": POSITIVE,
-    "low": POSITIVE,
-    "high": POSITIVE,
-    "items": SIZE,
-    "few": FLAG,
-    "verdict": one_of("better", "no measurable difference", "worse"),
-}
+VERDICT = {"items": SIZE, "few": FLAG, "verdict": one_of("better", "no measurable difference", "worse")}
+RATIO = {"value": POSITIVE, "low": POSITIVE, "high": POSITIVE} | VERDICT
+DIFFERENCE = {"value": NUMBER, "low": NUMBER, "high": NUMBER} | VERDICT
 PERPLEXITY = {
     "context": SIZE,
     "perplexity": Maybe(POSITIVE),
@@ -58,9 +53,22 @@ SPEED = {
     "prefill_speedup": Maybe(SPREAD),
     "decode_tokens_per_s": Maybe(SPREAD),
     "decode_speedup": Maybe(SPREAD),
+    "train_s": Maybe(SPREAD),
+    "train_speedup": Maybe(SPREAD),
     "peak_memory_mib": Maybe(AMOUNT),
     "cache_mib": Maybe(AMOUNT),
     "note": Maybe(TEXT),
+}
+TASK = {
+    "task": NAMED,
+    "metric": NAMED,
+    "higher_is_better": FLAG,
+    "value": Maybe(NUMBER),
+    "standard_error": Maybe(AMOUNT),
+    "items": SIZE,
+    "few": FLAG,
+    "difference": Maybe(DIFFERENCE),
+    "against": [{"arm": NAMED} | DIFFERENCE],
 }
 GROWTH = {"exponent": NUMBER, "low": NUMBER, "high": NUMBER, "lengths": SIZE}
 GRADIENT = dict.fromkeys(["query", "key", "value", "layer_input"], Maybe(AMOUNT))
@@ -80,7 +88,7 @@ LAYER = {
     "distance": Maybe(AMOUNT),
     "output_scale": [{"first": SIZE, "last": SIZE, "scale": Maybe(AMOUNT)}],
 }
-DIAGNOSTICS = {"context": SIZE, "tokens": SIZE, "layers": [LAYER]}
+DIAGNOSTICS = {"context": SIZE, "tokens": SIZE, "layers": [LAYER], "layers_by_damage": [COUNT]}
 ARM = {
     "label": NAMED,
     "attention": NAMED,
@@ -95,9 +103,10 @@ ARM = {
     "reason": Maybe(TEXT),
     "alignment": Maybe(ALIGNMENT),
     "checks": [{"name": NAMED, "passed": FLAG, "worst": Maybe(AMOUNT), "limit": AMOUNT}],
-    "growth": {"prefill_s": Maybe(GROWTH), "decode_s": Maybe(GROWTH)},
+    "growth": dict.fromkeys(["prefill_s", "decode_s", "train_s"], Maybe(GROWTH)),
     "diagnostics": Maybe(DIAGNOSTICS),
     "perplexity": [PERPLEXITY],
+    "tasks": [TASK],
     "speed": [SPEED],
 }
 MODEL = {"name": NAMED, "dtype": TEXT} | dict.fromkeys(
@@ -152,7 +161,9 @@ def _rules(arms: list[dict]) -> Iterator[Problem]:
             yield f"{path}.reason", arm["reason"], f"the reason, since status is {arm['status']!r}"
         yield from _repeats(arm["perplexity"], "context", f"{path}.perplexity")
         yield from _repeats(arm["speed"], "length", f"{path}.speed")
-        yield from _intervals({key: arm[key] for key in ("perplexity", "speed")}, path)
+        metrics = [{"metric": f"{entry['metric']} of {entry['task']}"} for entry in arm["tasks"]]
+        yield from _repeats(metrics, "metric", f"{path}.tasks")
+        yield from _intervals({key: arm[key] for key in ("perplexity", "tasks", "speed")}, path)
         for number, entry in enumerate(arm["perplexity"]):
             where = f"{path}.perplexity[{number}]"
             if arm["status"] == "measured":
@@ -188,11 +199,19 @@ def _problems(report: Any) -> Iterator[Problem]:
 
 
 def _upgraded(report: Any) -> Any:
-    """A report of version 1 with what version 2 adds: what was not measured then is empty now."""
-    if not isinstance(report, dict) or report.get("version") != 1 or isinstance(report["version"], bool):
+    """A report of an earlier version with what the later ones add; what was not measured then is empty now."""
+    version = report.get("version") if isinstance(report, dict) else None
+    if isinstance(version, bool) or version not in (1, 2):
         return report
     report = copy.deepcopy(report)
     arms = report["arms"] if isinstance(report.get("arms"), list) else []
+    if version == 1:
+        _upgrade_first(report, arms)
+    _upgrade_second(arms)
+    return report | {"version": VERSION}
+
+
+def _upgrade_first(report: dict, arms: list[dict]) -> None:
     report["data"]["fingerprint"] = None
     for arm in arms:
         arm |= {"checks": [], "growth": {"prefill_s": None, "decode_s": None}, "diagnostics": None}
@@ -203,7 +222,16 @@ def _upgraded(report: Any) -> Any:
             items = entry["tokens"] // max(1, entry["context"] - 1)
             verdict = "worse" if low > 1 else "better" if high < 1 else "no measurable difference"
             entry["ratio"] |= {"items": items, "few": items < 500, "verdict": verdict}
-    return report | {"version": VERSION}
+
+
+def _upgrade_second(arms: list[dict]) -> None:
+    for arm in arms:
+        arm["tasks"] = []
+        arm["growth"]["train_s"] = None
+        for entry in arm["speed"]:
+            entry |= {"train_s": None, "train_speedup": None}
+        if arm["diagnostics"]:
+            arm["diagnostics"]["layers_by_damage"] = []
 
 
 def _validate(report: Any, name: str) -> None:
@@ -233,7 +261,7 @@ def read(path: str | Path) -> dict:
     try:
         report = _upgraded(report)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a report of version 1: {error!r}") from error
+        raise ValueError(f"{path}: not a report of version {report['version']}: {error!r}") from error
     _validate(report, str(path))
     return report
 

@@ -61,6 +61,8 @@ def arm(
             "prefill_speedup": None if is_softmax else spread(factor),
             "decode_tokens_per_s": spread(40 * factor**0.5),
             "decode_speedup": None if is_softmax else spread(factor**0.5),
+            "train_s": None,
+            "train_speedup": None,
             "peak_memory_mib": 600.0 + length / 8,
             "cache_mib": length / 50,
             "note": None,
@@ -84,9 +86,11 @@ def arm(
         "growth": {
             "prefill_s": {"exponent": 1.4, "low": 1.2, "high": 1.6, "lengths": 3} if speed else None,
             "decode_s": None,
+            "train_s": None,
         },
         "diagnostics": None,
         "perplexity": perplexity,
+        "tasks": [],
         "speed": speed,
     }
     return made | other
@@ -127,7 +131,7 @@ def make_report() -> dict[str, Any]:
     compare_all(arms)
     return {
         "schema": "hf_attnswap.tradeoff",
-        "version": 2,
+        "version": 3,
         "model": {
             "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "parameters": 134_515_008,

@@ -46,9 +46,9 @@ SPEED = ["arms", 2, "speed", 1]
         (["arms", 1, "formula"], DELETE, "arms[1].formula is missing; expected a string"),
         (["schema"], "other", "schema is 'other'; expected 'hf_attnswap.tradeoff'"),
         (["schema"], DELETE, "schema is missing; expected 'hf_attnswap.tradeoff'"),
-        (["version"], 3, "version is 3; expected 2; a newer hf_attnswap wrote this file: upgrade"),
-        (["version"], True, "version is True; expected 2"),
-        (["version"], 0, "version is 0; expected 2"),
+        (["version"], 4, "version is 4; expected 3; a newer hf_attnswap wrote this file: upgrade"),
+        (["version"], True, "version is True; expected 3"),
+        (["version"], 0, "version is 0; expected 3"),
         (["model"], [], "model is []; expected an object"),
         (["model", "head_dim"], 64.0, "model.head_dim is 64.0; expected a whole number of 0 or more"),
         (["machine", "cores"], True, "machine.cores is True; expected a whole number of 0 or more"),
@@ -149,8 +149,19 @@ def test_read_gives_back_what_write_wrote(report: dict[str, Any], tmp_path: Path
     assert os.listdir(tmp_path) == ["report.json"]
 
 
+def as_version_2(report: dict[str, Any]) -> dict[str, Any]:
+    report["version"] = 2
+    for arm in report["arms"]:
+        del arm["tasks"], arm["growth"]["train_s"]
+        for entry in arm["speed"]:
+            del entry["train_s"], entry["train_speedup"]
+        if arm["diagnostics"]:
+            del arm["diagnostics"]["layers_by_damage"]
+    return report
+
+
 def as_version_1(report: dict[str, Any]) -> dict[str, Any]:
-    report["version"] = 1
+    as_version_2(report)["version"] = 1
     del report["data"]["fingerprint"]
     for arm in report["arms"]:
         del arm["checks"], arm["growth"], arm["diagnostics"]
@@ -162,10 +173,20 @@ def as_version_1(report: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def test_a_report_of_version_1_is_read_as_one_of_version_2(report: dict[str, Any], tmp_path: Path) -> None:
+def test_a_report_of_version_2_is_read_as_it_was(report: dict[str, Any], full, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps(as_version_2(full)))
+    found = read(tmp_path / "old.json")
+    assert found["arms"][2]["tasks"] == [] and found["arms"][2]["speed"][0]["train_s"] is None
+    assert found["arms"][2]["diagnostics"]["layers_by_damage"] == []
+    assert found["arms"][2]["perplexity"] == report["arms"][2]["perplexity"]
+    write_all(found, tmp_path / "drawn")
+    assert "Layers by damage" not in (tmp_path / "drawn" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_report_of_version_1_is_read_as_one_of_today(report: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps(as_version_1(report)))
     found = read(tmp_path / "old.json")
-    assert found["version"] == 2
+    assert found["version"] == 3
     window = found["arms"][2]["perplexity"][0]
     assert window["against"] == [] and window["ratio"]["verdict"] == "worse"
     assert window["ratio"]["items"] == 10240 // 511 and window["ratio"]["few"]
