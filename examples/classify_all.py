@@ -2,7 +2,8 @@
 
 Every arm runs `classify.py` once per seed, with the arguments that are not listed here. Two runs with one seed see the
 same texts in the same order and start from the same head. What is done stays in `output_dir/runs`, so the same command
-goes on where it was interrupted.
+goes on where it was interrupted. With `--keep_models` the models stay there; `attnswap card` writes the card of one of
+them from results.json.
 
     accelerate launch examples/classify_all.py --model_name_or_path MODEL --arm none --arm relu_norm --arm hedgehog \\
         --train_file train.tsv --validation_file dev.tsv --text_column sentence --max_train_samples 4096 \\
@@ -13,7 +14,9 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,21 @@ import torch
 from accelerate import PartialState
 from common import positive
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_attnswap import UsageError, attentions
+from hf_attnswap import UsageError, attentions, swap
+from hf_attnswap.benchmark.reading import reading
+from hf_attnswap.dispatch import NAME
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.files import write_whole
-from hf_attnswap.report.markdown import escape
-from hf_attnswap.tradeoff import Arm, machine, versions
+from hf_attnswap.loading import load_classifier
+from hf_attnswap.patching import swapped_modules
+from hf_attnswap.report import classification
+from hf_attnswap.tradeoff import Arm, describe_model, machine, parse_options, versions
 
 DEFAULT_ARMS = "softmax none relu_norm relu_power sigmoid identity elu hedgehog t2r".split()
 RESAMPLES = 4000
+LENGTHS, ROUNDS = (64, 128, 256, 512), 7  # of speed
 # What differs between arms, or says nothing to others.
 NOT_SHARED = "attention layers option seed model_name_or_path".split()
 
@@ -55,11 +64,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, rest = parser.parse_known_args(argv)
     arms = {arm.label: arm for arm in map(Arm.parse, dict.fromkeys(["softmax", *(args.arm or DEFAULT_ARMS)]))}
     shared = classify.build_parser().parse_args([*rest, "--output_dir", str(args.output_dir)])
+    if any(arm.conversion for arm in arms.values()):
+        raise UsageError("an arm is a folder; here every arm is trained, so name variants")
     if shared.attention or shared.layers or shared.option or shared.resume_from_checkpoint:
         raise UsageError("--attention, --layers, --option and --resume_from_checkpoint are set for each arm: use --arm")
     runs: dict[str, list[dict[str, Any]]] = {label: [] for label in arms}
     failures: dict[str, str] = {}
-    for seed in range(shared.seed, shared.seed + args.num_seeds):  # all arms of a seed first: part of it is a table too
+    for seed in range(shared.seed, shared.seed + args.num_seeds):
         for label, arm in arms.items():
             if label in failures:
                 continue
@@ -71,11 +82,42 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 failures[label] = (str(error) or repr(error)).splitlines()[0]
                 continue
             runs[label].append(found)
-        report = compare(args.title, arms, runs, failures, shared)
-        if PartialState().is_main_process:
-            write_whole(args.output_dir / "results.json", (json.dumps(report, indent=1) + "\n").encode())
-            write_whole(args.output_dir / "results.md", markdown(report).encode())
-    PartialState().print(markdown(report))
+    models = {label: build(arm, shared) for label, arm in arms.items() if label not in failures}
+    rows = described(arms, models, runs, failures, shared, args.output_dir / "runs")
+    name = Path(shared.model_name_or_path)
+    report = {
+        "schema": classification.NAME,
+        "version": classification.VERSION,
+        "title": args.title,
+        "model": describe_model(models["softmax"], "/".join(name.parts[-2:]) if name.is_absolute() else str(name)),
+        "seeds": [found["arguments"]["seed"] for found in runs["softmax"]],
+        "data": {
+            "training": Path(shared.train_file).name,
+            "training_texts": rows[0]["training"][-1]["texts"] // shared.num_train_epochs,
+            "evaluation": Path(shared.validation_file).name,
+            "evaluation_texts": len(runs["softmax"][0]["correct"]),
+        },
+        "arguments": {
+            name: value
+            for name, value in classify.identity(shared).items()
+            if name not in NOT_SHARED and not name.endswith("_file")
+        },
+        "machine": machine(torch.device(PartialState().device)),
+        "processes": PartialState().num_processes,
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(
+            [
+                "accelerate launch examples/classify_all.py",
+                shlex.join(map(without_folders, sys.argv[1:] if argv is None else argv)),
+            ]
+        ),
+        "arms": rows,
+    }
+    if PartialState().is_main_process:
+        classification.write(report, args.output_dir / "results.json")
+        write_whole(args.output_dir / "results.md", classification.render(report).encode())
+    PartialState().print(classification.render(report))
     return report
 
 
@@ -86,10 +128,13 @@ def run(arm: Arm, seed: int, rest: list[str], args: argparse.Namespace) -> dict[
     if arm.attention != "softmax":  # the control is the model itself, not our own path
         command += ["--attention", arm.attention]
         command += [f"--option={name}={json.dumps(value)}" for name, value in arm.options.items()]
+        if arm.layers is not None:
+            command += ["--layers", arm.layers if isinstance(arm.layers, str) else ",".join(map(str, arm.layers))]
     path = folder / "evaluation.json"
     if path.is_file():
         found = json.loads(path.read_text())
-        if found["arguments"] != classify.identity(classify.build_parser().parse_args(command)):
+        asked = classify.identity(classify.build_parser().parse_args(command))
+        if settled(found["arguments"]) != settled(asked):
             raise UsageError(f"{str(folder)!r} holds a run with other arguments: name another output_dir, or remove it")
     else:
         found = classify.main(command)
@@ -99,112 +144,113 @@ def run(arm: Arm, seed: int, rest: list[str], args: argparse.Namespace) -> dict[
     return found
 
 
-def compare(
-    title: str,
+def settled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """All arguments and options of the variant: what a run left at its default, or did not know yet, is among them."""
+    parser = classify.build_parser()
+    defaults = {action.dest: action.default for action in parser._actions if action.dest not in classify.ELSEWHERE}
+    options = attentions.get(arguments["attention"] or "softmax").check_options(
+        parse_options(arguments["option"] or [])
+    )
+    return {**defaults, **arguments, "option": options}
+
+
+def described(
     arms: dict[str, Arm],
+    models: dict[str, PreTrainedModel],
     runs: dict[str, list[dict[str, Any]]],
     failures: dict[str, str],
     shared: argparse.Namespace,
-) -> dict[str, Any]:
-    """Every arm beside softmax. Intervals are of a bootstrap over the validation texts, the same for both (paired)."""
-    correct = {label: torch.tensor([found["correct"] for found in done]).double() for label, done in runs.items()}
-    count = correct["softmax"].shape[1]
-    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """The arms, as `report.classification` takes them."""
+    config = models["softmax"].config
+    speed = reading(models, [n for n in LENGTHS if n <= config.max_position_embeddings], ROUNDS, config.vocab_size)
+    accuracies = compare({label: [found["correct"] for found in runs[label]] for label in models})
     rows = []
     for label, arm in arms.items():
-        done, cls = runs[label], attentions.get(arm.attention)
-        row = {"label": label, "options": arm.options, "cost": cls.cost, "control": cls.control or label == "softmax"}
-        if label in failures or not done:
-            rows.append(row | {"failed": failures.get(label, "not run")})
-            continue
-        seeds = len(done)
-        ours, control = correct[label].mean(0), correct["softmax"][:seeds].mean(0)
-        a, b = ours[picks].mean(1), control[picks].mean(1)
-        rows.append(
-            row
-            | {
-                "attention": done[0]["attention"],
-                "alignment": [found["alignment"] for found in done],
-                "loss": [found["last_loss"] for found in done],
-                "accuracy_by_seed": [found["accuracy"] for found in done],
-                "accuracy": estimate(ours.mean(), a),
-                "difference": estimate(ours.mean() - control.mean(), a - b),
-                "ratio": estimate(ours.mean() / control.mean(), a / b),
+        cls = attentions.get(arm.attention)
+        row = {
+            "label": label, "attention": arm.attention, "options": arm.options,
+            "control": cls.control or label == "softmax", "formula": cls.formula, "cost": cls.cost,
+            "cost_class": cls.cost_class, "source": cls.source,
+        }  # fmt: skip
+        if label in failures:
+            row |= {"status": "failed", "reason": failures[label], "swapped": [], "new_parameters": 0, "training": []}
+            row |= {"accuracy": None, "accuracy_by_seed": [], "difference": None, "ratio": None, "speed": []}
+        else:
+            own = [p.numel() for variant in swapped_modules(models[label]).values() for p in variant.parameters()]
+            row |= {
+                "status": "measured",
+                "reason": None,
+                "swapped": (getattr(models[label].config, NAME, None) or {}).get("swapped") or [],
+                "new_parameters": sum(own),
+                "training": stages(folder / f"{label}_{shared.seed}", shared, bool(runs[label][0]["alignment"])),
+                "speed": speed[label],
+                **accuracies[label],
+            }
+        rows.append(row)
+    return rows
+
+
+def build(arm: Arm, shared: argparse.Namespace) -> PreTrainedModel:
+    """A model of the arm as it is before training, to see what it holds and how fast it is."""
+    model, _ = load_classifier(shared.model_name_or_path, ["0", "1"], dtype=shared.dtype, device=PartialState().device)
+    return model if arm.attention == "softmax" else swap(model, arm.attention, layers=arm.layers, **arm.options).eval()
+
+
+def stages(folder: Path, shared: argparse.Namespace, aligned: bool) -> list[dict[str, Any]]:
+    """What a run did, from its logs."""
+    found = []
+    for stage, place, trains in (
+        ("align", "alignment", "the parameters of the variant"),
+        ("finetune", ".", "all weights"),
+    )[not aligned :]:
+        log = [json.loads(line) for line in (folder / place / "training_log.jsonl").read_text().splitlines()]
+        found.append(
+            {
+                "stage": stage,
+                "trains": trains,
+                "text": Path(shared.train_file).name,
+                "texts": log[-1]["texts"],
+                "steps": len(log),
+                "learning_rate": shared.align_learning_rate if stage == "align" else shared.learning_rate,
+                "first_loss": log[0]["loss"],
+                "last_loss": log[-1]["loss"],
             }
         )
-    return {
-        "title": title,
-        "rows": rows,
-        "validation_texts": count,
-        "seeds": [found["arguments"]["seed"] for found in runs["softmax"]],
-        "arguments": {
-            name: Path(value).name if name.endswith("_file") else value
-            for name, value in classify.identity(shared).items()
-            if name not in NOT_SHARED
-        },
-        "machine": machine(torch.device(PartialState().device)),
-        "processes": PartialState().num_processes,
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
+    return found
+
+
+def without_folders(argument: str) -> str:
+    """Where a file lies on this machine says nothing to others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def compare(correct: dict[str, list[list[int]]]) -> dict[str, dict[str, Any]]:
+    """Every arm beside softmax. Intervals are of a bootstrap over the validation texts, the same for both (paired).
+
+    Args:
+        correct: for each arm and seed, 1 or 0 for every text.
+    """
+    marks = {label: torch.tensor(by_seed).double() for label, by_seed in correct.items()}
+    count = marks["softmax"].shape[1]
+    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for label, own in marks.items():
+        ours, control = own.mean(0), marks["softmax"][: len(own)].mean(0)
+        a, b = ours[picks].mean(1), control[picks].mean(1)
+        found[label] = {
+            "accuracy_by_seed": own.mean(1).tolist(),
+            "accuracy": estimate(ours.mean(), a),
+            "difference": estimate(ours.mean() - control.mean(), a - b),
+            "ratio": estimate(ours.mean() / control.mean(), a / b),
+        }
+    return found
 
 
 def estimate(value: Tensor, resampled: Tensor) -> dict[str, float]:
     low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
     return {"value": value.item(), "low": low, "high": high}
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The table, and how it came about."""
-    columns = (
-        "attention", "cost", "aligned", "accuracy, % (95 %)", "of each seed", "points to softmax (95 %)",
-        "share of softmax's, % (95 %)",
-    )  # fmt: skip
-    lines = [columns, ["---"] * len(columns)]
-    for row in report["rows"]:
-        name = f"{row['label']} (control)" if row["control"] else row["label"]
-        if "failed" in row:
-            lines.append([escape(name), escape(row["cost"]), "", escape(f"failed: {row['failed']}"), "", "", ""])
-            continue
-        steps = row["alignment"][0]
-        lines.append(
-            [
-                escape(name),
-                escape(row["cost"]),
-                f"{steps['steps']} steps" if steps else "-",
-                _interval(row["accuracy"], "{:.1f}"),
-                ", ".join(f"{100 * x:.1f}" for x in row["accuracy_by_seed"]),
-                "-" if row["label"] == "softmax" else _interval(row["difference"], "{:+.1f}"),
-                "100" if row["label"] == "softmax" else _interval(row["ratio"], "{:.1f}"),
-            ]
-        )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    told, device = report["arguments"], report["machine"]
-    seeds = ", ".join(map(str, report["seeds"]))
-    return f"""# {escape(report["title"])}
-
-{table}
-
-- Every arm trains all weights on {_amount(told["max_train_samples"])} texts of {told["train_file"]}, \
-{told["num_train_epochs"]} time(s), at most {told["max_length"]} tokens each, batches of \
-{told["per_device_train_batch_size"] * told["gradient_accumulation_steps"] * report["processes"]}, AdamW at \
-{told["learning_rate"]:g} after {told["num_warmup_steps"]} steps of warm-up, no dropout in the attention; seeds {seeds}.
-- Attention with parameters is aligned before, for {told["align_steps"]} steps on the same texts, \
-the long ones more often, at {told["align_learning_rate"]:g}: softmax flows on, each swapped layer learns its output.
-- Accuracy on {report["validation_texts"]:,} texts of {told["validation_file"]}, mean of the seeds. The intervals are \
-of a bootstrap over these texts, paired with softmax's; how runs with other seeds differ is not in them.
-- {device["processor"]}, {device["threads"]} thread(s), {device["device"]}, torch {report["versions"]["torch"]}, \
-transformers {report["versions"]["transformers"]}, {report["date"][:10]}.
-"""
-
-
-def _interval(found: dict[str, float], form: str) -> str:
-    value, low, high = (form.format(100 * found[name]) for name in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
-def _amount(count: int | None) -> str:
-    return "all" if count is None else f"{count:,}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Models and tokenizers from a Hub id, a folder or a .gguf file."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,22 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **weights, **where)
     if "gguf_file" in where:
         _forget_quantisation(model)
+        model.config.name_or_path = gguf_source(model_name_or_path) or model.config.name_or_path
     return model.to(device).eval(), tokenizer
+
+
+def gguf_source(path: str) -> str | None:
+    """Hub id of the model that a .gguf file was made from, where its metadata say it. The base_model there is another:
+    what that model was trained from."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for key in ("general.source.huggingface.repository", "general.source.repo_url", "general.repo_url"):
+        said = fields[key].contents() if key in fields else ""
+        found = re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+?)(?:-GGUF)?/?", said)
+        if found:
+            return found[1]
+    return None
 
 
 def load_any(

@@ -1,6 +1,13 @@
 """Programs that know nothing of this package load a conversion as any other model."""
 
+import json
+import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -8,7 +15,8 @@ import torch
 import transformers
 from tiny_models import randomise, tiny, tiny_encoder
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers.utils.import_utils import is_serve_available
 
 import hf_attnswap
 from hf_attnswap import cli
@@ -18,6 +26,7 @@ WORDS = "the cat sat on a mat and it was hat of one man".split()
 
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"[PAD]": 0, "<s>": 1, "[UNK]": 2, **{word: i + 3 for i, word in enumerate(WORDS)}}
+    vocabulary |= {f"word{i}": i for i in range(len(vocabulary), 64)}  # one for everything that a tiny model may say
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -53,6 +62,73 @@ def test_lm_eval_scores_as_the_model_does(converted):
             logs = model(ids).logits[0, :-1].log_softmax(-1)
         each = logs.gather(1, ids[0, 1:, None])[len(context.split()) - 1 :]
         assert found == pytest.approx(each.sum().item(), abs=1e-4)
+
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+NEW_TOKENS = 6
+
+
+@pytest.fixture
+def server(converted, tmp_path):
+    """The conversion behind `transformers serve`: its address, the folder that it was told, and an environment."""
+    if not is_serve_available():
+        pytest.skip(
+            "transformers serve needs fastapi, uvicorn, pydantic and openai (pip install transformers[serving])"
+        )
+    words = AutoTokenizer.from_pretrained(converted)
+    words.chat_template = TEMPLATE
+    words.save_pretrained(converted)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(Path(hf_attnswap.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hf_attnswap", "run", "transformers", "serve", str(converted)]
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(
+        [*command, "--port", str(port), "--device", "cpu"], env=environment, stdout=log, stderr=log
+    )
+    address = f"http://localhost:{port}"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except (urllib.error.URLError, TimeoutError):
+                time.sleep(0.5)
+        yield address, str(converted), environment
+    finally:
+        process.terminate()
+        process.wait(60)
+        log.close()
+
+
+@pytest.mark.long
+def test_transformers_serve_and_chat_answer_as_generate_does(server):
+    address, folder, environment = server
+    chat = [{"role": "user", "content": "the cat sat on"}]
+    words = AutoTokenizer.from_pretrained(folder)
+    inputs = words.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    written = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    expected = words.decode(written, skip_special_tokens=True)
+    softmax = hf_attnswap.restore(model).generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert softmax[0, inputs.input_ids.shape[1] :].tolist() != written.tolist()
+
+    body = {"model": folder, "messages": chat, "max_tokens": NEW_TOKENS, "temperature": 0.0}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    answer = json.load(urllib.request.urlopen(request, timeout=300))
+    assert answer["choices"][0]["message"]["content"].split() == expected.split()
+
+    command = [sys.executable, "-m", "hf_attnswap", "run", "transformers", "chat", folder, address]
+    talk = subprocess.run(
+        [*command, f"max_new_tokens={NEW_TOKENS}", "do_sample=False"],
+        input="the cat sat on\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert talk.returncode == 0, talk.stderr
+    assert expected in " ".join(talk.stdout.split())
 
 
 def test_sentence_transformers(tmp_path):

@@ -1,7 +1,10 @@
 """A saved conversion under every way of loading: placements, dtypes, adapters, damaged files, earlier formats."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_attnswap
 from hf_attnswap import UsageError
-from hf_attnswap.loading import load_any
+from hf_attnswap.loading import gguf_source, load_any
 
 IDS = tokens(20)
 ON_DISK = {
@@ -122,6 +125,83 @@ def test_adapters_apart_and_merged(hybrid, tmp_path):
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+import hf_attnswap
+from transformers import AutoModelForCausalLM
+source, target = sys.argv[1:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+model = AutoModelForCausalLM.from_pretrained(source).train()
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+ids = torch.arange(3, 43).view(2, 20)
+before = model(ids, use_cache=False).logits.detach()
+model(ids, labels=ids, use_cache=False).loss.backward()
+torch.optim.SGD(model.parameters(), lr=0.1).step()
+with torch.no_grad():
+    after = model.eval()(ids, use_cache=False).logits
+state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if dist.get_rank() == 0:
+    model.save_pretrained(target, state_dict=state, max_shard_size="20KB")
+    torch.save((ids, before, after), f"{target}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.long
+def test_the_state_of_an_fsdp2_model_on_two_processes(hybrid, tmp_path):
+    """Trained for a step while it is sharded, gathered, saved and loaded whole."""
+    script, saved = tmp_path / "sharded.py", tmp_path / "saved"
+    script.write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(Path(hf_attnswap.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*launch, str(hybrid[0]), str(saved)], capture_output=True, text=True, timeout=500, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    ids, before, after = torch.load(f"{saved}.pt")
+    again, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not any(info.values())
+    assert [entry.swapped for entry in hf_attnswap.inspect(again)] == ["hedgehog+window"] * 3
+    with torch.no_grad():
+        found = again.eval()(ids).logits
+    torch.testing.assert_close(found, after, rtol=1e-5, atol=1e-5)
+    assert (found - before).abs().max() > 0.01
+    changed, old = again.state_dict(), AutoModelForCausalLM.from_pretrained(hybrid[0]).state_dict()
+    assert any(not torch.equal(changed[name], old[name]) for name in old if ".attnswap." in name)
+
+
+def test_the_model_that_a_gguf_file_was_made_from(tmp_path):
+    gguf = pytest.importorskip("gguf")
+
+    def written(**said) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        for key, value in said.items():
+            writer.add_string(f"general.{key.replace('__', '.')}", value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return str(path)
+
+    parent = {"base_model__0__repo_url": "https://huggingface.co/org/parent", "name": "Some Model"}
+    assert gguf_source(written(**parent)) is None
+    assert gguf_source(written(source__repo_url="https://huggingface.co/org/name", **parent)) == "org/name"
+    assert gguf_source(written(repo_url="https://huggingface.co/org/name-GGUF")) == "org/name"
+    assert gguf_source(written(source__huggingface__repository="org/other")) == "org/other"
+    assert gguf_source(written(repo_url="https://github.com/org/name")) is None
 
 
 def test_convert_restore_convert_and_save_again(hybrid, tmp_path):

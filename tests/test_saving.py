@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import randomise, tiny, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 import hf_attnswap
 from hf_attnswap import UsageError
@@ -202,6 +202,61 @@ def test_asking_for_softmax_while_loading_raises(saved, case, implementation):
     with pytest.raises(UsageError, match=f"attn_implementation='{implementation}' would run softmax"):
         AutoModelForCausalLM.from_pretrained(saved / case, attn_implementation=implementation)
     AutoModelForCausalLM.from_pretrained(saved / case, attn_implementation="attnswap")
+
+
+ASK_FOR_SDPA = {
+    "dict": lambda folder: AutoModelForCausalLM.from_pretrained(folder, attn_implementation={"": "sdpa"}),
+    "config": lambda folder: AutoModelForCausalLM.from_pretrained(
+        folder, config=AutoConfig.from_pretrained(folder, attn_implementation="sdpa")
+    ),
+    "from_config": lambda folder: AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder), attn_implementation="sdpa"
+    ),
+    "base model": lambda folder: AutoModel.from_pretrained(folder, attn_implementation="sdpa"),
+    "pipeline": lambda folder: pipeline(
+        "text-generation", str(folder), tokenizer=object(), model_kwargs={"attn_implementation": "sdpa"}
+    ),
+    "afterwards": lambda folder: set_and_run(AutoModelForCausalLM.from_pretrained(folder), "sdpa"),
+}
+
+
+def set_and_run(model, implementation):
+    model.set_attn_implementation(implementation)
+    return model(IDS)
+
+
+@pytest.mark.parametrize("case", ("elu", "slice"))
+@pytest.mark.parametrize("how", ASK_FOR_SDPA)
+def test_no_way_of_asking_for_softmax_gives_it_in_silence(saved, case, how):
+    with pytest.raises((UsageError, RuntimeError), match="would run softmax"):
+        ASK_FOR_SDPA[how](saved / case)
+
+
+REGISTERED = """
+import sys, torch
+import hf_attnswap
+from transformers import AutoModelForCausalLM, PreTrainedModel
+# As where another copy of the package, or a program of its own, has registered the name: nothing builds the variants.
+PreTrainedModel.post_init = PreTrainedModel.post_init.__wrapped__
+PreTrainedModel._finalize_model_loading = staticmethod(PreTrainedModel._finalize_model_loading.__wrapped__)
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[3, 4, 5]]))
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+    else:
+        print("ran")
+"""
+
+
+def test_a_name_that_is_registered_already_is_no_licence_to_run_softmax(saved):
+    run = subprocess.run(
+        [sys.executable, "-c", REGISTERED, *(str(saved / case) for case in ("elu", "slice", "hedgehog+window"))],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(hf_attnswap.__file__).parents[1]), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    said = run.stdout.splitlines()
+    assert len(said) == 3 and all("the module was not built by it" in line for line in said), run.stdout + run.stderr
 
 
 def group(**changed):

@@ -41,6 +41,7 @@ app.command()(evaluate.evaluate)
 app.command()(diagnose.diagnose)
 app.command()(tradeoff.tradeoff)
 app.command()(report.report)
+app.command()(publish.card)
 app.command()(publish.push)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(publish.run)
 

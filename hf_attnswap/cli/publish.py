@@ -11,6 +11,30 @@ from rich.table import Table
 from ..errors import UsageError
 from .options import Json, show
 
+BaseModel = Annotated[str | None, typer.Option("--base_model", help="Hub id of the model that was converted, or none")]
+Licence = Annotated[str | None, typer.Option("--license", help="where its card does not say it")]
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion, or what convert.py wrote")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="the repository where it will stand")],
+    report: Annotated[Path, typer.Option("--report", help="of `attnswap tradeoff` or classify_all.py: its JSON")],
+    output_dir: Annotated[
+        Path | None, typer.Option("--output_dir", help="of the card; into the conversion by default, for push")
+    ] = None,
+    base_model: BaseModel = None,
+    licence: Licence = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card of a measured conversion: README.md, beside report.json, recipe.yaml and config.json.
+
+    Example: attnswap card converted user/smollm2-hedgehog --report report/report.json --output_dir model_cards/hedgehog
+    """
+    from ..publish.folder import write_card
+
+    written = write_card(folder, repo_id, report, output_dir, base_model=base_model, licence=licence)
+    show(as_json, list(map(str, written)), "\n".join(map(str, written)))
+
 
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion")],
@@ -19,10 +43,8 @@ def push(
     revision: Annotated[str | None, typer.Option("--revision", help="a branch, made where there is none")] = None,
     create_pr: Annotated[bool, typer.Option("--create_pr", help="a pull request in place of a commit")] = False,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="list what would go, and stop")] = False,
-    base_model: Annotated[
-        str | None, typer.Option("--base_model", help="Hub id of the model that was converted, or none")
-    ] = None,
-    licence: Annotated[str | None, typer.Option("--license", help="where its card does not say it")] = None,
+    base_model: BaseModel = None,
+    licence: Licence = None,
     as_json: Json = False,
 ) -> None:
     """Push a conversion to the Hub, with a card written from its config.json and report.json. Repeat it to continue.

@@ -37,7 +37,11 @@ def tradeoff(
     text_column: TextColumn = "text",
     arms: Annotated[
         list[str] | None,
-        typer.Option("--arm", help="a variant, options after a colon: relu_power:p=8; may be repeated"),
+        typer.Option(
+            "--arm",
+            help="a variant, options after a colon: relu_power:p=8, elu:layers=1::2; or the folder of a "
+            "conversion; may be repeated",
+        ),
     ] = None,
     controls: Annotated[
         bool, typer.Option("--controls/--no_controls", help="add softmax, none, window and the linear part alone")
@@ -118,10 +122,15 @@ def tradeoff(
             settings,
             output_dir,
             model_name=Path(model).name if Path(model).exists() else model,
-            command=shlex.join(["attnswap", *sys.argv[1:]]),
+            command=shlex.join(["attnswap", *map(_without_folders, sys.argv[1:])]),
             progress=progress,
         )
         status.update("drawing the report")
         written = report.write_all(found, output_dir)
     show(as_json, found, report.show(found))
     print("\n".join(str(path) for path in written), file=sys.stderr)
+
+
+def _without_folders(argument: str) -> str:
+    """Where a file lies on this machine says nothing to others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument

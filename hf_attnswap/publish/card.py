@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -11,10 +13,11 @@ from ..attentions.base import KINDS
 from ..config import plans_from_dict
 from ..dispatch import NAME
 from ..errors import UsageError
-from ..report import facts, table
-from ..report.facts import Arm, Report
+from ..report import classification, schema
+from ..report.facts import Arm, Report, swapped_layers
 from ..report.markdown import escape, markdown_table
-from ..report.text import count, interval, listing, number, plain, times
+from ..report.text import count, listing
+from . import classified, measured
 
 _TASKS = {
     "ForCausalLM": "text-generation",
@@ -27,6 +30,16 @@ _TASKS = {
     "ForAudioClassification": "audio-classification",
     "ForCTC": "automatic-speech-recognition",
 }
+
+
+def read_report(path: str | Path) -> Report:
+    """What `attnswap tradeoff` or examples/classify_all.py wrote; ValueError names the file and the place."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from error
+    kind = found.get("schema") if isinstance(found, dict) else None
+    return classification.read(path) if kind == classification.NAME else schema.read(path)
 
 
 def render(
@@ -43,42 +56,72 @@ def render(
     Args:
         config: what config.json of the conversion holds.
         repo_id: where it will stand, for the lines that load it.
-        report: what report.json holds, as `report.read` returns it; None writes that nothing was measured.
+        report: what report.json holds, as `read_report` returns it; None writes that nothing was measured.
         base_model, licence: Hub id and licence of the model that was converted; None leaves them out.
         tags: more of them, for the Hub's search.
 
     Raises:
         UsageError: `config` is not that of a conversion, or `report` did not measure this one.
     """
-    groups = _groups(config)
-    arm = None if report is None else _measured_arm(report, groups)
+    groups = swapped_groups(config)
     names = list(dict.fromkeys(group["attention"] for group in groups))
     base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained model"
-    layers = sum(len(group["layers"]) for group in groups)
+    layers, all_layers = sum(len(group["layers"]) for group in groups), _layers(config, report)
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
         f"This is {base} with the softmax of {count(layers)} attention layers replaced by "
         f"{listing([f'`{name}`' for name in names])}, by hf_attnswap.",
         "## What was swapped",
         markdown_table(_swapped_rows(groups)),
-        "All other attention layers keep softmax.",
     ]
-    if report is not None and report["model"]["name"].endswith(".gguf"):
-        parts.append(f"The weights are those of the quantised file {escape(report['model']['name'])}, dequantised.")
-    if report is None or arm is None:
+    if layers != all_layers:
+        parts.append("All other attention layers keep softmax.")
+    results: list[EvalResult] = []
+    if report is None:
         parts += ["## Quality and speed", "Neither the quality nor the speed of this conversion was measured."]
     else:
-        parts += _measured(report, arm)
-    parts += ["## Limits", "\n".join(f"- {line}" for line in _limits(names))]
+        arm, says = measured_arm(report, groups), _says(report)
+        if report["model"]["name"].endswith(".gguf"):
+            parts.append(f"The weights are those of the quantised file {escape(report['model']['name'])}, dequantised.")
+        parts += ["## Training", says.training(report, arm)]
+        parts += ["## Quality", *says.quality(report, arm), "## Speed and memory", *says.speed(report, arm)]
+        results = [
+            EvalResult(
+                task_type=_task(config) or "other", dataset_type="text", dataset_name=says.data_name(report), **found
+            )
+            for found in says.results(arm)
+        ]
+    parts += ["## Limits", "\n".join(f"- {line}" for line in _limits(names, layers < all_layers))]
     parts += ["## Use", _use(config, repo_id)]
     if report is not None:
+        again = [command for command in (says.reproduce(arm), report["command"]) if command]
+        parts += ["## Repeat it", "\n".join(["```bash", *again, "```"])]
         parts += ["## How it was measured"]
-        parts += ["\n".join(f"- {key}: {escape(value)}" for key, value in table.details(report))]
-    data = _data(config, repo_id, [*names, *tags], report, arm, base_model, licence)
+        parts += ["\n".join(f"- {key}: {escape(value)}" for key, value in says.details(report) if key != "command")]
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        library_name="transformers",
+        license=licence,
+        pipeline_tag=_task(config),
+        tags=["hf_attnswap", "attention", *dict.fromkeys([*names, *tags])],
+        model_name=repo_id.rpartition("/")[2] if results else None,
+        eval_results=results or None,
+    )
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
+def _says(report: Report) -> ModuleType:
+    """What speaks of this kind of report."""
+    return classified if report["schema"] == classification.NAME else measured
+
+
+def recipe(report: Report, config: dict[str, Any], base_model: str | None) -> dict[str, Any] | None:
+    """What makes the conversion again, as recipe.yaml; None where the report does not say how it was trained."""
+    return _says(report).recipe(report, measured_arm(report, swapped_groups(config)), base_model)
+
+
+def swapped_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     """What is swapped, from every part of the config: attention, options, kind, layers and part."""
     found: list[dict[str, Any]] = []
 
@@ -98,19 +141,36 @@ def _groups(config: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _measured_arm(report: Report, groups: list[dict[str, Any]]) -> Arm:
-    """The arm of the report that is this conversion."""
-    ours = [(group["attention"], group["options"]) for group in groups]
-    layers = sum(len(group["layers"]) for group in groups)
-    arms = [arm for arm in report["arms"] if [(arm["attention"], arm["options"])] == ours and arm["perplexity"]]
-    if len(arms) == 1 and layers == report["model"]["attention_layers"]:
+def measured_arm(report: Report, groups: list[dict[str, Any]]) -> Arm:
+    """The arm of the report that is the conversion with these groups.
+
+    Raises:
+        UsageError: none is, or several are.
+    """
+    ours = _plan(groups)
+    arms = [arm for arm in report["arms"] if arm["status"] == "measured" and _plan(arm["swapped"]) == ours]
+    arms = [arm for arm in arms if arm.get("conversion")] or arms  # a model of its own, before one that a run made
+    if len(arms) == 1:
         return arms[0]
-    swapped = listing([f"{name} {json.dumps(options)}" for name, options in ours])
-    measured = listing([arm["label"] for arm in report["arms"]])
+    swapped = listing([f"{g['attention']} {json.dumps(g['options'])} in {len(g['layers'])} layers" for g in groups])
+    if arms:
+        same = listing([arm["label"] for arm in arms])
+        raise UsageError(f"report.json has several arms that are this conversion, {swapped}: {same}; measure it alone")
+    every = listing([f"{arm['label']} in {swapped_layers(arm)} layers" for arm in report["arms"]])
     raise UsageError(
-        f"report.json did not measure this conversion, {swapped} in {layers} layers: it has {measured} in "
-        f"{report['model']['attention_layers']} layers; leave the report out, or measure this one"
+        f"report.json did not measure this conversion, {swapped}: it has {every}; leave the report out, or measure "
+        "this one"
     )
+
+
+def _plan(groups: list[dict[str, Any]]) -> set[tuple[str, int, str, str]]:
+    """What stands where, with every option, also one that was saved before it existed."""
+    found = set()
+    for group in groups:
+        options = attentions.get(group["attention"]).check_options(group["options"])
+        for layer in group["layers"]:
+            found.add((group.get("kind", "causal"), layer, group["attention"], json.dumps(options, sort_keys=True)))
+    return found
 
 
 def _swapped_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
@@ -128,60 +188,16 @@ def _span(layers: list[int]) -> str:
     return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))
 
 
-def _measured(report: Report, arm: Arm) -> list[str]:
-    """Training, quality and speed, beside softmax and the controls."""
-    linear = arm["attention"].removesuffix("+window")
-    beside = [other for other in report["arms"] if other["control"] or other["attention"] in ("softmax", linear)]
-    chosen = report | {"arms": [other for other in report["arms"] if other is arm or other in beside]}
-    return [
-        "## Training",
-        _training(report, arm),
-        "## Quality",
-        *_quality(report, arm),
-        markdown_table(table.rows(chosen)),
-        "## Speed and memory",
-        *[_crossover(arm, key, what) for key, what in (("prefill_speedup", "Prefill"), ("decode_speedup", "Decoding"))],
-        markdown_table(table.speed_rows(chosen)),
-    ]
+def _layers(config: dict[str, Any], report: Report | None) -> int:
+    """How many attention layers the model has, as far as the two say it."""
+    return report["model"]["attention_layers"] if report else config.get("num_hidden_layers", 0)
 
 
-def _training(report: Report, arm: Arm) -> str:
-    alignment = arm["alignment"]
-    if not alignment:
-        return "None: the weights are those of the model that was converted."
-    return (
-        f"Each swapped layer was aligned with the softmax output of its layer on {count(alignment['tokens'])} tokens "
-        f"of {escape(plain(report['data']['text']))}; the loss went from {number(alignment['first_loss'])} to "
-        f"{number(alignment['last_loss'])}. New parameters: {count(arm['new_parameters'])}."
-    )
-
-
-def _quality(report: Report, arm: Arm) -> list[str]:
-    lines = []
-    for entry in arm["perplexity"]:
-        if entry["ratio"]:
-            lines.append(
-                f"- At context {count(entry['context'])}: perplexity {number(entry['perplexity'])}, "
-                f"{interval(entry['ratio'], 'value')} that of softmax, 95 % interval in parentheses, on "
-                f"{count(entry['tokens'])} tokens."
-            )
-    return ["\n".join(lines)] if lines else ["Its perplexity was not compared with softmax's."]
-
-
-def _crossover(arm: Arm, key: str, what: str) -> str:
-    measured = facts.speedups(arm, key)
-    if not measured:
-        return f"{what}: not measured."
-    start, (longest, spread) = facts.faster_from(arm, key), measured[-1]
-    said = f"{what}: {times(spread['median'])} the speed of softmax at {count(longest)} tokens, the longest measured"
-    if start is None:
-        return f"{said}; no length was found from which on it is faster in every run."
-    return f"{said}; faster in every run from {count(start)} tokens on."
-
-
-def _limits(names: Sequence[str]) -> list[str]:
+def _limits(names: Sequence[str], partial: bool) -> list[str]:
     """What the variants cannot do, as their classes say it."""
     lines = ["It needs hf_attnswap; without it transformers refuses to load it."]
+    if partial:
+        lines.append("The layers that keep softmax cost time quadratic in the length, and keep keys and values.")
     for name in names:
         cls = attentions.get(name)
         said = []
@@ -205,9 +221,10 @@ def _limits(names: Sequence[str]) -> list[str]:
 def _use(config: dict[str, Any], repo_id: str) -> str:
     task, architecture = _task(config), (config.get("architectures") or ["AutoModel"])[0]
     name, call = architecture, f'model = {architecture}.from_pretrained("{repo_id}")'
-    if task == "text-generation":
+    example = {"text-generation": '"Once upon a time"', "text-classification": '"It is a pleasure to watch."'}
+    if task in example:
         name = "pipeline"
-        call = f'pipe = pipeline("{task}", "{repo_id}")\nprint(pipe("Once upon a time")[0]["generated_text"])'
+        call = f'pipe = pipeline("{task}", "{repo_id}")\nprint(pipe({example[task]}))'
     lines = ["import hf_attnswap  # pip install hf_attnswap", f"from transformers import {name}", "", call]
     return "\n".join(["```python", *lines, "```"])
 
@@ -215,32 +232,3 @@ def _use(config: dict[str, Any], repo_id: str) -> str:
 def _task(config: dict[str, Any]) -> str | None:
     architecture = (config.get("architectures") or [""])[0]
     return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
-
-
-def _data(config, repo_id, tags, report, arm, base_model, licence) -> ModelCardData:
-    """The metadata, with a model-index of the perplexities."""
-    results = []
-    for entry in arm["perplexity"] if arm else ():
-        measured = {"perplexity": entry["perplexity"], "perplexity / softmax's": (entry["ratio"] or {}).get("value")}
-        results += [
-            EvalResult(
-                task_type=_task(config) or "other",
-                dataset_type="text",
-                dataset_name=plain(report["data"]["text"]),
-                metric_type="perplexity",
-                metric_name=f"{name}, context {entry['context']}",
-                metric_value=value,
-            )
-            for name, value in measured.items()
-            if value is not None
-        ]
-    return ModelCardData(
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        library_name="transformers",
-        license=licence,
-        pipeline_tag=_task(config),
-        tags=["hf_attnswap", "attention", *dict.fromkeys(tags)],
-        model_name=repo_id.rpartition("/")[2] if results else None,
-        eval_results=results or None,
-    )

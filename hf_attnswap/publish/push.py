@@ -1,7 +1,6 @@
 """Push a conversion to the Hub: weights, config, tokenizer, report and card, in one commit that can be repeated."""
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -20,11 +19,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from .. import report as reports
 from ..dispatch import NAME
 from ..errors import UsageError
 from ..patching import swapped_modules
 from . import card
+from .origin import find_origin, read_config
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -53,7 +52,7 @@ def prepare(
     except HFValidationError as error:
         raise UsageError(f"{repo_id!r} is not the name of a repository: {str(error).splitlines()[0]}") from None
     folder = Path(folder)
-    config = _config(folder)
+    config = read_config(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     pickled = next((path.name for path in files if path.suffix in _PICKLED), None)
@@ -62,8 +61,8 @@ def prepare(
     _check_weights(folder)
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     if not (folder / "README.md").is_file():
-        report = reports.read(folder / "report.json") if (folder / "report.json").is_file() else None
-        base_model, licence = _origin(config, base_model, licence, token)
+        report = card.read_report(folder / "report.json") if (folder / "report.json").is_file() else None
+        base_model, licence = find_origin(config, base_model, licence, token)
         text = card.render(config, repo_id, report=report, base_model=base_model, licence=licence, tags=tags or ())
         operations.append(CommitOperationAdd("README.md", text.encode()))
     return operations
@@ -154,18 +153,6 @@ def _require_conversion(api: HfApi, repo_id: str) -> None:
         raise UsageError(f"{repo_id} is taken: it exists and is no conversion by hf_attnswap; choose another name")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder} has no config.json: push a folder that save_pretrained wrote") from None
-    except ValueError as error:
-        raise UsageError(f"{folder}/config.json is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"{folder}/config.json is damaged: it holds no object")
-    return config
-
-
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -178,27 +165,6 @@ def _check_weights(folder: Path) -> None:
     missing = sorted(name for name in needed if not (folder / name).is_file())
     if missing:
         raise UsageError(f"{folder} has no {missing[0]}: its weights are not whole")
-
-
-def _origin(
-    config: dict[str, Any], base_model: str | None, licence: str | None, token: str | None
-) -> tuple[str | None, str | None]:
-    """Base model and licence, from what the user says, config.json, and the card of the base model."""
-    base_model = base_model or (config.get(NAME) or {}).get("base")
-    if base_model is None:
-        raise UsageError("which model was converted is not known: pass its Hub id with --base_model (or none)")
-    if base_model == "none":
-        base_model = None
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", base_model):
-        raise UsageError(f"base_model is {base_model!r}; expected a Hub id such as org/name, or none")
-    if licence is None and base_model is not None:
-        try:
-            licence = ModelCard.load(base_model, token=token).data.license
-        except (OSError, HTTPError, ValueError):
-            licence = None
-    if licence is None:
-        raise UsageError(f"the licence of {base_model or 'the model'} is not known: pass it with --license")
-    return base_model, licence
 
 
 def hook_into_transformers() -> None:

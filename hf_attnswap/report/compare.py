@@ -33,13 +33,13 @@ def rows(reports: Mapping[str, Report]) -> Rows:
     check_same(reports)
     contexts = sorted({context for report in reports.values() for context in facts.contexts(report)})
     lengths = sorted({length for report in reports.values() for length in facts.lengths(report)})
-    header = ["run", "arm", "alignment tokens"]
+    header = ["run", "arm", "training tokens"]
     header += [f"perplexity at {count(context)} (ratio to softmax, 95 %)" for context in contexts]
     header += [f"prefill speed-up at {count(length)}" for length in lengths]
     table = [header]
     for file, report in reports.items():
         for arm in report["arms"]:
-            cells = [plain(file), name(arm), count(facts.aligned_tokens(arm))]
+            cells = [plain(file), name(arm), count(arm["training_tokens"])]
             cells += [_perplexity(facts.perplexity_at(arm, context)) for context in contexts]
             entries = [facts.speed_at(arm, length) for length in lengths]
             cells += [_speedup(arm is facts.reference(report), entry) for entry in entries]

@@ -9,9 +9,9 @@ Report = dict[str, Any]
 
 
 def reference(report: Report) -> Arm | None:
-    """The softmax arm that ratios and speed-ups refer to: the one not aligned, where there are several."""
+    """The softmax arm that ratios and speed-ups refer to: the one not trained, where there are several."""
     arms = [arm for arm in report["arms"] if arm["attention"] == "softmax"]
-    return min(arms, key=lambda arm: arm["alignment"] is not None, default=None)
+    return min(arms, key=lambda arm: (arm["alignment"] is not None, bool(arm["training"])), default=None)
 
 
 def contexts(report: Report) -> list[int]:
@@ -98,8 +98,19 @@ def crossover(arm: Arm, key: str) -> float | None:
 
 def best_possible(report: Report, key: str) -> list[tuple[int, dict]]:
     """Amdahl's bound, (length, spread): the speed-up without any attention, which no attention can exceed."""
-    arm = next((arm for arm in report["arms"] if arm["attention"] == "none"), None)
-    return speedups(arm, key) if arm else []
+    arm = without_attention(report)
+    return speedups(arm, key) if arm and swapped_layers(arm) == report["model"]["attention_layers"] else []
+
+
+def without_attention(report: Report) -> Arm | None:
+    """The control with no attention in any layer, else in some of them."""
+    arms = [arm for arm in report["arms"] if arm["attention"] == "none"]
+    return max(arms, key=swapped_layers, default=None)
+
+
+def swapped_layers(arm: Arm) -> int:
+    """How many layers `arm` swaps."""
+    return sum(len(group["layers"]) for group in arm["swapped"])
 
 
 def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
@@ -130,24 +141,25 @@ def window_control(report: Report, hybrid: Arm) -> Arm | None:
         pairs = [(arm["options"].get(key), hybrid["options"].get(key)) for key in ("window", "sinks")]
         return all(mine == other for mine, other in pairs if None not in (mine, other))
 
-    found = [arm for arm in report["arms"] if arm["attention"] == "window" and same(arm)]
+    found = [arm for arm in report["arms"] if arm["attention"] == "window" and same(arm) and same_layers(arm, hybrid)]
     found = [arm for arm in found if any(entry["ratio"] for entry in arm["perplexity"])]
-    return min(found, key=lambda arm: abs(aligned_tokens(arm) - aligned_tokens(hybrid)), default=None)
+    return min(found, key=lambda arm: abs(arm["training_tokens"] - hybrid["training_tokens"]), default=None)
 
 
 def linear_control(report: Report, hybrid: Arm) -> Arm | None:
-    """The arm that is the linear part of `hybrid` alone."""
+    """The arm that is the linear part of `hybrid` alone; of several, the one trained most like it."""
     name, options = hybrid["attention"].removesuffix("+window"), hybrid["options"]
-    for arm in report["arms"]:
-        same = all(options.get(key, value) == value for key, value in arm["options"].items())
-        if arm["attention"] == name and same and arm["perplexity"]:
-            return arm
-    return None
+    found = [
+        arm for arm in report["arms"] if arm["attention"] == name and arm["perplexity"] and same_layers(arm, hybrid)
+    ]
+    found = [arm for arm in found if all(options.get(key, value) == value for key, value in arm["options"].items())]
+    return min(found, key=lambda arm: abs(arm["training_tokens"] - hybrid["training_tokens"]), default=None)
 
 
-def aligned_tokens(arm: Arm) -> int:
-    """The tokens `arm` was aligned on; 0 without alignment."""
-    return arm["alignment"]["tokens"] if arm["alignment"] else 0
+def same_layers(arm: Arm, other: Arm) -> bool:
+    """Whether the same layers are swapped in both."""
+    ours, theirs = ({(g["kind"], i) for g in a["swapped"] for i in g["layers"]} for a in (arm, other))
+    return ours == theirs
 
 
 def with_positions(report: Report) -> list[Arm]:
@@ -178,7 +190,7 @@ def dial(report: Report) -> list[tuple[dict[str, Any], list[Arm]]]:
         if arm["attention"] != "relu_power" or not usable or not measured:
             continue
         shared = {key: value for key, value in arm["options"].items() if key != "p"}
-        shared["alignment tokens"] = aligned_tokens(arm)
+        shared["training tokens"] = arm["training_tokens"]
         group = next((members for known, members in groups if known == shared), None)
         if group is None:
             groups.append((shared, [arm]))

@@ -32,6 +32,18 @@ VERSION = 3
 
 SPREAD = {"median": POSITIVE, "low": POSITIVE, "high": POSITIVE, "runs": SIZE}
 ALIGNMENT = {"tokens": COUNT, "seconds": AMOUNT, "first_loss": NUMBER, "last_loss": NUMBER}
+STAGE = {
+    "stage": NAMED,
+    "trains": TEXT,
+    "text": TEXT,
+    "tokens": COUNT,
+    "steps": COUNT,
+    "learning_rate": AMOUNT,
+    "first_loss": NUMBER,
+    "last_loss": NUMBER,
+    "arguments": OBJECT,
+}
+GROUP = {"attention": NAMED, "options": OBJECT, "kind": NAMED, "layers": [COUNT]}
 VERDICT = {"items": SIZE, "few": FLAG, "verdict": one_of("better", "no measurable difference", "worse")}
 RATIO = {"value": POSITIVE, "low": POSITIVE, "high": POSITIVE} | VERDICT
 DIFFERENCE = {"value": NUMBER, "low": NUMBER, "high": NUMBER} | VERDICT
@@ -98,10 +110,14 @@ ARM = {
     "cost": TEXT,
     "cost_class": one_of("quadratic", "linear", "constant"),
     "source": TEXT,
+    "swapped": [GROUP],
     "new_parameters": COUNT,
     "status": one_of("measured", "failed", "not measured"),
     "reason": Maybe(TEXT),
     "alignment": Maybe(ALIGNMENT),
+    "training": [STAGE],
+    "training_tokens": COUNT,
+    "conversion": Maybe(NAMED),
     "checks": [{"name": NAMED, "passed": FLAG, "worst": Maybe(AMOUNT), "limit": AMOUNT}],
     "growth": dict.fromkeys(["prefill_s", "decode_s", "train_s"], Maybe(GROWTH)),
     "diagnostics": Maybe(DIAGNOSTICS),
@@ -207,7 +223,7 @@ def _upgraded(report: Any) -> Any:
     arms = report["arms"] if isinstance(report.get("arms"), list) else []
     if version == 1:
         _upgrade_first(report, arms)
-    _upgrade_second(arms)
+    _upgrade_second(report, arms)
     return report | {"version": VERSION}
 
 
@@ -224,8 +240,12 @@ def _upgrade_first(report: dict, arms: list[dict]) -> None:
             entry["ratio"] |= {"items": items, "few": items < 500, "verdict": verdict}
 
 
-def _upgrade_second(arms: list[dict]) -> None:
+def _upgrade_second(report: dict, arms: list[dict]) -> None:
+    every = list(range(report["model"]["attention_layers"]))  # each arm swapped all of them
     for arm in arms:
+        group = {"attention": arm["attention"], "options": arm["options"], "kind": "causal", "layers": every}
+        arm |= {"swapped": [] if arm["attention"] == "softmax" else [group], "training": [], "conversion": None}
+        arm["training_tokens"] = arm["alignment"]["tokens"] if arm["alignment"] else 0
         arm["tasks"] = []
         arm["growth"]["train_s"] = None
         for entry in arm["speed"]:

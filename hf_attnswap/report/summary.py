@@ -22,8 +22,9 @@ def _names(arms: list[Arm]) -> str:
 
 
 def _training(arm: Arm) -> str:
-    tokens = facts.aligned_tokens(arm)
-    return f"after alignment on {count(tokens)} tokens" if tokens else "with no training"
+    tokens = arm["training_tokens"]
+    how = "training" if arm["training"] else "alignment"
+    return f"after {how} on {count(tokens)} tokens" if tokens else "with no training"
 
 
 def _perplexity(value: dict) -> str:
@@ -106,8 +107,12 @@ def _speedup(spread: dict) -> str:
 
 
 def _cost(report: Report) -> str:
+    layers = report["model"]["attention_layers"]
+    partial = [arm for arm in report["arms"] if 0 < facts.swapped_layers(arm) < layers]
+    whole = [arm for arm in report["arms"] if arm not in partial]
+
     def attentions(cost_class: str) -> str:
-        arms = [arm for arm in report["arms"] if arm["cost_class"] == cost_class]
+        arms = [arm for arm in whole if arm["cost_class"] == cost_class]
         names = dict.fromkeys(plain(arm["attention"]) for arm in arms)
         names.pop("softmax", None)
         return f"here {listing(list(names))}" if names else "no arm here"
@@ -116,6 +121,7 @@ def _cost(report: Report) -> str:
         "Cost: an activation applied to the scores, as in relu(q.k), stays O(n^2) in the length n, like "
         f"softmax ({attentions('quadratic')}). Linear arms are O(n): no activation, one applied to q and k "
         f"separately, or keys limited to a window ({attentions('linear')})."
+        + (f" With softmax in the layers that are not swapped, {_names(partial)} stay O(n^2) too." if partial else "")
     )
 
 
@@ -151,15 +157,18 @@ def _bound(report: Report) -> list[str]:
 
 
 def _none(report: Report) -> str:
-    arm = next((arm for arm in report["arms"] if arm["attention"] == "none"), None)
-    what = 'The control "none" (no attention at all)'
+    arm, layers = facts.without_attention(report), report["model"]["attention_layers"]
+    what, where = 'The control "none" (no attention at all)', "attention at all"
+    if arm and facts.swapped_layers(arm) < layers:
+        what = f'The control "{_name(arm)}" (no attention in {facts.swapped_layers(arm)} of {layers} layers)'
+        where = "attention in these layers"
     if arm is None:
         return f"{what} is not among the arms, so how much this text needs attention is not known."
     value = facts.ratio(arm, facts.headline_context(report))
     if value is None:
         why = plain(arm["reason"] or "its perplexity was not measured")
         return f"{what} has no ratio to softmax ({why})."
-    return f"{what} has {_perplexity(value)}: this is how much this text needs attention at all."
+    return f"{what} has {_perplexity(value)}: this is how much this text needs {where}."
 
 
 def _hybrids(report: Report) -> list[str]:
@@ -176,7 +185,7 @@ def _hybrid(report: Report, arm: Arm) -> str:
         verdicts = _verdicts(report, arm, control) if control else ""
         if not verdicts:
             continue
-        if facts.aligned_tokens(arm) != facts.aligned_tokens(control):
+        if arm["training_tokens"] != control["training_tokens"]:
             verdicts += f" (the hybrid {_training(arm)}, the control {_training(control)})"
         verdicts = ", ".join(filter(None, [verdicts, tasks.against(arm, control)]))
         said.append(f"against {what.format(_name(control))}: {verdicts}")

@@ -16,11 +16,13 @@ from .text import count, interval, number, plain, seconds
 
 UNMEASURED = "not measured"
 QUALITY = "Quality"
+UNIT = "Perplexity by token, word and byte"
 TASKS = "Tasks"
 SPEED = "Speed and memory"
 ARMS = "Arms"
 LAYERS = "Layers by damage"
 WORDS = ("cost", "status", "note", "formula", "options", "source", "least damage first")  # columns that may wrap
+UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
 Rows = list[list[str]]
 # What is measured, its speed-up, the titles of both columns, and how seconds or tokens are shown.
 SPEEDS = (
@@ -33,17 +35,29 @@ SPEEDS = (
 def rows(report: Report) -> Rows:
     """The quality table, its header first: one row per arm, whatever its status."""
     contexts = facts.contexts(report)
-    header = ["arm", "cost", "new parameters", "alignment tokens"]
+    header = ["arm", "cost", "new parameters", "training tokens"]
     header += [f"perplexity at {count(context)} (ratio to softmax, 95 %)" for context in contexts]
     header += [] if contexts else ["perplexity"]
-    units = [(context, unit) for context in contexts for unit in ("word", "byte") if _in_units(report, context, unit)]
-    header += [f"per {unit} at {count(context)}" for context, unit in units]
     table = [[*header, "status"]]
     for arm in report["arms"]:
-        cells = [name(arm), _cost(arm), count(arm["new_parameters"]), count(facts.aligned_tokens(arm))]
+        cells = [name(arm), _cost(arm), count(arm["new_parameters"]), count(arm["training_tokens"])]
         cells += [_perplexity(report, arm, context) for context in contexts or [None]]
-        cells += [_per_unit(arm, context, unit) for context, unit in units]
         table.append([*cells, _status(arm)])
+    return table
+
+
+def unit_rows(report: Report) -> Rows:
+    """Perplexity by word and by byte beside that by token, its header first: one row per arm that has them.
+
+    Those by word and byte compare with those of other tokenizers; words are what white space separates.
+    """
+    contexts = facts.contexts(report)
+    table = [["arm", *(f"per {unit} at {count(context)}" for context in contexts for unit in UNITS)]]
+    for arm in report["arms"]:
+        entries = [facts.perplexity_at(arm, context) for context in contexts]
+        if any(entry and entry["byte_perplexity"] for entry in entries):
+            found = [entry and entry[key] for entry in entries for key in UNITS.values()]
+            table.append([name(arm), *(number(value) if value else UNMEASURED for value in found)])
     return table
 
 
@@ -99,7 +113,8 @@ def layer_rows(report: Report) -> Rows:
 
 def tables(report: Report) -> dict[str, Rows]:
     """Those with numbers by their titles, in their order; none without a row."""
-    found = {QUALITY: rows(report), TASKS: task_rows(report), SPEED: speed_rows(report), LAYERS: layer_rows(report)}
+    found = {QUALITY: rows(report), UNIT: unit_rows(report), TASKS: task_rows(report), SPEED: speed_rows(report)}
+    found[LAYERS] = layer_rows(report)
     return {title: table for title, table in found.items() if len(table) > 1}
 
 
@@ -167,17 +182,6 @@ def _perplexity(report: Report, arm: Arm, context: int | None) -> str:
     if arm is facts.reference(report):
         return f"{value} (reference)"
     return f"{value}; {interval(entry['ratio'], 'value')}" if entry["ratio"] else f"{value} (no ratio)"
-
-
-def _in_units(report: Report, context: int, unit: str) -> bool:
-    entries = [facts.perplexity_at(arm, context) for arm in report["arms"]]
-    return any(entry and entry[f"{unit}_perplexity"] for entry in entries)
-
-
-def _per_unit(arm: Arm, context: int, unit: str) -> str:
-    entry = facts.perplexity_at(arm, context)
-    value = entry and entry[f"{unit}_perplexity"]
-    return number(value) if value else UNMEASURED
 
 
 def _speed(report: Report, arm: Arm, entry: dict, columns: Sequence[tuple]) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers import PreTrainedModel
 from .. import attentions
 from ..config import SwapConfig
 from ..errors import UsageError
+from ..loading import load
 from ..patching import swap
 from ..training.align import DEFAULT_LEARNING_RATE
+from .conversions import Conversion, find
 
 DEFAULT_ARMS = "softmax none window relu_norm relu_power identity elu hedgehog hedgehog+window".split()
 
@@ -45,43 +48,76 @@ class Settings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the comparison, from text such as "relu_power:p=8,shift=none"."""
+    """One row of the comparison.
+
+    Attributes:
+        attention: "mixed" for a conversion whose layers differ. options: of the attention, with all their values.
+        layers: which layers are swapped, as `SwapConfig` takes them; None for all.
+        conversion: a model of its own, in place of a swap of the model that is compared.
+    """
 
     label: str
     attention: str
     options: dict[str, Any]
+    layers: Any = None
+    conversion: Conversion | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """UsageError for an unknown attention or option, or an unfit value."""
+        """From text such as "relu_power:p=8,shift=none", "none:layers=1::2", or the folder of a conversion; where a
+        folder is called as a variant is, the variant is meant.
+
+        Raises:
+            UsageError: an unknown attention or option, an unfit value, or a folder without a model.
+        """
         name, _, rest = text.partition(":")
-        options = parse_options([part for part in rest.split(",") if part])
+        if name not in attentions.names() and Path(text).is_dir():
+            return cls.of(find(text))
+        options = parse_options([part for part in re.split(r",(?![^[]*\])", rest) if part])
+        layers = options.pop("layers", None)
         ((_, (_, values)),) = SwapConfig(name, options=options).plan([0]).items()
-        return cls(text, name, values)
+        return cls(text, name, values, layers)
+
+    @classmethod
+    def of(cls, conversion: Conversion) -> "Arm":
+        groups = conversion.swapped
+        names = list(dict.fromkeys(group["attention"] for group in groups)) or ["softmax"]
+        return cls(
+            f"{' and '.join(names)} of {conversion.name}",
+            names[0] if len(groups) < 2 else "mixed",
+            attentions.get(names[0]).check_options(groups[0]["options"]) if len(groups) == 1 else {},
+            conversion.layers,
+            conversion,
+        )
 
 
 def with_controls(arms: Sequence[str]) -> list[str]:
     """The arms, after those without which their numbers mean little and that are not among them.
 
     Those are softmax and no attention; for every hybrid its window alone and its linear part alone, with the same
-    options; the window in any case. Alignment trains what a variant adds, and softmax adds nothing, so softmax with
-    the same training is softmax.
+    options; the window in any case. An arm in some of the layers has its controls in the same ones. Alignment trains
+    what a variant adds, and softmax adds nothing, so softmax with the same training is softmax.
     """
     given = [Arm.parse(text) for text in arms]
-    wanted = [("softmax", {}), ("none", {})]
-    for arm in given:
-        linear = arm.attention.removesuffix("+window")
-        if linear != arm.attention:
-            wanted += [("window", arm.options), (linear, arm.options)]
-    if all(name != "window" for name, _ in wanted):
-        wanted.append(("window", {}))
+    wanted: list[tuple[str, dict[str, Any], Any]] = [("softmax", {}, None)]
+    swapped = [arm for arm in given if arm.attention != "softmax"]
+    for layers in list({json.dumps(arm.layers): arm.layers for arm in swapped}.values()) or [None]:
+        wanted.append(("none", {}, layers))
+        for arm in [arm for arm in swapped if arm.layers == layers]:
+            linear = arm.attention.removesuffix("+window")
+            if linear != arm.attention:
+                wanted += [("window", arm.options, layers), (linear, arm.options, layers)]
+        if all((name, where) != ("window", layers) for name, _, where in wanted):
+            wanted.append(("window", {}, layers))
     labels = []
-    for name, options in wanted:
+    for name, options, layers in wanted:
         known = attentions.get(name).options()
-        own = {key: value for key, value in options.items() if key in known and value != known[key].default}
-        label = ":".join(filter(None, [name, ",".join(f"{k}={json.dumps(v)}" for k, v in own.items())]))
+        told = [f"{k}={json.dumps(v)}" for k, v in options.items() if k in known and v != known[k].default]
+        told += [] if layers is None else [f"layers={layers if isinstance(layers, str) else json.dumps(layers)}"]
+        label = ":".join(filter(None, [name, ",".join(told)]))
         control = Arm.parse(label)
-        if not any((arm.attention, arm.options) == (control.attention, control.options) for arm in given):
+        same = [arm for arm in given if (arm.attention, arm.options) == (control.attention, control.options)]
+        if not any(arm.layers == control.layers and (name != "softmax" or not arm.conversion) for arm in same):
             labels.append(label)
     return list(dict.fromkeys([*labels, *arms]))
 
@@ -107,11 +143,14 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def build(arm: Arm, model: PreTrainedModel, parameters: Path | None = None) -> PreTrainedModel:
-    """A model for the arm over the weights of `model`; softmax is the model itself, not our own path."""
+    """A model for the arm over the weights of `model`; softmax is the model itself, not our own path. A conversion has
+    weights of its own."""
+    if arm.conversion is not None:
+        return load(str(arm.conversion.folder), dtype=model.dtype, device=model.device)[0]
     if arm.attention == "softmax":
         return model
     torch.manual_seed(0)
-    swapped = swap(share_weights(model), arm.attention, **arm.options)
+    swapped = swap(share_weights(model), arm.attention, layers=arm.layers, **arm.options)
     if parameters is not None and parameters.is_file():
         swapped.load_state_dict(load_file(parameters), strict=False)
     return swapped.eval()

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TextSource, token_blocks
+from ..dispatch import NAME
 from ..errors import UsageError
 from ..evaluation.checks import check_swap
 from ..evaluation.diagnose import diagnose
 from ..evaluation.perplexity import count_units, perplexity
 from ..files import write_whole
-from ..patching import swapped_modules
+from ..patching import inspect, restore, swapped_modules
 from ..training.align import aligning, alignment_loss, calibrate, trainable_parameters
 from ..training.batches import batches
 from ..training.loop import train
-from .arms import Arm, Settings, build
+from .arms import Arm, Settings, build, share_weights
 from .machine import describe_model, machine, versions
 from .rows import row
 from .speed import Rounds, measure_speed
@@ -64,7 +65,7 @@ def measure(
     arms = [Arm.parse(text) for text in dict.fromkeys(("softmax", *settings.arms))]
     check(settings.tasks)
     train_blocks, eval_tokens = _texts(tokenizer, training_text, evaluation_text, settings)
-    measured = _open(output_dir, settings, model_name, training_text, evaluation_text)
+    measured = _open(output_dir, settings, arms, model_name, training_text, evaluation_text)
     results = {
         arm.label: _quality(arm, model, tokenizer, train_blocks, eval_tokens, settings, measured, progress)
         for arm in arms
@@ -84,7 +85,7 @@ def measure(
         "command": command,
         "seed": settings.seed,
         "data": {
-            "text": training_text.name if evaluation_text is None else f"{training_text.name}, {evaluation_text.name}",
+            "text": ", ".join(_called(text) for text in (training_text, evaluation_text) if text is not None),
             "training_tokens": train_blocks.numel(),
             "evaluation_tokens": eval_tokens.numel(),
             "fingerprint": hashlib.sha256(eval_tokens.numpy().tobytes()).hexdigest()[:16],
@@ -117,14 +118,19 @@ def _texts(tokenizer, training_text, evaluation_text, settings: Settings) -> tup
     return blocks, evaluation
 
 
-def _open(output_dir: Path, settings: Settings, model_name: str, *texts: TextSource | None) -> Path:
+def _called(text: TextSource) -> str:
+    """A file without the folders that it lies in here."""
+    return Path(text.name).name if Path(text.name).is_absolute() else text.name
+
+
+def _open(
+    output_dir: Path, settings: Settings, arms: Sequence[Arm], model_name: str, *texts: TextSource | None
+) -> Path:
     """The folder of partial results, new or of a run with the same settings."""
     folder = output_dir / "measured"
-    wanted = json.loads(
-        json.dumps(
-            asdict(settings) | {"format": FORMAT, "model": model_name, "texts": [t and asdict(t) for t in texts]}
-        )
-    )
+    saved = {a.label: (a.conversion.folder / "config.json").stat().st_mtime_ns for a in arms if a.conversion}
+    run = {"format": FORMAT, "model": model_name, "texts": [t and asdict(t) for t in texts], "saved": saved}
+    wanted = json.loads(json.dumps(asdict(settings) | run))
     known = folder / "settings.json"
     if known.is_file():
         found = json.loads(known.read_text())
@@ -159,19 +165,23 @@ def _quality(
         progress(f"{arm.label}: already measured")
         return json.loads(path.read_text())
     result: dict[str, Any] = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0}
-    result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None, "tasks": []}
+    result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None, "tasks": [], "swapped": [], "kept": 0}
     try:
         swapped = build(arm, model)
         own = [p for attention in swapped_modules(swapped).values() for p in attention.parameters()]
         result["new_parameters"] = sum(p.numel() for p in own)
-        if own and settings.align_tokens:
+        saved = (getattr(swapped.config, NAME, None) or {}).get("swapped") or []
+        result["swapped"] = [{"kind": "causal"} | group for group in saved]  # the first format names no kind
+        result["kept"] = sum(entry.swapped is None for entry in inspect(swapped))
+        if own and settings.align_tokens and arm.conversion is None:
             result["alignment"] = _align(arm, swapped, train_blocks, settings, progress)
             parameters = {name: p for name, p in swapped.state_dict().items() if ".attnswap." in name}
             write_whole(_file(folder, arm, ".safetensors"), save(parameters))
-        if arm.attention != "softmax":
+        if result["swapped"]:
             progress(f"{arm.label}: checks")
+            original = restore(share_weights(swapped)) if arm.conversion else model
             result["checks"] = [
-                vars(check) | {"passed": check.passed} for check in check_swap(model, swapped, eval_tokens)
+                vars(check) | {"passed": check.passed} for check in check_swap(original, swapped, eval_tokens)
             ]
         for check in result["checks"]:
             if not check["passed"]:
@@ -188,7 +198,7 @@ def _quality(
             result["tasks"] = measure_tasks(
                 swapped, tokenizer, eval_tokens, settings, written, lambda line: progress(f"{arm.label}: {line}")
             )
-        if settings.diagnose_tokens and arm.attention != "softmax":
+        if settings.diagnose_tokens and result["swapped"]:
             text = eval_tokens.reshape(-1)[: settings.diagnose_tokens][None]
             result["diagnostics"] = diagnose(swapped, text, lambda line: progress(f"{arm.label}: {line}"))
         if not all(math.isfinite(x) for nll in result["nll"].values() for x in nll):

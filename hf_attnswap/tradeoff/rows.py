@@ -11,15 +11,22 @@ from ..evaluation.perplexity import Perplexity, Units, ratio
 from .arms import Arm
 from .tasks import difference
 
+COST_CLASSES = ("constant", "linear", "quadratic")
+
 
 def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> dict[str, Any]:
     """What the report says of one arm, from what was measured of all."""
-    cls, result = attentions.get(arm.attention), results[arm.label]
+    result = results[arm.label]
+    training = list(arm.conversion.training) if arm.conversion else []
+    trained = [*training, result["alignment"]] if result["alignment"] else training
     return {
-        "label": arm.label, "attention": arm.attention, "options": arm.options, "control": cls.control,
-        "formula": cls.formula, "cost": cls.cost, "cost_class": cls.cost_class, "source": cls.source,
+        "label": arm.label, "attention": arm.attention, "options": arm.options,
+        **_described(arm, result["swapped"], result["kept"]), "swapped": result["swapped"],
         "new_parameters": result["new_parameters"], "status": result["status"], "reason": result["reason"],
         "alignment": result["alignment"],
+        "training": training,
+        "training_tokens": sum(stage["tokens"] for stage in trained),
+        "conversion": arm.conversion.name if arm.conversion else None,
         "checks": [
             {name: check[name] for name in ("name", "passed", "limit")}
             | {"worst": None if math.isnan(check["worst"]) else check["worst"]}
@@ -34,6 +41,22 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
         "speed": [_speed_row(arm.label, int(length), rounds) for length, rounds in runs.items()
                   if result["status"] == "measured"],
     }  # fmt: skip
+
+
+def _described(arm: Arm, groups: list[dict[str, Any]], kept: int) -> dict[str, Any]:
+    """What the variants say of themselves; of several, and of softmax where layers keep it, the highest cost class."""
+    names = dict.fromkeys(group["attention"] for group in groups) if groups else [arm.attention]
+    classes = [attentions.get(name) for name in names if name != "mixed"]
+    costs = dict.fromkeys(cls.cost for cls in classes)
+    swapped = sum(len(group["layers"]) for group in groups)
+    ran = [*classes, attentions.get("softmax")] if kept and swapped else classes
+    return {
+        "control": bool(classes) and arm.conversion is None and all(cls.control for cls in classes),
+        "formula": "; ".join(cls.formula for cls in classes),
+        "cost": "; ".join(costs) + (f", softmax in {kept} of {kept + swapped} layers" if kept and swapped else ""),
+        "cost_class": max((cls.cost_class for cls in ran), key=COST_CLASSES.index, default="quadratic"),
+        "source": "; ".join(cls.source for cls in classes),
+    }
 
 
 def _growth(label: str, runs: dict, key: str) -> dict[str, Any] | None:

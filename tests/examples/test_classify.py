@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import hf_attnswap
 from hf_attnswap import UsageError
 from hf_attnswap.data import TextSource
+from hf_attnswap.report import classification
 from hf_attnswap.training import loop
 
 SWAP = ["--attention", "hedgehog", "--align_steps", "4"]
@@ -192,9 +193,9 @@ def comparison(script, arguments, tmp_path):
 
 def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkeypatch, capsys):
     report = comparison("--title", "A | title")
-    assert [row["label"] for row in report["rows"]] == ["softmax", "none", "hedgehog"]
+    assert [row["label"] for row in report["arms"]] == ["softmax", "none", "hedgehog"]
     assert report["seeds"] == [0, 1]
-    softmax, _, hedgehog = report["rows"]
+    softmax, _, hedgehog = report["arms"]
     runs = tmp_path / "all" / "runs"
     assert {path.name for path in runs.iterdir()} == {
         f"{arm}_{seed}" for arm in ("softmax", "none", "hedgehog") for seed in (0, 1)
@@ -206,16 +207,22 @@ def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkey
     assert softmax["difference"] == {"value": 0, "low": 0, "high": 0}
     written = (tmp_path / "all" / "results.json").read_text()
     assert json.loads(written) == json.loads(json.dumps(report)) and str(tmp_path) not in written
+    assert classification.read(tmp_path / "all" / "results.json") == report
+    assert [stage["stage"] for stage in hedgehog["training"]] == ["align", "finetune"]
+    assert hedgehog["training"][0]["steps"] == 2 and hedgehog["swapped"][0]["kind"] == "bidirectional"
+    assert hedgehog["speed"][0]["forward_speedup"]["runs"] == 7 and softmax["speed"][0]["forward_speedup"] is None
     page = (tmp_path / "all" / "results.md").read_text()
     assert page in capsys.readouterr().out
-    assert page.startswith("# A \\| title\n") and "| hedgehog | O(n d 2d) | 2 steps |" in page
+    assert page.startswith("# A \\| title\n") and "| hedgehog | O(n d 2d) | " in page
 
     def trains_again(*_):
         raise AssertionError
 
     with monkeypatch.context() as patch:
         patch.setattr(script("classify"), "main", trains_again)
-        assert comparison("--title", "A | title")["rows"] == report["rows"]
+        again = comparison("--title", "A | title")
+        for arm, before in zip(again["arms"], report["arms"], strict=True):
+            assert {**arm, "speed": []} == {**before, "speed": []}
     with pytest.raises(UsageError, match="holds a run with other arguments"):
         comparison("--learning_rate", "1e-3")
 
@@ -231,8 +238,8 @@ def test_an_arm_that_fails_is_reported(comparison, script, monkeypatch):
 
     monkeypatch.setattr(classify, "main", main)
     report = comparison("--num_seeds", "1")
-    assert report["rows"][1]["failed"] == "the loss is nan"
-    assert report["rows"][2]["accuracy"]["value"] <= 1
+    assert report["arms"][1]["status"] == "failed" and report["arms"][1]["reason"] == "the loss is nan"
+    assert report["arms"][2]["accuracy"]["value"] <= 1
 
 
 @pytest.mark.parametrize("more", [["--attention", "elu"], ["--layers", "1:"], ["--resume_from_checkpoint", "latest"]])
@@ -243,18 +250,9 @@ def test_a_comparison_says_which_arguments_are_its_own(comparison, more):
 
 def test_intervals_are_paired(script):
     """Two runs that are wrong in the same places differ by nothing, however few the texts."""
-    module = script("classify_all")
-    arms = {name: module.Arm.parse(name) for name in ("softmax", "elu", "identity")}
     correct = {"softmax": [1, 0, 1, 1] * 10, "elu": [1, 0, 1, 1] * 10, "identity": [1, 0, 0, 1] * 10}
-    runs = {
-        name: [{"correct": c, "accuracy": sum(c) / 40, "attention": name, "alignment": None, "last_loss": 0.0,
-                "arguments": {"seed": 0}}]
-        for name, c in correct.items()
-    }  # fmt: skip
-    shared = module.classify.build_parser().parse_args(
-        "--model_name_or_path m --train_file t --validation_file v --output_dir o".split()
-    )
-    softmax, elu, identity = module.compare("title", arms, runs, {}, shared)["rows"]
+    found = script("classify_all").compare({name: [marks] for name, marks in correct.items()})
+    softmax, elu, identity = found.values()
     assert softmax["accuracy"]["value"] == 0.75
     assert elu["difference"] == {"value": 0, "low": 0, "high": 0}
     assert identity["difference"]["value"] == -0.25

@@ -1,6 +1,7 @@
 """Recipes: what they say, what they may not say, and a run that goes on where it stopped."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 import hf_attnswap
-from hf_attnswap import UsageError
+from hf_attnswap import UsageError, cli, report
 from hf_attnswap.loading import load
 from hf_attnswap.training import loop
 
@@ -149,3 +150,67 @@ def test_another_recipe_in_the_same_folder_is_refused(script, recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text("stages: [")
     with pytest.raises(UsageError, match="is not YAML"):
         convert.main(command)
+
+
+def attnswap(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["attnswap", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+def test_from_a_recipe_to_a_model_card(script, recipe, checkpoint, text, tmp_path, monkeypatch, capsys):
+    """Half of the layers: their controls stand in the same ones."""
+    script("convert").main(recipe(layers="1:"))
+    out, measured, cards = tmp_path / "out", tmp_path / "report", tmp_path / "cards"
+    sizes = "--context_length 32 --max_eval_tokens 256 --length 16 --length 32 --rounds 1 --align_tokens 0".split()
+    given = ["tradeoff", checkpoint, "--arm", out, "--train_file", text, "--block_size", "32", *sizes]
+    assert attnswap(monkeypatch, *given, "--output_dir", measured) == 0
+    found = report.read(measured / "report.json")
+    arms = {arm["label"]: arm for arm in found["arms"]}
+    where = "layers=1:3"
+    assert list(arms) == [
+        "softmax", f"none:{where}", f"window:window=4,sinks=1,{where}", f"hedgehog:{where}", "hedgehog+window of out"
+    ]  # fmt: skip
+    arm = arms["hedgehog+window of out"]
+    assert {a["status"] for a in arms.values()} == {"measured"} and arm["conversion"] == "out"
+    assert [s["layers"] for a in arms.values() for s in a["swapped"]] == [[1, 2]] * 4
+    assert arm["cost_class"] == "quadratic" and arm["cost"].endswith(", softmax in 1 of 3 layers")
+    assert [check["passed"] for check in arm["checks"]] == [True] * 5
+    assert [(s["stage"], s["tokens"], s["steps"]) for s in arm["training"]] == [
+        ("align", 96, 3), ("distill", 96, 3), ("finetune", 64, 4)
+    ]  # fmt: skip
+    assert arm["training_tokens"] == 256
+    assert arm["training"][0]["first_loss"] == read_log(out / "1_align")[0]["loss"]
+    assert arm["training"][1]["trains"].startswith("LoRA") and arm["training"][1]["text"] == "text.txt"
+    assert {a["arm"] for a in arm["perplexity"][0]["against"]} == set(arms) - {"softmax", arm["label"]}
+    assert str(tmp_path) not in json.dumps(found)
+
+    origin = ["--base_model", "org/base", "--license", "mit"]
+    told = ["card", out, "user/mine", "--report", measured / "report.json", *origin]
+    assert attnswap(monkeypatch, *told, "--output_dir", cards) == 0
+    assert {path.name for path in cards.iterdir()} == {"README.md", "report.json", "recipe.yaml", "config.json"}
+    card = (cards / "README.md").read_text()
+    assert (
+        "| finetune | all weights | text.txt | 64 | 4 |" in card and "All other attention layers keep softmax" in card
+    )
+    assert f"| window:window=4,sinks=1,{where} (control) |" in card and str(tmp_path) not in card
+    again = yaml.safe_load((cards / "recipe.yaml").read_text())
+    assert (again["model_name_or_path"], again["attention"], again["layers"]) == ("org/base", "hedgehog+window", "1:")
+    assert [s["stage"] for s in again["stages"]] == ["align", "distill", "finetune"]
+    assert len(script("convert").read_recipe(cards / "recipe.yaml")) == 3
+
+    assert attnswap(monkeypatch, *told) == 0  # into the conversion, from where a push takes them
+    capsys.readouterr()
+    folder = out / "3_finetune" / "model"
+    assert attnswap(monkeypatch, "push", folder, "user/mine", *origin, "--dry_run", "--json") == 0
+    assert {"README.md", "report.json", "recipe.yaml"} < set(json.loads(capsys.readouterr().out)["files"])
+
+
+def test_a_conversion_that_has_not_ended_is_no_arm(script, recipe, tmp_path, monkeypatch, capsys, checkpoint):
+    script("convert").main(recipe(stages=[{"stage": "align"}]))
+    model = tmp_path / "out" / "1_align" / "model"
+    model.rename(tmp_path / "elsewhere")
+    given = ["tradeoff", checkpoint, "--arm", tmp_path / "out", "--train_file", "t.txt", "--output_dir", tmp_path / "r"]
+    assert attnswap(monkeypatch, *given) == 2
+    assert "has not ended: 1_align has no model; run convert.py again" in capsys.readouterr().err

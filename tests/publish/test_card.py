@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from card_numbers import strangers
 from huggingface_hub import ModelCard
 
-from hf_attnswap import UsageError, attentions, report
+from hf_attnswap import UsageError, report
 from hf_attnswap.publish import card
-from hf_attnswap.report.text import count, number
+from hf_attnswap.report.text import number
 
 DEMO = Path(__file__).parents[2] / "examples" / "results" / "demo" / "report.json"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -18,7 +19,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def config_of(attention: str, options: dict, layers: int = 30) -> dict:
     group = {"attention": attention, "kind": "causal", "layers": list(range(layers)), "options": options}
     saved = {"format_version": 2, "kept": "sdpa", "swapped": [group]}
-    return {"architectures": ["LlamaForCausalLM"], "attnswap": saved}
+    return {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30, "attnswap": saved}
 
 
 @pytest.fixture
@@ -35,37 +36,15 @@ def render(found: dict | None, config: dict, **changed) -> str:
     return card.render(config, "user/smollm2-swapped", **given)
 
 
-def numbers_in(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?", text))
-
-
-def shown(value) -> set[str]:
-    """Every way in which a value of the JSON may stand in the card."""
-    if isinstance(value, dict):
-        return set().union(*map(shown, [*value.keys(), *value.values()]), set())
-    if isinstance(value, list):
-        return set().union({str(len(value))}, *map(shown, value))
-    if isinstance(value, str):
-        return numbers_in(value)
-    if isinstance(value, bool) or value is None:
-        return set()
-    return {str(value), number(value), number(value * 1000), *({count(value)} if isinstance(value, int) else ())}
-
-
-ALWAYS = {"95", "500"}  # the level of the intervals, and how many items are few
-
-
-def strangers(text: str, found: dict | None, config: dict) -> set[str]:
-    """Numbers of a card that neither its JSON nor the description of its variants has."""
-    described = [[c.formula, c.cost, c.source] for c in map(attentions.get, attentions.names())]
-    return numbers_in(text) - shown([found, config, described, BASE, "user/smollm2-swapped", "apache-2.0"]) - ALWAYS
+def unknown(text: str, found: dict | None, config: dict) -> set[str]:
+    return strangers(text, found, config, BASE, "user/smollm2-swapped")
 
 
 def test_every_number_is_in_the_json(demo):
     for arm in arms(demo):
         config = config_of(arm["attention"], arm["options"])
         text = render(demo, config)
-        assert not strangers(text, demo, config), arm["label"]
+        assert not unknown(text, demo, config), arm["label"]
         for entry in arm["perplexity"]:
             assert number(entry["perplexity"]) in text and number(entry["ratio"]["low"]) in text
         for entry in arm["speed"]:
@@ -74,11 +53,11 @@ def test_every_number_is_in_the_json(demo):
 
 def test_a_number_that_is_not_in_the_json_is_found(demo):
     config = config_of("elu", {})
-    assert strangers(render(demo, config) + "It is 3.75 times as fast.", demo, config) == {"3.75"}
+    assert unknown(render(demo, config) + "It is 3.75 times as fast.", demo, config) == {"3.75"}
     changed = copy.deepcopy(demo)
     arm = next(arm for arm in changed["arms"] if arm["attention"] == "elu")
     arm["perplexity"][0]["perplexity"] *= 1.5
-    assert strangers(render(demo, config), changed, config)
+    assert unknown(render(demo, config), changed, config)
 
 
 def test_metadata(demo):
@@ -120,19 +99,87 @@ def test_without_a_report_nothing_is_claimed():
     config = config_of("sigmoid", {}, layers=3)
     text = render(None, config)
     assert "Neither the quality nor the speed of this conversion was measured." in text
-    assert ModelCard(text).data.eval_results is None and not strangers(text, None, config)
+    assert ModelCard(text).data.eval_results is None and not unknown(text, None, config)
 
 
 def test_a_report_on_something_else_is_refused(demo):
     for config in (
         config_of("relu_power", {"p": 4, "shift": "max"}),
         config_of("elu", {}, layers=29),
-        config_of("sigmoid", {}),
+        config_of("gelu", {}),
     ):
         with pytest.raises(UsageError, match="report.json did not measure this conversion"):
             render(demo, config)
     with pytest.raises(UsageError, match="is not that of a conversion"):
         render(demo, {"architectures": ["LlamaForCausalLM"]})
+
+
+def test_some_layers_only(demo):
+    odd = list(range(1, 30, 2))
+    for arm in demo["arms"]:
+        if arm["attention"] in ("elu", "none"):
+            part = arm | {"label": f"{arm['label']}:layers=1::2", "cost": f"{arm['cost']}, softmax in 15 of 30 layers"}
+            part |= {"swapped": [arm["swapped"][0] | {"layers": odd}], "cost_class": "quadratic"}
+            demo["arms"] = [*demo["arms"], part]
+    config = config_of("elu", {})
+    config["attnswap"]["swapped"][0]["layers"] = odd
+    text = render(demo, config)
+    assert "the softmax of 15 attention layers replaced by `elu`" in text
+    assert "All other attention layers keep softmax." in text and "The layers that keep softmax cost time" in text
+    assert "| none:layers=1::2 (control) |" in text and "| none (control) |" not in text
+    assert not unknown(text, demo, config)
+    whole = render(demo, config_of("elu", {}))
+    assert "keep softmax" not in whole and "| none (control) |" in whole
+
+
+def test_layers_of_several_kinds(demo):
+    groups = [
+        {"attention": "elu", "options": {}, "kind": "causal", "layers": [0, 3]},
+        {"attention": "sigmoid", "options": {}, "kind": "causal", "layers": [1, 2]},
+    ]
+    (arm,) = (arm for arm in demo["arms"] if arm["attention"] == "elu")
+    demo["arms"] += [arm | {"label": "elu and sigmoid of mine", "attention": "mixed", "swapped": groups}]
+    config = config_of("elu", {})
+    config["attnswap"]["swapped"] = groups[::-1]
+    text = render(demo, config)
+    assert "softmax of 4 attention layers replaced by `sigmoid` and `elu`" in text
+    assert "| elu and sigmoid of mine |" in text and not unknown(text, demo, config)
+
+
+def trained(demo: dict) -> dict:
+    """The arm of a trained conversion, beside one that the run aligned itself."""
+    (arm,) = (arm for arm in demo["arms"] if arm["attention"] == "hedgehog")
+    stages = [
+        {"stage": name, "trains": trains, "text": "book.txt", "tokens": tokens, "steps": 7, "learning_rate": rate,
+         "first_loss": 0.8125, "last_loss": 0.25, "arguments": arguments}
+        for name, trains, tokens, rate, arguments in (
+            ("align", "the parameters of the variant", 204_800, 0.01,
+             {"attention": "hedgehog", "train_file": "book.txt", "max_train_tokens": 204_800}),
+            ("distill", "all weights", 614_400, 1e-5, {"train_file": "book.txt", "use_lora": True}),
+        )
+    ]  # fmt: skip
+    told = {"alignment": None, "training": stages, "training_tokens": 819_200, "conversion": "mine"}
+    demo["arms"] += [arm | {"label": "hedgehog of mine", **told}]
+    return demo
+
+
+def test_training_is_told_by_stage_and_can_be_repeated(demo):
+    config = config_of("hedgehog", {})
+    text = render(trained(demo), config)
+    assert "| distill | all weights | book.txt | 614,400 | 7 | 1e-05 | 0.812 to 0.250 |" in text
+    assert "convert.py --recipe recipe.yaml" in text and "| hedgehog of mine |" in text and "| hedgehog |" in text
+    assert not unknown(text, demo, config)
+    assert card.recipe(demo, config, BASE) == {
+        "model_name_or_path": "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "attention": "hedgehog",
+        "stages": [
+            {"stage": "align", "train_file": "book.txt", "max_train_tokens": 204_800},
+            {"stage": "distill", "train_file": "book.txt", "use_lora": True},
+        ],
+    }
+    demo["arms"] += [demo["arms"][-1] | {"label": "hedgehog of others"}]
+    with pytest.raises(UsageError, match="several arms that are this conversion.*of mine and hedgehog of others"):
+        render(demo, config)
 
 
 def test_conversions_of_several_parts_and_plans():

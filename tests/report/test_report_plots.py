@@ -124,25 +124,17 @@ def test_a_dial_of_an_earlier_report_goes(report: dict[str, Any], tmp_path: Path
     assert "dial.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def layer(kl: float, gradient: float, keys: float) -> dict[str, Any]:
-    norms = dict.fromkeys(["query", "key", "value", "layer_input"], 1.0)
-    return {
-        "layer": "model.layers.0.self_attn", "kl": kl, "perplexity_ratio": 1.1,
-        "gradient": norms | {"layer_input": gradient}, "gradient_of_softmax": norms | {"layer_input": 2.0},
-        "dead": 0.1, "saturated": None, "effective_keys": keys, "softmax_effective_keys": 10.0, "row_sum": 1.0,
-        "negative": 0.0, "sparsity": 0.2, "distance": 0.3, "output_scale": [{"first": 1, "last": 1, "scale": 1.0}],
-    }  # fmt: skip
-
-
-def test_layers_are_drawn_where_they_were_looked_at(report: dict[str, Any]) -> None:
-    for arm in report["arms"][2:5]:
-        arm["diagnostics"] = {"context": 64, "tokens": 64, "layers": [layer(0.1, 1.0, 5.0), layer(0.0, 4.0, 20.0)]}
-    pictures = plots.pictures(report)
+def test_layers_are_drawn_where_they_were_looked_at(full: dict[str, Any]) -> None:
+    pictures = plots.pictures(full)
     assert [picture.name for picture in pictures][-1] == "layers" and len(pictures[-1].png) > 20_000
     assert pictures[-1].caption.startswith("On 64 tokens.")
     before = pictures[-1].png
-    report["arms"][3]["diagnostics"]["layers"][1]["kl"] = 0.7
-    assert plots.pictures(report)[-1].png != before
+    full["arms"][1]["diagnostics"]["layers"][1]["kl"] = 0.7
+    assert plots.pictures(full)[-1].png != before
+
+
+def test_the_training_step_has_a_panel(full: dict[str, Any]) -> None:
+    assert size(plots.pictures(full)[0].png)[0] == 2025
 
 
 def test_what_is_far_off_everywhere_is_named(report: dict[str, Any]) -> None:

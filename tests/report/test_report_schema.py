@@ -152,6 +152,7 @@ def test_read_gives_back_what_write_wrote(report: dict[str, Any], tmp_path: Path
 def as_version_2(report: dict[str, Any]) -> dict[str, Any]:
     report["version"] = 2
     for arm in report["arms"]:
+        del arm["swapped"], arm["training"], arm["training_tokens"], arm["conversion"]
         del arm["tasks"], arm["growth"]["train_s"]
         for entry in arm["speed"]:
             del entry["train_s"], entry["train_speedup"]
@@ -191,6 +192,16 @@ def test_a_report_of_version_1_is_read_as_one_of_today(report: dict[str, Any], t
     assert window["against"] == [] and window["ratio"]["verdict"] == "worse"
     assert window["ratio"]["items"] == 10240 // 511 and window["ratio"]["few"]
     write_all(found, tmp_path / "drawn")
+
+
+def test_the_arms_of_version_2_swap_every_layer(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps(as_version_2(report)))
+    softmax, none, window = read(tmp_path / "old.json")["arms"][:3]
+    assert softmax["swapped"] == [] and none["training"] == []
+    options = {"window": 64, "sinks": 4}
+    assert window["swapped"] == [
+        {"attention": "window", "options": options, "kind": "causal", "layers": list(range(30))}
+    ]
 
 
 def test_a_broken_report_of_version_1_is_one_line(report: dict[str, Any], tmp_path: Path) -> None:

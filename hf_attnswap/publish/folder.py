@@ -1,0 +1,47 @@
+"""The card of a conversion as a folder: README.md, and the files that it was written from."""
+
+from pathlib import Path
+
+import yaml
+
+from ..files import write_whole
+from ..tradeoff import find
+from . import card
+from .origin import find_origin, read_config
+
+
+def write_card(
+    folder: str | Path,
+    repo_id: str,
+    report: str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    token: str | None = None,
+) -> list[Path]:
+    """Write README.md, report.json, recipe.yaml (where the report says how it was trained) and config.json.
+
+    Args:
+        folder: the conversion, as `save_pretrained` or examples/convert.py left it.
+        report: what `attnswap tradeoff` or examples/classify_all.py wrote of it.
+        output_dir: where the files go; by default into the conversion, from where a push takes them.
+        base_model, licence: as `push.prepare`.
+
+    Raises:
+        UsageError: no conversion, one that the report did not measure, or an origin that is not known.
+        ValueError: a report that is damaged.
+    """
+    folder = find(folder).folder
+    output_dir = folder if output_dir is None else Path(output_dir)
+    config, found = read_config(folder), card.read_report(report)
+    base_model, licence = find_origin(config, base_model, licence, token)
+    text = card.render(config, repo_id, report=found, base_model=base_model, licence=licence)
+    recipe = card.recipe(found, config, base_model)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    written = {"README.md": text.encode(), "report.json": Path(report).read_bytes()}
+    if recipe is not None:
+        written["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False).encode()
+    if output_dir.resolve() != folder.resolve():
+        written["config.json"] = (folder / "config.json").read_bytes()
+    return [write_whole(output_dir / name, data) for name, data in written.items()]

@@ -1,0 +1,123 @@
+"""What a card says of a language model, from the JSON of `attnswap tradeoff`."""
+
+from typing import Any
+
+from ..report import facts, table
+from ..report.facts import Arm, Report
+from ..report.markdown import escape, markdown_table
+from ..report.text import count, interval, number, plain, times
+
+details = table.details
+
+
+def data_name(report: Report) -> str:
+    """The text that the quality was measured on."""
+    return plain(report["data"]["text"])
+
+
+def training(report: Report, arm: Arm) -> str:
+    """What trained on how much text."""
+    if arm["training"]:
+        rows = [["stage", "what trains", "text", "tokens", "steps", "learning rate", "loss"]]
+        for stage in arm["training"]:
+            loss = f"{number(stage['first_loss'])} to {number(stage['last_loss'])}"
+            amounts = [count(stage["tokens"]), count(stage["steps"]), f"{stage['learning_rate']:g}"]
+            rows.append([stage["stage"], stage["trains"], plain(stage["text"]), *amounts, loss])
+        return f"{markdown_table(rows)}\n\n{_new_parameters(arm)}"
+    alignment = arm["alignment"]
+    if alignment:
+        return (
+            f"Each swapped layer was aligned with the softmax output of its layer on {count(alignment['tokens'])} "
+            f"tokens of {escape(plain(report['data']['text']))}; the loss went from {number(alignment['first_loss'])} "
+            f"to {number(alignment['last_loss'])}. {_new_parameters(arm)}"
+        )
+    if arm["conversion"]:
+        return f"How it was trained was not recorded. {_new_parameters(arm)}"
+    return "None: the weights are those of the model that was converted."
+
+
+def _new_parameters(arm: Arm) -> str:
+    return f"New parameters: {count(arm['new_parameters'])}."
+
+
+def quality(report: Report, arm: Arm) -> list[str]:
+    """Perplexity with its interval, then beside softmax and the controls."""
+    lines = []
+    for entry in arm["perplexity"]:
+        if entry["ratio"]:
+            lines.append(
+                f"- At context {count(entry['context'])}: perplexity {number(entry['perplexity'])}, "
+                f"{interval(entry['ratio'], 'value')} that of softmax, 95 % interval in parentheses, on "
+                f"{count(entry['tokens'])} tokens."
+            )
+    said = "\n".join(lines) or "Its perplexity was not compared with softmax's."
+    return [said, markdown_table(table.rows(_beside(report, arm)))]
+
+
+def speed(report: Report, arm: Arm) -> list[str]:
+    """From which length on it is faster, then every length beside softmax and the controls."""
+    said = [
+        _crossover(arm, key, what) for key, what in (("prefill_speedup", "Prefill"), ("decode_speedup", "Decoding"))
+    ]
+    return [*said, markdown_table(table.speed_rows(_beside(report, arm)))]
+
+
+def _beside(report: Report, arm: Arm) -> Report:
+    """The report of this arm, softmax, and the controls in the same layers."""
+    linear = arm["attention"].removesuffix("+window")
+    shown = [
+        other
+        for other in report["arms"]
+        if other is arm
+        or other["attention"] == "softmax"
+        or ((other["control"] or other["attention"] == linear) and facts.same_layers(other, arm))
+    ]
+    return report | {"arms": shown}
+
+
+def _crossover(arm: Arm, key: str, what: str) -> str:
+    speedups = facts.speedups(arm, key)
+    if not speedups:
+        return f"{what}: not measured."
+    start, (longest, spread) = facts.faster_from(arm, key), speedups[-1]
+    said = f"{what}: {times(spread['median'])} the speed of softmax at {count(longest)} tokens, the longest measured"
+    if start is None:
+        return f"{said}; no length was found from which on it is faster in every run."
+    return f"{said}; faster in every run from {count(start)} tokens on."
+
+
+def results(arm: Arm) -> list[dict[str, Any]]:
+    """For the model-index: type, name and value of each metric."""
+    found = []
+    for entry in arm["perplexity"]:
+        values = {"perplexity": entry["perplexity"], "perplexity / softmax's": (entry["ratio"] or {}).get("value")}
+        found += [
+            {"metric_type": "perplexity", "metric_name": f"{name}, context {entry['context']}", "metric_value": value}
+            for name, value in values.items()
+            if value is not None
+        ]
+    return found
+
+
+def reproduce(arm: Arm) -> str | None:
+    """The command that trains it by recipe.yaml."""
+    if not arm["training"]:
+        return None
+    return "accelerate launch examples/convert.py --recipe recipe.yaml --output_dir converted"
+
+
+def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any] | None:
+    """What examples/convert.py takes to do it again; None for what no recipe made."""
+    if not arm["training"]:
+        return None
+    shared = {key: arm["training"][0]["arguments"][key] for key in _SHARED if key in arm["training"][0]["arguments"]}
+    stages = [
+        {"stage": stage["stage"]} | {key: value for key, value in stage["arguments"].items() if key not in _SHARED}
+        for stage in arm["training"]
+    ]
+    name = report["model"]["name"]
+    name = name if base_model is None or name.endswith(".gguf") else base_model
+    return {"model_name_or_path": name, **shared, "stages": stages}
+
+
+_SHARED = ("attention", "layers", "options")  # what the first stage alone is told

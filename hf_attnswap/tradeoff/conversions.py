@@ -1,0 +1,122 @@
+"""Trained conversions as arms: where their model lies, what is swapped in it, and how it was trained."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import plans_from_dict
+from ..dispatch import NAME
+from ..errors import UsageError
+
+RECIPE, LOG = "recipe.yaml", "training_log.jsonl"  # what examples/convert.py leaves, and its stages
+# Arguments of a stage that say where it ran, not what it did.
+_ELSEWHERE = frozenset(
+    "stage model_name_or_path teacher_name_or_path checkpointing_steps with_tracking report_to".split()
+)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A model that was saved, converted or not.
+
+    Attributes:
+        name: of the folder that was named.
+        folder: the model itself.
+        swapped: the groups of layers that config.json holds; none where nothing is swapped.
+        layers: those of all groups, as `SwapConfig` takes them; None for all of the model.
+        training: one entry per stage of its recipe, as `report` takes them; none where no recipe is there.
+    """
+
+    name: str
+    folder: Path
+    swapped: tuple[dict[str, Any], ...]
+    layers: str | list[int] | None
+    training: tuple[dict[str, Any], ...]
+
+
+def find(path: str | Path) -> Conversion:
+    """What lies in `path`: the output folder of examples/convert.py, or a folder that `save_pretrained` wrote.
+
+    Raises:
+        UsageError: neither, a conversion that is not finished, or one of a model of several parts.
+    """
+    path = Path(path)
+    folder, training = path, ()
+    if (path / RECIPE).is_file():
+        stages = _stages(path)
+        training = tuple(_trained(path / name, given) for name, given in stages)
+        folder = path / stages[-1][0] / "model"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = config.get(NAME)
+    except FileNotFoundError:
+        raise UsageError(f"{folder} has no config.json: name a saved model, or what convert.py wrote") from None
+    except (AttributeError, ValueError) as error:
+        raise UsageError(f"{folder}/config.json is damaged: {error}") from None
+    if saved is not None:
+        plans_from_dict(saved)  # says what is damaged
+    swapped = tuple((saved or {}).get("swapped") or ())
+    layers = sorted(index for group in swapped for index in group["layers"])
+    whole = len(layers) in (0, config.get("num_hidden_layers"))
+    return Conversion(path.resolve().name, folder, swapped, None if whole else _slice(layers), training)
+
+
+def _slice(layers: list[int]) -> str | list[int]:
+    """The same layers as a slice, where they are one."""
+    step = layers[1] - layers[0] if len(layers) > 1 else 0
+    if step and layers == list(range(layers[0], layers[-1] + 1, step)):
+        return f"{layers[0]}:{layers[-1] + 1}" + (f":{step}" if step > 1 else "")
+    return layers
+
+
+def _stages(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Folder and arguments of every stage; UsageError where the run has not ended."""
+    try:
+        recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
+        stages = [(f"{number}_{given['stage']}", given) for number, given in enumerate(recipe["stages"], start=1)]
+    except (KeyError, TypeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path / RECIPE} is not what convert.py wrote: {' '.join(str(error).split())}") from None
+    for name, _ in stages:
+        if not (path / name / "model").is_dir():
+            raise UsageError(f"the conversion in {path} has not ended: {name} has no model; run convert.py again")
+    return stages
+
+
+def _trained(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """What a stage did, from its arguments and its log."""
+    try:
+        log = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+        first, last = log[0], log[-1]
+        return {
+            "stage": given["stage"],
+            "trains": _trains(given),
+            "text": Path(given.get("train_file") or given["dataset_name"]).name,
+            "tokens": last["tokens"],
+            "steps": len(log),
+            "learning_rate": max(entry["learning_rate"] for entry in log),
+            "first_loss": first["loss"],
+            "last_loss": last["loss"],
+            "seconds": round(sum(entry["seconds"] for entry in log), 1),
+            "arguments": {
+                key: Path(value).name if key.endswith("_file") else value
+                for key, value in given.items()
+                if key not in _ELSEWHERE
+            },
+        }
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder / LOG} is not the log of a stage: {error!r}") from None
+
+
+def _trains(given: dict[str, Any]) -> str:
+    if given["stage"] == "align":
+        if given.get("linear_branch_alone"):
+            return "the parameters of the linear variant, without its window"
+        if given.get("train") != "attention":
+            return "the parameters of the variant"
+        return "the attention modules" + (", their projections by LoRA" if given.get("use_lora") else "")
+    if given.get("use_lora"):
+        return "LoRA on the projections, and the parameters of the variant"
+    return "all weights but the embeddings" if given.get("freeze_embeddings") else "all weights"
