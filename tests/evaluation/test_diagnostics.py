@@ -15,8 +15,8 @@ from hf_attnswap.evaluation.damage import by_damage, layer_damage, least_damaged
 from hf_attnswap.evaluation.diagnose import diagnose
 from hf_attnswap.evaluation.distribution import distribution_facts, weight_facts
 from hf_attnswap.evaluation.gradients import dead_and_saturated, gradient_flow
-from hf_attnswap.evaluation.observing import answering, softmax
 from hf_attnswap.masks import Mask
+from hf_attnswap.observing import answering, softmax
 
 HEADS = Heads(1, 1, 2)
 EVERY = ("softmax", "relu", "relu_norm", "relu_power", "sigmoid", "elu", "hedgehog", "elu+window", "window", "delta")
