@@ -204,7 +204,8 @@ def _quality(
         if not all(math.isfinite(x) for nll in result["nll"].values() for x in nll):
             result |= {"status": "failed", "reason": "its perplexity is not finite", "nll": {}}
     except Exception as error:
-        if os.environ.get("ATTNSWAP_DEBUG"):
+        wrong_use = isinstance(error, UsageError) and arm.label == "softmax"  # so it is in every arm
+        if wrong_use or os.environ.get("ATTNSWAP_DEBUG"):
             raise
         result |= {"status": "failed", "reason": (str(error) or repr(error)).splitlines()[0]}
         progress(f"{arm.label}: failed: {result['reason']}")

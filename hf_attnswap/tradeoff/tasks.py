@@ -7,7 +7,6 @@ arms, so the difference of two arms in each resample gives the interval of a pai
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.generating import agreement, continuations
-from ..evaluation.paired import Difference
-from ..evaluation.tasks import Result, check_tasks, run_tasks
+from ..evaluation.paired import Difference, resampled
+from ..evaluation.result import Result
+from ..evaluation.tasks import check_tasks, run_tasks
 from ..files import write_whole
 from ..intervals import expanded_tail
 from .arms import Settings
 
 WRITING = "writing"  # a task of ours, beside those of `evaluation.tasks`
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 64
-RESAMPLES = 2000
+RESAMPLES = 1000
 
 
 def check(names: Sequence[str]) -> None:
@@ -75,8 +75,6 @@ def written_by(model: PreTrainedModel, tokens: Tensor, path: Path) -> Tensor:
 
 
 def _described(result: Result) -> dict[str, Any]:
-    items = len(result.scores)
-    draws = torch.randint(items, (RESAMPLES, items), generator=torch.Generator().manual_seed(0)).tolist()
     error = result.standard_error
     return {
         "task": result.task,
@@ -84,8 +82,8 @@ def _described(result: Result) -> dict[str, Any]:
         "higher_is_better": result.higher_is_better,
         "value": result.value,
         "standard_error": None if math.isnan(error) else error,
-        "items": items,
-        "resampled": [replace(result, scores=tuple(result.scores[i] for i in draw)).value for draw in draws],
+        "items": len(result.scores),
+        "resampled": resampled(result.scores, result.aggregate, RESAMPLES).tolist(),
     }
 
 
