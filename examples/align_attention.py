@@ -47,6 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="of X+window train the linear variant X, without the window: a first stage before the whole",
     )
+    parser.add_argument(
+        "--weights_loss",
+        type=float,
+        default=0.0,
+        help="of the cross-entropy of the attention weights, beside the error of the outputs; O(n^2), for variants "
+        "without negative weights (default: %(default)s)",
+    )
     add_lora_arguments(parser)
     return parser
 
@@ -65,10 +72,12 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
         if args.use_lora:
             raise UsageError("--use_lora is for the projections, which --train attention trains")
         trainable_parameters(model, alone)
-        observing = aligning(model, alone)
+        observing = aligning(model, alone, args.weights_loss)
     else:
         if alone:
             raise UsageError("--linear_branch_alone compares no whole attention modules, as --train attention does")
+        if args.weights_loss:
+            raise UsageError("--weights_loss compares weights on the same queries, which --train attention changes")
         projection_parameters(model)
         trained = with_lora_if_asked(model, args, accelerator)
         observing = aligning_projections(trained)

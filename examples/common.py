@@ -1,6 +1,8 @@
 """What the example scripts share: arguments, the accelerator and the check of its processes, the run, the saving."""
 
 import argparse
+import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, LoggerType, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    LoggerType,
+    gather_object,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +27,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_attnswap import UsageError, swap
 from hf_attnswap.data import TextSource, token_blocks
-from hf_attnswap.files import require_empty, whole_folder
+from hf_attnswap.evaluation.perplexity import Perplexity, perplexity
+from hf_attnswap.files import require_empty, whole_folder, write_whole
 from hf_attnswap.loading import load
 from hf_attnswap.token_cache import default_folder
 from hf_attnswap.tradeoff import parse_options
@@ -28,15 +38,20 @@ from hf_attnswap.training.loop import Step, train
 
 # Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
 IDENTITY = (
-    "model_name_or_path dtype attention layers option train linear_branch_alone use_lora lora_r lora_alpha "
-    "lora_dropout align_steps align_learning_rate teacher_name_or_path temperature hidden_weight".split()
+    "model_name_or_path dtype attention layers option train linear_branch_alone weights_loss use_lora lora_r "
+    "lora_alpha lora_dropout freeze_embeddings align_steps align_learning_rate teacher_name_or_path temperature "
+    "hidden_weight".split()
 )
+
+# So much of a text is shuffled at least, however short the run: its beginning alone may be a single subject.
+SHUFFLED_TOKENS = 1_000_000
 
 OUTPUT = """\
 output_dir:
   model/               the finished model with its tokenizer; it appears whole, at the end
   checkpoints/step_N/  the newest checkpoint, for --resume_from_checkpoint; can be removed once model/ is there
   training_log.jsonl   one line per step
+  validation_log.jsonl one line per --validation_steps, where --validation_file is given
 """
 
 
@@ -85,6 +100,11 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     parser.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     parser.add_argument("--learning_rate", type=float, default=learning_rate, help="(default: %(default)s)")
     parser.add_argument(
+        "--new_parameters_learning_rate",
+        type=float,
+        help="of the swapped attention's own parameters (default: that of the others)",
+    )
+    parser.add_argument(
         "--final_learning_rate", type=float, default=0.0, help="a cosine ends there (default: %(default)s)"
     )
     parser.add_argument("--num_warmup_steps", type=int, default=0, help="before the cosine (default: %(default)s)")
@@ -98,6 +118,36 @@ def add_training_arguments(parser: argparse.ArgumentParser, learning_rate: float
     parser.add_argument("--with_tracking", action="store_true")
     parser.add_argument("--report_to", default="all", choices=LoggerType.list(), help="(default: all installed)")
     parser.add_argument("--seed", type=int, default=0, help="of new weights, dropout and the order of the text")
+
+
+def add_whole_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the scripts that train the model's own output."""
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="compute layers again in the backward pass: less memory, about a third more time",
+    )
+    parser.add_argument(
+        "--freeze_embeddings",
+        action="store_true",
+        help="of a model that trains in full, leave the input and output embeddings as they are: where these are tied, "
+        "they hold the space in which the original's logits arise",
+    )
+    parser.add_argument("--validation_file", help="log the perplexity on it, read as the training file is")
+    parser.add_argument("--validation_steps", type=positive, default=100, help="(default: %(default)s)")
+    parser.add_argument("--max_validation_tokens", type=positive, default=8192, help="(default: %(default)s)")
+
+
+def freeze_as_asked(model: PreTrainedModel, args: argparse.Namespace) -> None:
+    if args.freeze_embeddings:
+        for embeddings in _embeddings(model):
+            embeddings.requires_grad_(False)
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """Of the input, and of the output where the model has those."""
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [embeddings for embeddings in both if embeddings is not None]
 
 
 def positive(text: str) -> int:
@@ -192,7 +242,8 @@ def count_steps(args: argparse.Namespace, accelerator: Accelerator) -> tuple[int
 
 
 def read_text(args: argparse.Namespace, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The blocks to train on, `[N, block_size, ...]`, no more than the steps take; their tokens are cached."""
+    """The blocks to train on, `[N, block_size, ...]`: as many as the steps take, and of short runs those that they are
+    drawn from. Their tokens are cached."""
     steps, tokens = count_steps(args, accelerator)
     source = TextSource(
         args.train_file or args.dataset_name, config_name=args.dataset_config_name, column=args.text_column
@@ -202,22 +253,81 @@ def read_text(args: argparse.Namespace, accelerator: Accelerator, tokenizer: Pre
             source,
             tokenizer,
             args.block_size,
-            max_tokens=steps * tokens,
+            max_tokens=max(steps * tokens, SHUFFLED_TOKENS),
             separate=args.separate_documents,
             cache_dir=default_folder(),
         )
 
 
+def read_validation(
+    args: argparse.Namespace, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
+) -> Tensor | None:
+    """The blocks to validate on, `[N, block_size]`; None where there is no such text."""
+    if args.validation_file is None:
+        return None
+    source = TextSource(args.validation_file, column=args.text_column)
+    with accelerator.local_main_process_first():
+        return token_blocks(
+            source, tokenizer, args.block_size, max_tokens=args.max_validation_tokens, cache_dir=default_folder()
+        )
+
+
 def run(
-    args: argparse.Namespace, accelerator: Accelerator, model: nn.Module, blocks: Tensor, step_loss: Step
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: nn.Module,
+    blocks: Tensor,
+    step_loss: Step,
+    validation: Tensor | None = None,
 ) -> list[float]:
-    """Train on blocks of text what requires a gradient, with a progress bar; the loss of each step."""
+    """Train on blocks of text what requires a gradient, with a progress bar; the loss of each step.
+
+    Args:
+        validation: blocks `[N, block_size]` on which the perplexity is logged, every `--validation_steps`.
+    """
     steps, tokens = count_steps(args, accelerator)
     say(accelerator, f"a text of {len(blocks) * args.block_size:,} tokens")
     if args.separate_documents:
         require_separate(model)
     loader = batches(blocks, args.per_device_train_batch_size, args.seed)
-    return run_steps(args, accelerator, model, loader, step_loss, steps=steps, step_size=tokens)
+    validate = None
+    if validation is not None:
+        log = args.output_dir / "validation_log.jsonl"
+
+        def validate(step: int) -> None:
+            if step % args.validation_steps == 0 or step == steps:
+                log_validation(accelerator, model, validation, log, step, step * tokens)
+
+    return run_steps(args, accelerator, model, loader, step_loss, steps=steps, step_size=tokens, validate=validate)
+
+
+def log_validation(
+    accelerator: Accelerator, model: nn.Module, blocks: Tensor, log: Path, step: int, tokens: int
+) -> None:
+    """Add the perplexity after `step` to the log; what a run cut off had logged from there on goes."""
+    found = shared_perplexity(accelerator, model, blocks.long())
+    if not accelerator.is_main_process:
+        return
+    lines = log.read_text().splitlines() if log.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    entry = {"step": step, "tokens": tokens, "perplexity": found.perplexity, "nll": found.mean}
+    if not math.isnan(found.standard_error):
+        entry["standard_error"] = found.standard_error
+    log.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(log, "".join(f"{line}\n" for line in [*kept, json.dumps(entry)]).encode())
+    accelerator.log({"validation_perplexity": found.perplexity}, step=step)
+    say(accelerator, f"step {step}: perplexity {found.perplexity:.3f} on the validation text")
+
+
+def shared_perplexity(
+    accelerator: Accelerator, model: nn.Module, blocks: Tensor, progress: Callable[[int], None] | None = None
+) -> Perplexity:
+    """Of blocks `[N, n]`: this process takes every so many-th, and all of them gather what they found."""
+    own = range(accelerator.process_index, len(blocks), accelerator.num_processes)
+    context = blocks.shape[1]
+    nll = perplexity(model, blocks[own], context, progress=progress).nll if own else ()
+    by_block = dict(gather_object(list(zip(own, nll, strict=True))))
+    return Perplexity(context, tuple(by_block[block] for block in range(len(blocks))))
 
 
 def run_steps(
@@ -232,16 +342,17 @@ def run_steps(
     unit: str = "tokens",
     learning_rate: float | None = None,
     output_dir: Path | None = None,
+    validate: Callable[[int], None] | None = None,
 ) -> list[float]:
     """What `run` does, on any batches, with steps of so many units.
 
     Args:
         learning_rate, output_dir: in place of those of the arguments.
+        validate: called before the first step, with 0, and after each.
     """
     output_dir = output_dir or args.output_dir
     parameters = [p for p in model.parameters() if p.requires_grad]
-    count, total = (sum(p.numel() for p in group) for group in (parameters, model.parameters()))
-    say(accelerator, f"{count:,} of {total:,} parameters train")
+    say(accelerator, what_trains(model))
     for dtype in {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
         say(
             accelerator,
@@ -255,7 +366,15 @@ def run_steps(
     if args.with_tracking:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
         accelerator.init_trackers("hf_attnswap", config=plain)
-    with progress_bar(accelerator, steps, step_size, unit) as progress:
+    if validate is not None and not checkpoint:
+        validate(0)
+    with progress_bar(accelerator, steps, step_size, unit) as draw:
+
+        def progress(step: int, loss: float) -> None:
+            draw(step, loss)
+            if validate is not None:
+                validate(step)
+
         return train(
             accelerator,
             model,
@@ -263,6 +382,7 @@ def run_steps(
             step_loss,
             learning_rate=args.learning_rate if learning_rate is None else learning_rate,
             steps=steps,
+            new_parameters_learning_rate=args.new_parameters_learning_rate if learning_rate is None else None,
             final_learning_rate=args.final_learning_rate if learning_rate is None else 0.0,
             warmup=args.num_warmup_steps,
             weight_decay=args.weight_decay,
@@ -276,6 +396,29 @@ def run_steps(
             unit=unit,
             progress=progress,
         )
+
+
+def what_trains(model: nn.Module) -> str:
+    """How many parameters of which kind train, of how many."""
+    embeddings = {
+        id(p)
+        for part in (model.get_input_embeddings(), model.get_output_embeddings())
+        if part
+        for p in part.parameters()
+    }
+    counts = dict.fromkeys(("the swapped attention", "LoRA", "the embeddings", "other weights"), 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if ".attnswap." in name:
+                kind = "the swapped attention"
+            elif ".lora_" in name:
+                kind = "LoRA"
+            else:
+                kind = "the embeddings" if id(parameter) in embeddings else "other weights"
+            counts[kind] += parameter.numel()
+    total = sum(p.numel() for p in model.parameters())
+    parts = ", ".join(f"{count:,} of {kind}" for kind, count in counts.items() if count)
+    return f"{sum(counts.values()):,} of {total:,} parameters train: {parts}"
 
 
 def save(

@@ -48,8 +48,11 @@ OURS = ("output_dir", "resume_from_checkpoint", "help")
 
 # Shares of the tokens, and what the papers train with. LoLCATs (Zhang 2024): alignment of the maps with AdamW at 1e-2,
 # on as many tokens as what follows. RADLADS (Goldstein 2025): alignment of whole attention modules on a cosine from
-# 1e-3 to 1e-5, then the divergence of the logits at 1e-5 with all weights, on a few times as many tokens.
-_DISTILL = {"stage": "distill", "share": 0.75, "learning_rate": distill.DEFAULT_LEARNING_RATE}
+# 1e-3 to 1e-5, then the divergence of the logits at 1e-5 with all weights (here without the embeddings), on a few times
+# as many tokens.
+_DISTILL = {
+    "stage": "distill", "share": 0.75, "learning_rate": distill.DEFAULT_LEARNING_RATE, "freeze_embeddings": True,
+}  # fmt: skip
 _MODULES = {
     "stage": "align", "share": 0.25, "train": "attention",
     "learning_rate": align_attention.DEFAULT_PROJECTIONS_LEARNING_RATE, "final_learning_rate": 1e-5,

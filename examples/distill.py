@@ -16,7 +16,17 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from common import load_as_asked, read_text, run, run_script, save, training_parser
+from common import (
+    add_whole_model_arguments,
+    freeze_as_asked,
+    load_as_asked,
+    read_text,
+    read_validation,
+    run,
+    run_script,
+    save,
+    training_parser,
+)
 from lora import add_lora_arguments, merged, with_lora_if_asked
 from torch import nn
 
@@ -25,6 +35,7 @@ from hf_attnswap.errors import one_line_errors
 from hf_attnswap.loading import load
 from hf_attnswap.patching import describe, swapped_modules
 from hf_attnswap.training.distill import DEFAULT_LEARNING_RATE, distillation_loss
+from hf_attnswap.training.recompute import recompute_layers
 from hf_attnswap.training.teacher import frozen
 
 
@@ -38,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="of the error of each layer's hidden states, beside the divergence (default: %(default)s)",
     )
+    add_whole_model_arguments(parser)
     add_lora_arguments(parser)
     return parser
 
@@ -50,6 +62,7 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     model, tokenizer = load_as_asked(args, accelerator)
     if not swapped_modules(model):
         raise UsageError(f"the attention of {args.model_name_or_path!r} is not swapped: give --attention")
+    freeze_as_asked(model, args)
     trained = with_lora_if_asked(model, args, accelerator)
     teacher = find_teacher(args, accelerator, trained)
 
@@ -59,7 +72,10 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
                 model, teacher, batch, temperature=args.temperature, hidden_weight=args.hidden_weight
             )
 
-    history = run(args, accelerator, trained, read_text(args, accelerator, tokenizer), loss)
+    if args.gradient_checkpointing:
+        recompute_layers(trained)
+    blocks, validation = (read(args, accelerator, tokenizer) for read in (read_text, read_validation))
+    history = run(args, accelerator, trained, blocks, loss, validation)
     model = merged(trained)
     folder = save(args, accelerator, model, tokenizer)
     accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")

@@ -13,24 +13,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from common import load_as_asked, read_text, run, run_script, save, training_parser
+from common import (
+    add_whole_model_arguments,
+    freeze_as_asked,
+    load_as_asked,
+    read_text,
+    read_validation,
+    run,
+    run_script,
+    save,
+    training_parser,
+)
 from lora import add_lora_arguments, merged, with_lora_if_asked
 
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.patching import describe
 from hf_attnswap.training.loop import next_token_loss
+from hf_attnswap.training.recompute import recompute_layers
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = training_parser(__doc__, learning_rate=5e-5)
+    add_whole_model_arguments(parser)
     add_lora_arguments(parser)
     return parser
 
 
 def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     model, tokenizer = load_as_asked(args, accelerator)
+    freeze_as_asked(model, args)
     trained = with_lora_if_asked(model, args, accelerator)
-    history = run(args, accelerator, trained, read_text(args, accelerator, tokenizer), next_token_loss)
+    if args.gradient_checkpointing:
+        recompute_layers(trained)
+    blocks, validation = (read(args, accelerator, tokenizer) for read in (read_text, read_validation))
+    history = run(args, accelerator, trained, blocks, next_token_loss, validation)
     model = merged(trained)
     folder = save(args, accelerator, model, tokenizer)
     accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")

@@ -13,15 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from common import add_model_arguments, add_text_arguments, build_accelerator, unit_bar
+from common import add_model_arguments, add_text_arguments, build_accelerator, shared_perplexity, unit_bar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.evaluation.perplexity import Perplexity, perplexity
 from hf_attnswap.files import write_whole
 from hf_attnswap.loading import load
 from hf_attnswap.patching import describe
@@ -62,14 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context: int) -> dict[str, float | int | None]:
-    """One row: this process takes every so many-th block, and all of them gather what they found."""
+    """One row."""
     blocks = tokens[: len(tokens) // context * context].view(-1, context)
-    own = range(accelerator.process_index, len(blocks), accelerator.num_processes)
-    with unit_bar(accelerator, len(own) * context) as bar:
+    own = len(range(accelerator.process_index, len(blocks), accelerator.num_processes))
+    with unit_bar(accelerator, own * context) as bar:
         bar.set_description(f"context {context}", refresh=False)
-        nll = perplexity(model, blocks[own], context, progress=lambda n: bar.update(n * context)).nll if own else ()
-    by_block = dict(gather_object(list(zip(own, nll, strict=True))))
-    found = Perplexity(context, tuple(by_block[block] for block in range(len(blocks))))
+        found = shared_perplexity(accelerator, model, blocks, progress=lambda n: bar.update(n * context))
     return {
         "context": context,
         "perplexity": found.perplexity,

@@ -37,7 +37,7 @@ def card(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion, or what convert.py wrote")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="the repository, made where there is none")],
     private: Annotated[bool, typer.Option("--private", help="a new repository that only you see")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="a branch, made where there is none")] = None,

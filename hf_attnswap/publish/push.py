@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
+from ..conversions import find
 from ..dispatch import NAME
 from ..errors import UsageError
 from ..patching import swapped_modules
@@ -40,7 +41,8 @@ def prepare(
     """What a push of `folder` would upload: all its files but hidden ones, and a card where it has no README.md.
 
     Args:
-        folder: what `save_pretrained` wrote; a report.json in it is what the card is written from.
+        folder: what `save_pretrained` or examples/convert.py wrote; a report.json beside the weights is what the card
+            is written from.
         base_model: Hub id of the model that was converted, where config.json does not say it; "none" leaves it out.
         licence: where the card of `base_model` on the Hub does not say it.
 
@@ -51,7 +53,7 @@ def prepare(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(f"{repo_id!r} is not the name of a repository: {str(error).splitlines()[0]}") from None
-    folder = Path(folder)
+    folder = find(folder).folder
     config = read_config(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

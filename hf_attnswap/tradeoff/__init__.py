@@ -1,7 +1,6 @@
 """The comparison of arms on one model: what `attnswap tradeoff` measures, as the JSON that `report` draws."""
 
 from .arms import DEFAULT_ARMS, Arm, Settings, parse_options, share_weights, with_controls
-from .conversions import find
 from .machine import describe_model, machine, versions
 from .measuring import measure
 
@@ -10,7 +9,6 @@ __all__ = [
     "Arm",
     "Settings",
     "describe_model",
-    "find",
     "machine",
     "measure",
     "parse_options",

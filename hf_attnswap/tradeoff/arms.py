@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from .. import attentions
 from ..config import SwapConfig
+from ..conversions import Conversion, find
 from ..errors import UsageError
 from ..loading import load
 from ..patching import swap
 from ..training.align import DEFAULT_LEARNING_RATE
-from .conversions import Conversion, find
 
 DEFAULT_ARMS = "softmax none window relu_norm relu_power identity elu hedgehog hedgehog+window".split()
 

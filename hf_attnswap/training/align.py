@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from ..attentions import Attention, Heads, get
 from ..attentions.hybrid import Hybrid
 from ..errors import UsageError
+from ..masks import Mask
+from ..ops.heads import compute_dtype
 from ..patching import swapped_modules
 from .batches import model_inputs
 from .teacher import frozen, softmax_flows_on
@@ -29,13 +32,31 @@ DEFAULT_PROJECTIONS_LEARNING_RATE = 1e-3  # to 1e-5, as RADLADS
 
 class LayerLosses(dict[str, Tensor]):
     """Loss of each layer, by the path of its module, in the last forward pass: mean squared error over the variance of
-    the softmax output.
+    the softmax output, and the divergence of the weights where that is asked for.
 
     Attributes:
         valid: which tokens of the batch count, `[B, T]`; None for all.
+        packed: whether the rows of the batch hold several texts each, which then count by their tokens. Else all rows
+            count the same. Either way it does not matter how rows are batched.
     """
 
     valid: Tensor | None = None
+    packed: bool = False
+
+    def __init__(self):
+        super().__init__()
+        self._texts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, layer: str, errors: Tensor, tokens: Tensor) -> None:
+        """Bring in some texts of the batch: their errors and their numbers of tokens, `[b]` each."""
+        seen = self._texts.setdefault(layer, [])
+        seen.append((errors, tokens if self.packed else torch.ones_like(tokens)))
+        errors, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        self[layer] = (errors * weights).sum() / weights.sum()
+
+    def clear(self) -> None:
+        super().clear()
+        self._texts.clear()
 
     def mean(self) -> Tensor:
         """The same weight for every layer."""
@@ -43,7 +64,7 @@ class LayerLosses(dict[str, Tensor]):
 
 
 @contextmanager
-def aligning(model: nn.Module, linear_branch_alone: bool = False) -> Iterator[LayerLosses]:
+def aligning(model: nn.Module, linear_branch_alone: bool = False, weights_loss: float = 0.0) -> Iterator[LayerLosses]:
     """While this is open, a forward pass runs softmax everywhere and fills the losses of the swapped layers.
 
     Call `losses.clear()` before the next forward pass.
@@ -51,13 +72,18 @@ def aligning(model: nn.Module, linear_branch_alone: bool = False) -> Iterator[La
     Args:
         linear_branch_alone: of each `X+window`, compare the linear variant X over all keys. The window gives most of
             the output and leaves X little to learn from; LoLCATs trains X first, and adds the window then.
+        weights_loss: how many times `weights_divergence` is added to the error of the outputs.
     """
     losses = LayerLosses()
 
     def compare(layer, attention, teacher, query, key, value, mask, scaling):
         learner = attention.linear if linear_branch_alone else attention
         student = learner(query, key, value, mask, scaling)
-        losses[layer] = losses.get(layer, 0) + normalised_error(student, teacher, mask.new_tokens())
+        valid = mask.new_tokens()
+        errors = text_errors(student, teacher, valid)
+        if weights_loss:
+            errors = errors + weights_loss * weights_divergence(learner, query, key, mask, scaling)
+        losses.add(layer, errors, torch.full_like(errors, query.shape[2]) if valid is None else valid.sum(1))
 
     with softmax_flows_on(model, compare):
         yield losses
@@ -118,10 +144,9 @@ def calibrate(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
         )
 
 
-def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """`|student - teacher|^2 / |teacher - its mean|^2`: 1 for a constant guess, 0 for equality.
+def text_errors(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`|student - teacher|^2 / |teacher - its mean|^2` of each text, `[B]`: 1 for a constant guess, 0 for equality.
 
-    Of each text of the batch by itself, then their mean, so that it does not matter how texts are batched.
     student, teacher: `[B, H, T, Dv]`; valid: bool `[B, T]`, or None where all tokens count. Float32.
     """
     student, teacher = student.float(), teacher.float()
@@ -130,7 +155,42 @@ def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = No
     centre = (teacher * count).sum((1, 2, 3), keepdim=True) / tokens
     error = ((student - teacher).square() * count).sum((1, 2, 3))
     spread = ((teacher - centre).square() * count).sum((1, 2, 3))
-    return (error / spread.clamp(min=1e-12)).mean()
+    return error / spread.clamp(min=1e-12)
+
+
+def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The mean of `text_errors`, so that it does not matter how texts are batched."""
+    return text_errors(student, teacher, valid).mean()
+
+
+_SOFTMAX = get("softmax")(Heads(1, 1, 1))
+_SMALLEST_WEIGHT = 1e-8
+
+
+def weights_divergence(attention: Attention, query: Tensor, key: Tensor, mask: Mask, scaling: float) -> Tensor:
+    """`sum_j p_ij log(p_ij / w_ij)`, the mean over the rows i of each text, `[B]`; p is softmax's weights, w the
+    variant's, rows brought to sum one.
+
+    That is the cross-entropy by which Hedgehog (Zhang 2024) learns and LoLCATs (Zhang 2024) may, less the entropy of p,
+    which trains nothing. O(n^2) time and memory. Weights below 1e-8 count as that.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`. Computes in float32 or above.
+
+    Raises:
+        UsageError: the variant has negative weights.
+    """
+    query, key = (t.to(compute_dtype(t.dtype)) for t in (query, key))
+    with torch.no_grad():
+        p = _SOFTMAX.weights(query, key, mask, scaling)
+    weights = attention.weights(query, key, mask, scaling)
+    if (weights < 0).any():
+        raise UsageError(f"{attention.name} has negative weights, which have no cross-entropy: leave weights_loss out")
+    p, w = (t / t.sum(-1, keepdim=True).clamp(min=_SMALLEST_WEIGHT) for t in (p, weights))
+    rows = (p * (p.clamp(min=_SMALLEST_WEIGHT) / w.clamp(min=_SMALLEST_WEIGHT)).log()).sum(-1)
+    valid = mask.new_tokens()
+    count = torch.ones_like(rows) if valid is None else valid[:, None].to(rows.dtype).expand_as(rows)
+    return (rows * count).sum((1, 2)) / count.sum((1, 2)).clamp(min=1)
 
 
 def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) -> list[nn.Parameter]:
@@ -176,6 +236,6 @@ def alignment_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor], losse
     """
     inputs = model_inputs(batch, last_logits_only=True)
     losses.clear()
-    losses.valid = inputs.get("attention_mask")
+    losses.valid, losses.packed = inputs.get("attention_mask"), inputs.get("position_ids") is not None
     model(**inputs)
     return losses.mean()

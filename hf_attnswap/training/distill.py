@@ -1,17 +1,18 @@
 """Distillation: the swapped model learns the next-token distribution of the original, and if asked its hidden states.
 
 The logits of a whole text over a whole vocabulary are the largest tensor of such a step. They are not kept: the
-divergence is computed from the last hidden states, some tokens at a time, and computed again in the backward pass.
+divergence and its gradient are computed together from the last hidden states, some tokens at a time.
 """
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UsageError
+from ..ops.heads import compute_dtype
 from .align import normalised_error
 from .batches import model_inputs
 from .teacher import as_original
@@ -39,21 +40,21 @@ def distillation_loss(
         batch: token blocks `[B, n]`, or what the model takes by name.
         temperature: T divides both logits (Hinton 2015).
         hidden_weight: of `align.normalised_error` between the outputs of equal layers, the mean over layers.
-        tokens_at_once: for so many tokens logits exist at a time; two tensors `[tokens_at_once, vocabulary]` each of
-            model and teacher.
+        tokens_at_once: for so many tokens logits exist at a time, about five tensors `[tokens_at_once, vocabulary]`.
 
     Raises:
         UsageError: the weights of the teacher train; or its logits are not its output embeddings applied to its last
             hidden states, as in models that cap or scale them.
     """
-    if any(p.requires_grad and not _added(name) for name, p in teacher.named_parameters()):
+    teacher_head = _head(teacher)
+    own = [p for name, p in teacher.named_parameters() if not _added(name)]
+    if any(p.requires_grad for p in [*own, *teacher_head.parameters()]):
         raise UsageError(
             "the teacher's own weights train, so it would not stay the original: give a frozen copy as the teacher"
         )
     inputs = {**model_inputs(batch), "logits_to_keep": 1, "output_hidden_states": True}
     with torch.no_grad(), as_original(teacher):
         target = teacher(**inputs)
-    teacher_head = _head(teacher)
     _check_head(teacher_head, target)
     found = model(**inputs).hidden_states
     valid = inputs.get("attention_mask")
@@ -83,24 +84,55 @@ def chunked_kl(
     temperature: float = 1.0,
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Tensor:
-    """Mean over tokens of `KL(teacher || student) T^2` of the next token, from hidden states, in float32.
+    """Mean over tokens of `KL(teacher || student) T^2` of the next token, from hidden states, in float32 or above.
 
-    O(tokens_at_once V) memory in place of O(N V), for one more application of both heads.
+    O(tokens_at_once V) memory in place of O(N V). The gradient of a chunk is computed along with its divergence, while
+    its logits are there, and kept as that of its hidden states and of the head's weights, as in the fused linear
+    cross-entropy of Liger-Kernel (Hsu 2024): each head is applied once to each token.
 
     Args:
         hidden: `[N, D]`; teacher_hidden: `[N, D']`. head, teacher_head: from these to logits `[N, V]`.
     """
-
-    def part(ours: Tensor, theirs: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = F.log_softmax(teacher_head(theirs).float() / temperature, dim=-1)
-        return F.kl_div(
-            F.log_softmax(head(ours).float() / temperature, dim=-1), target, reduction="sum", log_target=True
-        )
-
-    pairs = zip(hidden.split(tokens_at_once), teacher_hidden.split(tokens_at_once), strict=True)
-    total = sum(checkpoint(part, ours, theirs, use_reentrant=False) for ours, theirs in pairs)
+    weights = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    total = _SummedKL.apply(hidden, teacher_hidden, head, teacher_head, temperature, tokens_at_once, *weights)
     return total * temperature**2 / len(hidden)
+
+
+class _SummedKL(torch.autograd.Function):
+    """Sum over tokens of `KL(teacher || student)`, whose gradient in the student's logits / T is q - p."""
+
+    @staticmethod
+    def forward(ctx, hidden, teacher_hidden, head, teacher_head, temperature, tokens_at_once, *weights):
+        total, of_hidden, of_weights = 0, [], [torch.zeros_like(w) for w in weights]
+        for ours, theirs in zip(hidden.split(tokens_at_once), teacher_hidden.split(tokens_at_once), strict=True):
+            target = _log_probabilities(teacher_head(theirs), temperature)
+            ours = ours.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = head(ours)
+            found = _log_probabilities(logits.detach(), temperature)
+            p = target.exp()
+            total = total + (target.sub_(found).mul_(p)).sum()
+            if any(ctx.needs_input_grad):
+                slope = found.exp_().sub_(p).to(logits.dtype)
+                own, *others = torch.autograd.grad(logits, [ours, *weights], slope)
+                of_hidden.append(own)
+                for so_far, more in zip(of_weights, others, strict=True):
+                    so_far += more
+        if of_hidden:
+            ctx.temperature = temperature
+            ctx.save_for_backward(torch.cat(of_hidden), *of_weights)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        of_hidden, *of_weights = (gradient * (grad_output / ctx.temperature) for gradient in ctx.saved_tensors)
+        return of_hidden, None, None, None, None, None, *of_weights
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(compute_dtype(logits.dtype))
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def _tokens(hidden: Tensor, valid: Tensor | None) -> Tensor:

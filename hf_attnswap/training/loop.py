@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..files import write_whole
+from ..patching import swapped_modules
 from .batches import Batches, model_inputs, next_tokens
 from .checkpoints import checkpoint_what_trains, find_checkpoint, resume, save_checkpoint
 from .watch import first_not_finite, spike
@@ -45,6 +48,7 @@ def train(
     learning_rate: float,
     steps: int,
     parameters: list[nn.Parameter] | None = None,
+    new_parameters_learning_rate: float | None = None,
     final_learning_rate: float = 0.0,
     warmup: int = 0,
     weight_decay: float = 0.0,
@@ -65,7 +69,9 @@ def train(
         accelerator: its gradient accumulation, mixed precision and processes are used.
         step_loss: `(model, batch) -> loss` of one batch of token blocks.
         parameters: what trains; all that require a gradient by default.
-        warmup: steps of linear warm-up to `learning_rate`, before a cosine to `final_learning_rate`.
+        new_parameters_learning_rate: of the variants' own parameters; `learning_rate` by default.
+        warmup: steps of linear warm-up to `learning_rate`, before a cosine to `final_learning_rate`; the rate of the
+            new parameters keeps its proportion to it.
         output_dir: where `checkpoints/step_N` and the log `training_log.jsonl` go; neither is written without it.
         checkpointing_steps: a checkpoint every so many steps; None for none.
         resume_from_checkpoint: a checkpoint folder, or "latest" for the newest whole one in `output_dir`, which
@@ -75,18 +81,24 @@ def train(
         progress: called with the step and its loss.
 
     Raises:
-        UsageError: no such checkpoint, or one of a run with other settings.
+        UsageError: no such checkpoint, or one of a run with other settings; a rate for new parameters, none of which
+            train.
         FloatingPointError: the loss is not finite; the last checkpoint stays.
     """
     accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     settings = {
-        "steps": steps, "learning_rate": learning_rate, "final_learning_rate": final_learning_rate, "warmup": warmup,
-        "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "seed": loader.seed,
+        "steps": steps, "learning_rate": learning_rate, "new_parameters_learning_rate": new_parameters_learning_rate,
+        "final_learning_rate": final_learning_rate, "warmup": warmup, "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm, "seed": loader.seed,
         "blocks per step": processes * accumulation * loader.batch_size, "block size": loader.blocks.shape[1],
         "text": zlib.crc32(loader.blocks.numpy()), **(settings or {}),
     }  # fmt: skip
     parameters = parameters if parameters is not None else [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        _groups(model, parameters, learning_rate, new_parameters_learning_rate),
+        weight_decay=weight_decay,
+        fused=_fused(accelerator),
+    )
     # The scheduler is not prepared: it counts optimiser steps, whatever the number of processes.
     scheduler = warmup_cosine(optimizer, steps, warmup, final_learning_rate and final_learning_rate / learning_rate)
     if accelerator.state.deepspeed_plugin is not None:  # it would read this from a prepared DataLoader
@@ -112,9 +124,7 @@ def train(
                         raise _not_finite(accelerator, model, step_loss, loader, losses[-1], step, learning_rate)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    # Read from the optimiser: FSDP2 puts other tensors in the place of the parameters.
-                    groups = optimizer.param_groups
-                    accelerator.clip_grad_norm_([p for group in groups for p in group["params"]], max_grad_norm)
+                    accelerator.clip_grad_norm_(_in_order(model, optimizer), max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         jump = spike(losses)
@@ -122,7 +132,7 @@ def train(
             logger.warning("the loss jumped to %.4g at step %d, %.1f times its mean before", losses[-1], step, jump)
         if log is not None:
             entry = {
-                "step": step, "loss": losses[-1], "learning_rate": scheduler.get_last_lr()[0],
+                "step": step, "loss": losses[-1], **_rates(scheduler),
                 unit: step * settings["blocks per step"] * settings["block size"],
                 "seconds": round(time.perf_counter() - started, 3),
                 **({"spike": round(jump, 2)} if jump else {}),
@@ -136,6 +146,39 @@ def train(
         if checkpointing_steps and output_dir is not None and step % checkpointing_steps == 0:
             save_checkpoint(accelerator, output_dir, {"settings": settings, "losses": losses})
     return losses
+
+
+def _groups(
+    model: nn.Module, parameters: list[nn.Parameter], learning_rate: float, new_learning_rate: float | None
+) -> list[dict[str, Any]]:
+    """The parameters as AdamW's groups; the variants' own are the last one where they have a rate of their own."""
+    if new_learning_rate is None:
+        return [{"params": parameters, "lr": learning_rate}]
+    own = {id(p) for variant in swapped_modules(model).values() for p in variant.parameters()}
+    new = [p for p in parameters if id(p) in own]
+    if not new:
+        raise UsageError(
+            f"new_parameters_learning_rate is {new_learning_rate}, but no parameter of a swapped attention trains"
+        )
+    old = [p for p in parameters if id(p) not in own]
+    return [*([{"params": old, "lr": learning_rate}] if old else []), {"params": new, "lr": new_learning_rate}]
+
+
+def _in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What trains, from the prepared model, as FSDP2 puts other tensors in the place of the parameters; in the model's
+    order, as accelerate compares the list with the model's under FSDP."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in model.parameters() if id(p) in trained]
+
+
+def _rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> dict[str, float]:
+    return dict(zip(("learning_rate", "new_parameters_learning_rate"), scheduler.get_last_lr(), strict=False))
+
+
+def _fused(accelerator: Accelerator) -> bool:
+    """Whether AdamW updates all weights in one kernel, five times as fast on a CPU. DeepSpeed steps flat copies of the
+    weights in an optimiser of its own, with which this has not been tried."""
+    return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.DEEPSPEED
 
 
 def _batch(accelerator: Accelerator, loader: Batches, step: int, micro: int) -> Tensor:
@@ -163,9 +206,13 @@ def _not_finite(
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token."""
+    """Mean cross-entropy of the next token, over all tokens but the first of each row.
+
+    The first token of a separate document follows from nothing and counts as 0: so it does not matter how rows are
+    batched."""
     inputs = model_inputs(batch)
-    return model(**inputs, labels=next_tokens(inputs)).loss
+    labels = next_tokens(inputs)
+    return model(**inputs, labels=labels).loss * (labels[:, 1:] != -100).float().mean()
 
 
 def _cut_log(log: Path, steps: int) -> None:

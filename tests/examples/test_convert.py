@@ -114,7 +114,7 @@ def test_a_family_has_its_own_stages(script, recipe, tmp_path, attention, option
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_here_are_recipes(script, path):
-    assert len(script("convert").read_recipe(path)) >= 2
+    assert script("convert").read_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,7 @@ def test_from_a_recipe_to_a_model_card(script, recipe, checkpoint, text, tmp_pat
 
     assert attnswap(monkeypatch, *told) == 0  # into the conversion, from where a push takes them
     capsys.readouterr()
-    folder = out / "3_finetune" / "model"
-    assert attnswap(monkeypatch, "push", folder, "user/mine", *origin, "--dry_run", "--json") == 0
+    assert attnswap(monkeypatch, "push", out, "user/mine", "--dry_run", "--json") == 0
     assert {"README.md", "report.json", "recipe.yaml"} < set(json.loads(capsys.readouterr().out)["files"])
 
 

@@ -157,6 +157,35 @@ def test_finetuning_trains_all_weights_of_the_control(trained, arguments, checkp
     assert sum(losses[10:]) < 0.9 * sum(losses[:10])
 
 
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_embeddings_stay_when_asked(script, arguments, checkpoint, tmp_path, name, capsys):
+    """The tied output embeddings too; what trains is said."""
+    given = [*arguments, "--attention", "relu_norm", "--option", "gain=true", "--learning_rate", "1e-2"]
+    given += ["--new_parameters_learning_rate", "3e-2", "--freeze_embeddings"]
+    script(name).main(given)
+    source = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    assert source.keys() - changed(source, new) == {"model.embed_tokens.weight", "lm_head.weight"}
+    embeddings = source["lm_head.weight"].numel()
+    total = sum(p.numel() for p in load(str(tmp_path / "out" / "model"))[0].parameters())
+    said = capsys.readouterr().err
+    assert (
+        f"{total - embeddings:,} of {total:,} parameters train: 12 of the swapped attention, "
+        f"{total - embeddings - 12:,} of other weights\n" in said
+    )
+    log = read_log(tmp_path / "out")
+    assert (log[0]["learning_rate"], log[0]["new_parameters_learning_rate"]) == (1e-2, 3e-2)
+
+
+@pytest.mark.parametrize("name, more", [("finetune", ["--use_lora"]), ("distill", []), ("distill", ["--use_lora"])])
+def test_gradient_checkpointing_has_the_same_losses(script, arguments, tmp_path, name, more):
+    given = [*arguments, *WINDOW, *more, "--learning_rate", "1e-3"]
+    script(name).main(given)
+    script(name).main([*given, "--gradient_checkpointing", "--output_dir", str(tmp_path / "again")])
+    plain, again = ([entry["loss"] for entry in read_log(tmp_path / folder)] for folder in ("out", "again"))
+    assert plain == again
+
+
 def test_lora_on_a_conversion_is_merged_and_trains_the_new_parameters(trained, arguments, checkpoint, tmp_path):
     given = [*arguments, *WINDOW, "--use_lora", "--lora_r", "2", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
     expected = trained("finetune", given)
@@ -313,6 +342,12 @@ def test_evaluate(script, checkpoint, text, tmp_path, capsys):
         ("align_attention", ["--attention", "relu"], "no parameters to align"),
         ("align_attention", ["--use_lora"], "--use_lora is for the projections"),
         ("align_attention", ["--train", "attention", "--linear_branch_alone"], "compares no whole attention modules"),
+        (
+            "align_attention",
+            ["--attention", "relu_norm", "--train", "attention", "--weights_loss", "1"],
+            "compares weights on the same queries",
+        ),
+        ("align_attention", ["--attention", "delta", "--weights_loss", "1"], "delta has negative weights"),
         ("align_attention", ["--attention", "elu", "--linear_branch_alone"], "has no linear branch beside a window"),
         ("align_attention", ["--attention", "hedghog"], "Did you mean 'hedgehog'"),
         ("align_attention", ["--option", "window"], "expected name=value"),

@@ -199,6 +199,7 @@ def test_fsdp2_trains_and_resumes_as_one_process(process, command, tmp_path):
     driver.write_text(FSDP_ON_CPU)
     launch = [*LAUNCH, "--config_file", f"{CONFIGS}/fsdp2.yaml", "--mixed_precision", "no", driver]
     more = ["--max_train_steps", "6", "--learning_rate", "1e-3", "--checkpointing_steps", "4"]
+    more += ["--new_parameters_learning_rate", "3e-3"]
     finish(process(*command("finetune", tmp_path / "one", *more, "--gradient_accumulation_steps", 2)))
     finish(process(*launch, *command("finetune", tmp_path / "two", *more)))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

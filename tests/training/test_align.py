@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from tiny_models import randomise, tiny, tiny_encoder, tokens
 
 from hf_attnswap import UsageError, restore, swap
+from hf_attnswap.attentions import get
 from hf_attnswap.patching import swapped_modules
 from hf_attnswap.training.align import (
     DEFAULT_LEARNING_RATE,
@@ -17,17 +18,19 @@ from hf_attnswap.training.align import (
     calibrate,
     projection_parameters,
     trainable_parameters,
+    weights_divergence,
 )
 from hf_attnswap.training.batches import batches
 from hf_attnswap.training.loop import train
+from hf_attnswap.training.teacher import softmax_flows_on
 
 
 def swapped(attention, layers=None):
     return swap(tiny(), attention, layers=layers, **({"window": 4, "sinks": 1} if "window" in attention else {}))
 
 
-def layer_losses(model, text):
-    with torch.no_grad(), aligning(model) as losses:
+def layer_losses(model, text, **options):
+    with torch.no_grad(), aligning(model, **options) as losses:
         alignment_loss(model, text, losses)
         modules = swapped_modules(model)
         return {modules[path].layer: loss.item() for path, loss in losses.items()}
@@ -107,6 +110,57 @@ def test_the_linear_branch_learns_alone():
     assert parameters and all(p.grad.abs().max() > 0 for p in parameters)
     with pytest.raises(UsageError, match="hedgehog has no linear branch beside a window"):
         trainable_parameters(alone, linear_branch_alone=True)
+
+
+def seen(model, text):
+    """What the first swapped layer is called with: query, key, mask, scaling."""
+    found = []
+    with torch.no_grad(), softmax_flows_on(model, lambda *call: found.append((*call[3:5], *call[6:]))):
+        model(**text if isinstance(text, dict) else {"input_ids": text})
+    return found[0]
+
+
+@pytest.mark.parametrize("attention", ["hedgehog", "hedgehog+window", "relu", "sigmoid", "softmax"])
+def test_the_divergence_of_weights_is_that_of_its_definition(attention):
+    """Rows of padding count for nothing; where a weight is zero and softmax's is not, it is large and finite."""
+    model, text = randomise(swapped(attention)), tokens(24)
+    query, key, mask, scaling = seen(model, text)
+    variant = swapped_modules(model)["model.layers.0.self_attn"]
+    p, w = (a.weights(query.double(), key.double(), mask, scaling) for a in (get("softmax")(variant.heads), variant))
+    w = (w / w.sum(-1, keepdim=True).clamp(min=1e-8)).clamp(min=1e-8)
+    expected = torch.where(p > 0, p * (p / w).log(), 0).sum(-1).mean().item()
+    found = weights_divergence(variant, query, key, mask, scaling).mean()
+    assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-6) and (expected > 0.01) == (attention != "softmax")
+    padded = torch.cat([text, torch.zeros(2, 5, dtype=torch.long)], 1)
+    query, key, mask, scaling = seen(model, {"input_ids": padded, "attention_mask": (padded > 0).long()})
+    assert weights_divergence(variant, query, key, mask, scaling).mean().item() == pytest.approx(
+        expected, rel=1e-3, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_divergence_of_weights_becomes_smaller(alone):
+    model, text = randomise(swapped("hedgehog+window")), tokens(48, batch=4)
+    options = dict(linear_branch_alone=alone, weights_loss=2.0)
+    before, outputs = layer_losses(model, text, **options), layer_losses(model, text, linear_branch_alone=alone)
+    assert all(before[layer] > outputs[layer] for layer in before)
+    parameters = trainable_parameters(model, alone)
+    with aligning(model, **options) as losses:
+
+        def loss(model, batch):
+            return alignment_loss(model, batch, losses)
+
+        loader = batches(text, 4, seed=0)
+        train(Accelerator(cpu=True), model, loader, loss, parameters=parameters, learning_rate=1e-2, steps=10)
+    after = layer_losses(model, text, **options)
+    assert all(after[layer] < 0.95 * before[layer] for layer in before)
+
+
+@pytest.mark.parametrize("attention", ["delta", "gelu"])
+def test_negative_weights_have_no_divergence(attention):
+    model = swapped(attention)
+    with pytest.raises(UsageError, match=f"{attention} has negative weights, which have no cross-entropy"):
+        layer_losses(model, tokens(24), weights_loss=1.0)
 
 
 def with_gain(attention):

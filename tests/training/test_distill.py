@@ -1,6 +1,7 @@
 """Distillation: the divergence without the logits of a whole text, and the original model as its own teacher."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -56,6 +57,64 @@ def test_the_loss_and_its_gradient_are_those_of_the_plain_form(temperature):
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_tied_and_frozen_embeddings():
+    """A weight that is both embedding and head gets both gradients; a frozen head hands them on and gets none."""
+    teacher = frozen(tiny())
+    for trains in (True, False):
+        model = student()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.weight.requires_grad_(trains)
+        distillation_loss(model, teacher, TEXT, tokens_at_once=7).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        plain_kl(model(input_ids=TEXT).logits, logits(teacher), 1.0).backward()
+        assert (grads["model.embed_tokens.weight"] is not None) == trains
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("trains", ["hidden", "head", "both"])
+def test_the_divergence_in_float64(temperature, trains):
+    """Of hidden states and of a head with a bias, whose weight is also used elsewhere; in two parts of a batch."""
+    torch.manual_seed(0)
+    head, teacher_head = nn.Linear(8, 40).double(), nn.Linear(6, 40).double()
+    hidden, theirs = torch.randn(23, 8).double(), torch.randn(23, 6).double()
+    head.requires_grad_(trains != "hidden")
+    hidden.requires_grad_(trains != "head")
+    leaves = [p for p in (hidden, *head.parameters()) if p.requires_grad]
+
+    def grads(loss):
+        total = sum(0.5 * loss(hidden[part], theirs[part]) for part in (slice(0, 11), slice(11, 23)))
+        return [total, *torch.autograd.grad(total + head.weight.square().sum() * (trains != "hidden"), leaves)]
+
+    def ours(hidden, theirs):
+        return chunked_kl(hidden, theirs, head, teacher_head, temperature=temperature, tokens_at_once=5)
+
+    def plain(hidden, theirs):
+        return plain_kl(head(hidden), teacher_head(theirs).detach(), temperature)
+
+    for found, expected in zip(grads(ours), grads(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        assert ours(hidden, theirs).item() == pytest.approx(plain(hidden, theirs).item(), rel=1e-12)
+
+
+def test_the_divergence_under_autocast():
+    """bfloat16 computes the logits; the gradients come in the dtypes of what they are of."""
+    torch.manual_seed(0)
+    head, hidden, theirs = nn.Linear(8, 40), torch.randn(23, 8, requires_grad=True), torch.randn(23, 8)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = chunked_kl(hidden, theirs, head, copy.deepcopy(head), tokens_at_once=5)
+        found.append([loss, *torch.autograd.grad(loss, [hidden, *head.parameters()])])
+    for exact, mixed in zip(*found, strict=True):
+        assert mixed.dtype == torch.float32 and not torch.equal(mixed, exact)
+        torch.testing.assert_close(mixed, exact, rtol=0.05, atol=0.02 * exact.abs().max().item())
+
+
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):
     """The largest tensor that any operation makes, in elements."""
 
@@ -69,6 +128,11 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
+class Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
 def test_no_tensor_holds_the_logits_of_all_tokens():
     """Forward and backward, and the memory that stays between them."""
     n, vocabulary = 64, 1000
@@ -76,13 +140,19 @@ def test_no_tensor_holds_the_logits_of_all_tokens():
     head = nn.Linear(8, vocabulary, bias=False)
 
     def measure(loss):
-        kept = []
+        kept = weakref.WeakSet()
+
+        def keep(tensor):
+            kept.add(held := Kept(tensor))
+            return held
+
         with Peak() as peak:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
                 result = loss()
+            stays = sum(held.tensor.numel() for held in kept)
             result.backward()
         grad, hidden.grad, head.weight.grad = (hidden.grad, head.weight.grad), None, None
-        return peak.largest, sum(kept), result, grad
+        return peak.largest, stays, result, grad
 
     def plain():
         target = F.log_softmax(head(theirs), -1).detach()
@@ -92,7 +162,7 @@ def test_no_tensor_holds_the_logits_of_all_tokens():
     plain_largest, plain_kept, expected, plain_grads = measure(plain)
     assert plain_largest == n * vocabulary and plain_kept >= 2 * n * vocabulary
     assert largest == 8 * vocabulary  # the head's weight; logits are [4, vocabulary]
-    assert kept < n * vocabulary / 4
+    assert kept == (n + vocabulary) * 8  # the gradients of both
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     for a, b in zip(grads, plain_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -124,6 +194,21 @@ def test_a_teacher_that_trains_is_refused():
     model = student()
     with pytest.raises(UsageError, match="the teacher's own weights train"):
         distillation_loss(model, model, TEXT)
+    model = get_peft_model(student(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(UsageError, match="the teacher's own weights train"):
+        distillation_loss(model, model, TEXT)
+
+
+def test_lora_on_the_output_embeddings_with_a_teacher_of_its_own():
+    model = get_peft_model(student(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    distillation_loss(model, frozen(tiny()), TEXT, tokens_at_once=7).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    plain_kl(model(input_ids=TEXT).logits, logits(tiny()), 1.0).backward()
+    assert len(grads) == 2
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_that_are_changed_after_the_head_are_refused():

@@ -16,6 +16,7 @@ from tiny_models import tiny, tokens
 
 from hf_attnswap import UsageError, swap
 from hf_attnswap.training import checkpoints
+from hf_attnswap.training.align import aligning, alignment_loss, trainable_parameters
 from hf_attnswap.training.batches import batches
 from hf_attnswap.training.checkpoints import find_checkpoint
 from hf_attnswap.training.loop import next_token_loss, train, warmup_cosine
@@ -110,6 +111,65 @@ def test_accumulation_is_a_larger_batch():
     assert accumulated == pytest.approx(losses, rel=1e-5)
     assert all(torch.allclose(weights[n], weights_accumulated[n], atol=1e-5) for n in weights)
     assert losses != pytest.approx(run()[0], rel=1e-2)
+
+
+def separate_documents():
+    """Blocks `[7, 16, 2]` with 1, 2, 3, ... documents."""
+    first = torch.zeros_like(BLOCKS)
+    for row, here in enumerate(first):
+        here[torch.arange(row + 1) * 2] = 1
+    return torch.stack([BLOCKS, first], dim=-1)
+
+
+@pytest.mark.parametrize("what", ["finetune", "align"])
+def test_accumulation_is_a_larger_batch_where_documents_are_separate(monkeypatch, what):
+    monkeypatch.setitem(globals(), "BLOCKS", separate_documents())
+    found = []
+    for shared_out in (dict(batch_size=2), dict(accumulation=2)):
+        if what == "finetune":
+            found.append(run(steps=3, **shared_out)[0])
+            continue
+        model = swap(tiny(), "hedgehog")
+        trainable_parameters(model)
+        with aligning(model, weights_loss=1.0) as losses:
+
+            def loss(model, batch, losses=losses):
+                return alignment_loss(model, batch, losses)
+
+            found.append(run(model, loss=loss, steps=3, **shared_out)[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0][0] != pytest.approx(found[0][1], rel=1e-2)
+
+
+def test_new_parameters_have_a_rate_of_their_own(tmp_path):
+    """Its cosine keeps the proportion; a step of AdamW changes each weight by about its rate."""
+    before = swap(tiny(), "hedgehog").state_dict()
+    _, after = run(swap(tiny(), "hedgehog"), steps=1, learning_rate=1e-4, weight_decay=0.0, max_grad_norm=1e9)
+    _, faster = run(
+        swap(tiny(), "hedgehog"), steps=1, learning_rate=1e-4, new_parameters_learning_rate=1e-2, weight_decay=0.0,
+        max_grad_norm=1e9, output_dir=tmp_path, final_learning_rate=1e-5,
+    )  # fmt: skip
+    for name in before:
+        assert torch.equal(after[name], faster[name]) == (".attnswap." not in name)
+        rate = 1e-2 if ".attnswap." in name else 1e-4
+        assert (faster[name] - before[name]).abs().max().item() == pytest.approx(rate, rel=0.05)
+    (entry,) = read_log(tmp_path)
+    assert (entry["learning_rate"], entry["new_parameters_learning_rate"]) == (1e-4, 1e-2)
+    with pytest.raises(UsageError, match="new_parameters_learning_rate is 0.01, but no parameter of a swapped"):
+        run(new_parameters_learning_rate=1e-2)
+
+
+def test_resuming_with_two_rates(tmp_path):
+    arguments = dict(learning_rate=1e-3, new_parameters_learning_rate=1e-2, final_learning_rate=1e-4)
+    losses, weights = run(swap(tiny(), "hedgehog"), output_dir=tmp_path / "whole", **arguments)
+    more = dict(arguments, output_dir=tmp_path, checkpointing_steps=2)
+    with pytest.raises(PowerCut):
+        run(swap(tiny(), "hedgehog"), progress=cut_at(5), **more)
+    resumed, resumed_weights = run(swap(tiny(), "hedgehog"), resume_from_checkpoint="latest", **more)
+    assert resumed == losses and same(weights, resumed_weights)
+    rates = [entry["new_parameters_learning_rate"] for entry in read_log(tmp_path)]
+    assert rates == pytest.approx([10 * entry["learning_rate"] for entry in read_log(tmp_path / "whole")])
+    with pytest.raises(UsageError, match="new_parameters_learning_rate = 0.01, not None"):
+        run(swap(tiny(), "hedgehog"), resume_from_checkpoint="latest", **more | {"new_parameters_learning_rate": None})
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,4 +1,4 @@
-"""Trained conversions as arms: where their model lies, what is swapped in it, and how it was trained."""
+"""Conversions in folders: where the model lies, what is swapped in it, and how it was trained."""
 
 import json
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from ..config import plans_from_dict
-from ..dispatch import NAME
-from ..errors import UsageError
+from .config import plans_from_dict
+from .dispatch import NAME
+from .errors import UsageError
 
 RECIPE, LOG = "recipe.yaml", "training_log.jsonl"  # what examples/convert.py leaves, and its stages
 # Arguments of a stage that say where it ran, not what it did.
@@ -38,14 +38,14 @@ class Conversion:
 
 
 def find(path: str | Path) -> Conversion:
-    """What lies in `path`: the output folder of examples/convert.py, or a folder that `save_pretrained` wrote.
+    """What lies in `path`: a folder that `save_pretrained` wrote, or the output folder of examples/convert.py.
 
     Raises:
-        UsageError: neither, a conversion that is not finished, or one of a model of several parts.
+        UsageError: neither, a conversion that is not finished, or a damaged config.json.
     """
     path = Path(path)
     folder, training = path, ()
-    if (path / RECIPE).is_file():
+    if (path / RECIPE).is_file() and not (path / "config.json").is_file():
         stages = _stages(path)
         training = tuple(_trained(path / name, given) for name, given in stages)
         folder = path / stages[-1][0] / "model"

@@ -1,0 +1,205 @@
+"""What conversions keep: the perplexity of runs of convert.py, stage by stage, beside softmax trained the same way.
+
+    python examples/quality.py runs/softmax runs/window runs/hedgehog_window \\
+        --validation_file test.txt --output_dir quality
+
+A run is a folder that convert.py wrote; its name is that of the row. All are measured on the same blocks of text, so
+differences are paired. What a stage is compared with:
+
+- distill: the original model, whose distribution it learns; softmax has nothing to learn there.
+- finetune: the run of softmax in its finetune stage. Cross-entropy teaches the style of the text to every model, the
+  original too; a comparison with the untrained one would call that a gain.
+
+Both are also compared with the run of `window` in the same stage, where there is one: does the rest add anything?
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from benchmarks.figures import heading, named
+from torch import Tensor
+
+from hf_attnswap import UsageError
+from hf_attnswap.data import TextSource, token_blocks
+from hf_attnswap.errors import one_line_errors
+from hf_attnswap.evaluation.perplexity import Perplexity, perplexity, ratio
+from hf_attnswap.files import write_whole
+from hf_attnswap.loading import load
+from hf_attnswap.patching import describe
+
+CONTROL, BESIDE = "softmax", "window"
+OUTPUT = """\
+output_dir:
+  quality.json         everything, the nll of each block too; what it holds of a run is not measured again
+  quality.md           the tables
+  RUN/recipe.yaml      the stages of each run, with all their arguments
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the script; what it writes to quality.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=OUTPUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that convert.py wrote")
+    parser.add_argument("--validation_file", required=True, help="text that no run trained on")
+    parser.add_argument("--context_length", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument("--max_eval_tokens", type=int, default=16384, help="(default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="see below")
+    args = parser.parse_args(argv)
+    recipes = {run.name: read(run) for run in args.runs}
+    original = next(iter(recipes.values()))[0]["model_name_or_path"]
+    for name, stages in recipes.items():
+        if stages[0]["model_name_or_path"] != original:
+            raise UsageError(f"run {name!r} began with {stages[0]['model_name_or_path']!r}, others with {original!r}")
+    told = {
+        "text": named(args.validation_file),
+        "context": args.context_length,
+        "max_eval_tokens": args.max_eval_tokens,
+    }
+    path = args.output_dir / "quality.json"
+    report = heading(argv, **told, original=named(original), models={})
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before and any(before.get(key) != value for key, value in told.items()):
+        raise UsageError(f"{str(path)!r} was measured on other text: name another output_dir")
+    known = {key: model for key, model in before.get("models", {}).items() if key.split("/")[0] not in recipes}
+    report["models"] |= known
+
+    def measure(key: str, model: str, about: dict[str, Any]) -> None:
+        found = before.get("models", {}).get(key)
+        if found is None or {name: found.get(name) for name in about} != about:
+            found = about | measured(model, args)
+        report["models"][key] = found
+        write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    measure("original", original, {})
+    for run in args.runs:
+        stages, so_far = recipes[run.name], 0
+        (args.output_dir / run.name).mkdir(parents=True, exist_ok=True)
+        write_whole(
+            args.output_dir / run.name / "recipe.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False).encode()
+        )
+        for number, stage in enumerate(stages, start=1):
+            folder = run / f"{number}_{stage['stage']}"
+            log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+            curve = curve_of(folder, so_far)
+            so_far += log[-1]["tokens"]
+            if stage["stage"] == "align":
+                continue
+            about = {"stages": stages[:number], "tokens": so_far, "curve": curve}
+            measure(f"{run.name}/{stage['stage']}", str(folder / "model"), about)
+    compare(report["models"])
+    write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
+    write_whole(args.output_dir / "quality.md", markdown(report).encode())
+    print(markdown(report))
+    return report
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The stages of a run. UsageError where it is none, or not finished."""
+    try:
+        stages = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
+    except FileNotFoundError:
+        raise UsageError(f"{str(run)!r} is not a folder that convert.py wrote: it has no recipe.yaml") from None
+    last = run / f"{len(stages)}_{stages[-1]['stage']}" / "model"
+    if not last.exists():
+        raise UsageError(f"the run {str(run)!r} has not finished: {str(last)!r} is missing")
+    return stages
+
+
+def curve_of(folder: Path, before: int) -> list[dict[str, float]]:
+    """Perplexity on the run's own validation text by tokens since its first stage began."""
+    log = folder / "validation_log.jsonl"
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [{"tokens": before + entry["tokens"], "perplexity": entry["perplexity"]} for entry in entries]
+
+
+def measured(model: str, args: argparse.Namespace) -> dict[str, Any]:
+    loaded, tokenizer = load(model, dtype="float32")
+    source = TextSource(args.validation_file)
+    tokens: Tensor = token_blocks(source, tokenizer, args.context_length, args.max_eval_tokens)
+    print(f"{model}: {describe(loaded)}", file=sys.stderr, flush=True)
+    found = perplexity(loaded, tokens, args.context_length)
+    return {
+        "attention": describe(loaded), "perplexity": found.perplexity, "standard_error": found.standard_error,
+        "tokens_measured": found.tokens, "nll": list(found.nll),
+    }  # fmt: skip
+
+
+def compare(models: dict[str, dict[str, Any]]) -> None:
+    """Fill in the paired ratios."""
+    of = {key: Perplexity(0, tuple(model["nll"])) for key, model in models.items()}
+    for key, model in models.items():
+        run, _, stage = key.partition("/")
+        control = {"distill": "original", "finetune": f"{CONTROL}/finetune"}.get(stage)
+        model.pop("ratio", None), model.pop("beside_window", None)
+        if control in of and key != control:
+            model["ratio"] = ratio(of[key], of[control])
+        if run not in (CONTROL, BESIDE) and f"{BESIDE}/{stage}" in of:
+            model["beside_window"] = ratio(of[key], of[f"{BESIDE}/{stage}"])
+
+
+def markdown(report: dict[str, Any]) -> str:
+    models = report["models"]
+    alike = "trained the same way (95 %)"
+    rows = [
+        f"| run | stage | training tokens | perplexity | / softmax {alike} | / `window` {alike} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, model in models.items():
+        run, _, stage = key.partition("/")
+        cells = [run, stage or "-", f"{model.get('tokens', 0):,}", f"{model['perplexity']:.2f}"]
+        cells += [cell(model.get(name)) for name in ("ratio", "beside_window")]
+        rows.append(f"| {' | '.join(cells)} |")
+    few = any(model.get("ratio", {}).get("few") for model in models.values())
+    return "\n".join(
+        [
+            "# Quality after conversion",
+            "",
+            f"{report['original']}, perplexity on {models['original']['tokens_measured']:,} tokens of {report['text']} "
+            f"at context {report['context']}. After distill it is compared with the original, after finetune with "
+            "softmax fine-tuned alike.",
+            "",
+            *rows,
+            "",
+            *(["`*`: fewer than 500 blocks, so the interval is rough.", ""] if few else []),
+            "Perplexity on the validation text of the runs, by training tokens:",
+            "",
+            "| run | curve |",
+            "|---|---|",
+            *(f"| {run} | {line} |" for run, line in curves(models).items()),
+            "",
+            f"`{report['command']}`, {report['date']}, {report['machine'].get('processor', '')}.",
+            "",
+        ]
+    )
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    mark = "*" if found["few"] else ""
+    return f"{found['value']:.3f}{mark} ({found['low']:.3f} to {found['high']:.3f}), {found['verdict']}"
+
+
+def curves(models: dict[str, dict[str, Any]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, model in models.items():
+        points = "; ".join(f"{p['tokens']:,}: {p['perplexity']:.1f}" for p in model.get("curve", []))
+        if points:
+            run = key.partition("/")[0]
+            found[run] = f"{found[run]}; {points}" if run in found else points
+    return found
+
+
+if __name__ == "__main__":
+    with one_line_errors("quality"):
+        torch.manual_seed(0)
+        main()
