@@ -6,13 +6,12 @@ What both find hard cancels in a difference, so a small one shows where two inte
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..intervals import t_quantile
+from ..intervals import expanded_tail
 
 FEW = 500  # with fewer items than this an interval is shown, and marked
 VERDICTS = ("better", "no measurable difference", "worse")
@@ -68,7 +67,7 @@ def paired_bootstrap(
         value = float(aggregate(ours) - aggregate(control))
     if n == 1:
         return Difference(value, math.nan, math.nan, 1)
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(0.975, n - 1))
+    tail = expanded_tail(n)
     if aggregate is None:
         drawn = _resampled_means(difference, resamples, seed)
     else:
