@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hf_attnswap.benchmark.growth import crossover
 from hf_attnswap.benchmark.measure import Spread
-from hf_attnswap.report.drawing import GRID, fix_ticks, png, ticks
+from hf_attnswap.report.drawing import GRID, Picture, fix_ticks, ticks
 from hf_attnswap.tradeoff import machine, versions
 
 Record = dict[str, Any]
@@ -98,4 +98,4 @@ def draw(panels: dict[str, dict[str, list[Record]]], ylabel: str) -> bytes:
         axis.set_axis_off()
     by_name = {t: h for axis in figure.axes for h, t in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(by_name.values(), by_name.keys(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    return png(figure)
+    return Picture("speed", ylabel, "", figure).png
