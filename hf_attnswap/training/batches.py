@@ -51,7 +51,9 @@ def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = Fal
     if isinstance(batch, Mapping):
         return dict(batch)
     inputs = {"input_ids": batch, "use_cache": False, **({"logits_to_keep": 1} if last_logits_only else {})}
-    if batch.dim() == 3:
+    if batch.dim() == 2:
+        inputs["attention_mask"] = torch.ones_like(batch)  # else torch.compile is given a matrix
+    else:
         here = torch.arange(batch.shape[1], device=batch.device).expand(batch.shape[:2])
         begin = (here * batch[..., 1]).cummax(dim=1).values
         inputs |= {"input_ids": batch[..., 0], "position_ids": here - begin}

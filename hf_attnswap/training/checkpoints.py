@@ -124,7 +124,8 @@ def checkpoint_what_trains(accelerator: Accelerator) -> None:
     FSDP and DeepSpeed write the model themselves and hand these hooks nothing."""
 
     def trainable(model: nn.Module) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+        return {n: p.detach() for n, p in plain.named_parameters() if p.requires_grad}
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         if weights and accelerator.is_main_process:

@@ -191,7 +191,7 @@ def _not_finite(
     accelerator: Accelerator, model: nn.Module, step_loss: Step, loader: Batches, loss: float, step: int, rate: float
 ) -> FloatingPointError:
     """What to say of a step whose loss is not finite; runs it again to find where that begins."""
-    model = accelerator.unwrap_model(model)
+    model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def again() -> None:
         for micro in range(accelerator.gradient_accumulation_steps):

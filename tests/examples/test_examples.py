@@ -316,6 +316,20 @@ def test_mixed_precision(script, arguments, tmp_path, monkeypatch, name):
     assert {tensor.dtype for tensor in weights(tmp_path / "out" / "model").values()} == {torch.float32}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["align_attention", "finetune", "distill"])
+def test_compiled_training_has_the_same_losses(script, arguments, tmp_path, monkeypatch, name):
+    """What `accelerate launch --dynamo_backend inductor` asks for."""
+    given = [*arguments, *WINDOW, "--learning_rate", "1e-3"]
+    script(name).main([*given, "--output_dir", str(tmp_path / "plain")])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    script(name).main(given)
+    plain, compiled = ([entry["loss"] for entry in read_log(tmp_path / folder)] for folder in ("plain", "out"))
+    assert compiled == pytest.approx(plain, rel=1e-3)
+    assert weights(tmp_path / "out" / "model").keys() == weights(tmp_path / "plain" / "model").keys()
+
+
 def test_evaluate(script, checkpoint, text, tmp_path, capsys):
     output = tmp_path / "perplexity.json"
     given = ["--model_name_or_path", checkpoint, "--validation_file", text, "--max_eval_tokens", "500"]
