@@ -48,6 +48,51 @@ def test_rows_and_keys_that_are_masked_count_for_nothing():
     assert facts["sparsity"].sum() == 0
 
 
+class Fixed(get("softmax")):
+    """Attention with the weights that it is given, whatever query and key are."""
+
+    def given(self, matrix):
+        self.matrix = torch.tensor(matrix, dtype=torch.float64)
+        return self
+
+    def weights(self, query, key, mask, scaling):
+        return self.matrix.expand(*query.shape[:2], *self.matrix.shape)
+
+    def forward(self, query, key, value, mask, scaling, state=None):
+        groups = query.shape[1] // value.shape[1]
+        return self.weights(query, key, mask, scaling) @ value.double().repeat_interleave(groups, 1)
+
+
+def test_a_layer_beside_softmax_by_hand():
+    """Queries of 0 make softmax the mean over the keys so far; against that, row by row."""
+    model = hf_attnswap.swap(tiny(), "softmax", layers=[0])
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.zero_()
+    (attention,) = hf_attnswap.patching.swapped_modules(model).values()
+    attention.__class__ = Fixed
+    attention.given([[2.0, 0, 0, 0], [1, -1, 0, 0], [0.5, 0.5, 0.5, 0], [0, 0, 0, 0]])
+    seen = []
+    with answering(model, lambda *call: (seen.append(call[4]), softmax(*call))[1]):
+        model(tokens(4, batch=1))
+    value = seen[0].double().repeat_interleave(2, 1)  # two query heads share each
+    (facts,) = distribution_facts(model, tokens(4, batch=1))
+    assert facts.row_sum.tolist() == pytest.approx([(2 + 0 + 1.5 + 0) / 4] * 4)
+    assert facts.row_sum_spread.tolist() == pytest.approx([torch.tensor([2.0, 0, 1.5, 0]).std(correction=0).item()] * 4)
+    assert facts.negative.tolist() == pytest.approx([0.5 / 4] * 4)
+    # 1 against 1; 1/2, -1/2 against 1/2, 1/2; a third each, twice; nothing against a quarter each.
+    assert facts.distance.tolist() == pytest.approx([(0 + 1 + 0 + 1) / 2 / 4] * 4)
+    soft = [0, math.log(2), math.log(3), math.log(4)]
+    assert facts.softmax_entropy.tolist() == pytest.approx([sum(soft) / 4] * 4)
+    assert facts.softmax_effective_keys.tolist() == pytest.approx([(1 + 2 + 3 + 4) / 4] * 4)
+    assert facts.effective_keys.tolist() == pytest.approx([(1 + 2 + 3 + 0) / 4] * 4)
+    first, second, third = (value[:, :, i] for i in range(3))
+    ours = torch.stack([2 * first, first - second, (first + second + third) / 2, 0 * first])
+    mean = torch.stack([value[:, :, : i + 1].mean(2) for i in range(4)])
+    expected = [(ours[a:b].norm() / mean[a:b].norm()).item() for a, b in ((0, 1), (1, 3), (3, 4))]
+    assert [entry[:2] for entry in facts.output_scale] == [(1, 1), (2, 3), (4, 4)]
+    assert [scale for _, _, scale in facts.output_scale] == pytest.approx(expected, rel=1e-5)
+
+
 def test_softmax_against_itself_differs_in_nothing():
     model = hf_attnswap.swap(tiny(), "softmax")
     for facts in distribution_facts(model, tokens(24)):
