@@ -23,6 +23,9 @@ from .packing import unpack_rows
 NAME = "attnswap"
 # The name that stands in config.json: where this package is not imported, transformers' error quotes it.
 GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
+# The entries of config.json that hold it. Users and programs override the first one; the second is checked for every
+# model, with experts or without.
+GUARDED = ("attn_implementation", "experts_implementation")
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
 # sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss.

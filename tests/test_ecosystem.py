@@ -30,8 +30,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="<s>", model_max_length=128
-    )
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="<s>", model_max_length=128,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,14 @@ def test_training_is_told_by_stage_and_can_be_repeated(demo):
             {"stage": "distill", "train_file": "book.txt", "use_lora": True},
         ],
     }
-    demo["arms"] += [demo["arms"][-1] | {"label": "hedgehog of others"}]
+    tuned = demo["arms"][0] | {"label": "softmax of tuned", "conversion": "tuned", "training_tokens": 32_768}
+    against = demo["arms"][-1]["perplexity"][0]["ratio"] | {"arm": "softmax of tuned"}
+    demo["arms"][-1] = demo["arms"][-1] | {"perplexity": [demo["arms"][-1]["perplexity"][0] | {"against": [against]}]}
+    demo["arms"] += [tuned]
+    text = render(demo, config)
+    assert "against softmax of tuned, trained on 32,768 tokens: ×" in text and "| softmax of tuned (control) |" in text
+    assert not unknown(text, demo, config)
+    demo["arms"] += [demo["arms"][-2] | {"label": "hedgehog of others"}]
     with pytest.raises(UsageError, match="several arms that are this conversion.*of mine and hedgehog of others"):
         render(demo, config)
 
