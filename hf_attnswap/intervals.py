@@ -4,6 +4,15 @@ import math
 from statistics import NormalDist
 
 
+def expanded_tail(n: int) -> float:
+    """The probability below a 95 % bootstrap interval of `n` items, two at least.
+
+    That of the expanded interval of Hesterberg, "What teachers should know about the bootstrap", 2015: the plain 2.5 %
+    makes it too narrow for few items, by a fifth for 8.
+    """
+    return NormalDist().cdf(-math.sqrt(n / (n - 1)) * t_quantile(0.975, n - 1))
+
+
 def t_quantile(probability: float, freedom: int) -> float:
     """Of Student's distribution: exact for 1 and 2 degrees of freedom, else Abramowitz and Stegun 26.7.5."""
     if freedom == 1:

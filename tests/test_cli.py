@@ -383,6 +383,9 @@ def test_diagnose(attnswap, files, tmp_path):
     assert relu["perplexity"] == pytest.approx(power["perplexity"])
     table = attnswap(*arguments("diagnose {converted} --validation_file {text} --context_length 32", files)).out
     assert "relu in 3 layers" in table and "grad q" in table and re.search(r"│ +2 │", table)
+    (chosen,) = re.findall(r"Half of them: (--layers [0-9,]+)", table)
+    assert attnswap(*arguments("convert {llama} --attention relu --output_dir {out} " + chosen, files)).code == 0
+    assert hf_attnswap.patching.describe(AutoModelForCausalLM.from_pretrained(files["out"])) == "relu in 2 layers"
 
 
 def test_evaluate_beside_a_control_on_the_same_items(attnswap, files, tmp_path):

@@ -1,11 +1,11 @@
-"""The exponent of growth against curves whose exponent is known, and against the textbook regression."""
+"""The exponent of growth against curves whose exponent is known and against the textbook regression; crossings."""
 
 import math
 import random
 
 import pytest
 
-from hf_attnswap.benchmark.growth import growth
+from hf_attnswap.benchmark.growth import crossover, growth
 
 LENGTHS = [256, 512, 1024, 2048, 4096]
 
@@ -21,6 +21,20 @@ def test_a_regression_by_hand():
     found = growth([1, 2, 4], [1.0, 4.0, 2.0])
     assert found.exponent == pytest.approx(0.5)
     assert found.high - 0.5 == pytest.approx(12.7062 * math.sqrt(0.75), rel=1e-4)
+
+
+def test_beside_the_regression_of_scipy():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    draw = random.Random(1)
+    lengths = [n for n in LENGTHS for _ in range(3)]
+    times = [n**1.7 * math.exp(draw.gauss(0, 0.2)) for n in lengths]
+    found, expected = (
+        growth(lengths, times),
+        stats.linregress([math.log(n) for n in lengths], list(map(math.log, times))),
+    )
+    half = stats.t.ppf(0.975, len(lengths) - 2) * expected.stderr
+    assert found.exponent == pytest.approx(expected.slope)
+    assert (found.low, found.high) == pytest.approx((expected.slope - half, expected.slope + half), rel=1e-4)
 
 
 def test_the_interval_holds_what_it_says():
@@ -45,3 +59,11 @@ def test_too_little_says_nothing(lengths, seconds):
 def test_what_has_no_logarithm_is_refused():
     with pytest.raises(ValueError, match="expected as many, all above 0"):
         growth([1, 2, 3], [1.0, 0.0, 1.0])
+
+
+def test_crossover_is_between_the_lengths_where_it_becomes_faster():
+    assert crossover([(128, 0.5), (256, 2.0), (512, 4.0)]) == pytest.approx(181.02, rel=1e-3)
+    assert crossover([(128, 1.5), (256, 0.9), (512, 1.1)]) > 256
+    assert crossover([(128, 1.5), (256, 3.0)]) == 128
+    assert crossover([(128, 1.5), (256, 0.9)]) is None
+    assert crossover([]) is None

@@ -2,13 +2,21 @@
 
 import json
 import math
+import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 from tiny_models import tiny
 
-from hf_attnswap import UsageError, report
-from hf_attnswap.data import TextSource
+from hf_attnswap import UsageError, report, swap
+from hf_attnswap.data import TextSource, token_blocks
+from hf_attnswap.evaluation.generating import agreement, continuations
+from hf_attnswap.evaluation.paired import paired_bootstrap
 from hf_attnswap.tradeoff import Settings, measure, with_controls
+from hf_attnswap.tradeoff.speed import training_step
 
 
 class Letters:
@@ -32,15 +40,23 @@ def settings(**changes):
     given = dict(
         arms=("softmax", "window:window=4,sinks=1", "elu", "elu+window:window=4,sinks=1"),
         context_lengths=(32,), max_eval_tokens=256, lengths=(16, 32), rounds=2, decode_tokens=2, align_tokens=0,
-        block_size=32, diagnose_tokens=24,
+        block_size=32, diagnose_tokens=24, train_lengths=(32,),
     )  # fmt: skip
     return Settings(**given | changes)
 
 
 @pytest.fixture(scope="module")
-def measured(text, tmp_path_factory):
+def tasks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("items") / "pairs.jsonl"
+    items = [{"prompt": f"{i} cats", "choices": ["sat", "ran"], "answer": i % 2} for i in range(9)]
+    path.write_text("\n".join(map(json.dumps, items)))
+    return {"tasks": (str(path), "writing"), "task_limit": 8}
+
+
+@pytest.fixture(scope="module")
+def measured(text, tasks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tradeoff") / "out"
-    found = measure(tiny(), Letters(), text, None, settings(), folder, model_name="tiny", command="test")
+    found = measure(tiny(), Letters(), text, None, settings(**tasks), folder, model_name="tiny", command="test")
     return found, folder
 
 
@@ -64,33 +80,117 @@ def test_perplexity_and_paired_comparisons(measured):
     assert softmax["by_position"][-1]["last"] == 31
 
 
+def test_tasks_are_compared_on_the_same_items(measured, text):
+    arms = {arm["label"]: arm["tasks"] for arm in measured[0]["arms"]}
+    hybrid, kept = arms["elu+window:window=4,sinks=1"], measured[1] / "measured"
+    names = [(entry["task"], entry["metric"], entry["items"]) for entry in hybrid]
+    assert names == [
+        ("pairs", "acc", 8), ("pairs", "acc_norm", 8), ("writing", "tokens as softmax's", 6),
+        ("writing", "agreement when told softmax's", 6), ("writing", "repetition", 6),
+    ]  # fmt: skip
+    assert all(entry["few"] for entry in hybrid) and [entry["value"] for entry in arms["softmax"]][2:4] == [1, 1]
+    assert all(entry["difference"] is None for entry in arms["softmax"])
+    for entry, softmax, linear in zip(hybrid, arms["softmax"], arms["elu"], strict=True):
+        assert entry["difference"]["value"] == pytest.approx(entry["value"] - softmax["value"])
+        (against,) = [found for found in entry["against"] if found["arm"] == "elu"]
+        assert against["value"] == pytest.approx(entry["value"] - linear["value"])
+    # The interval is that of a paired bootstrap over the items.
+    swapped, original = swap(tiny(), "elu"), tiny()
+    written = torch.tensor(json.loads((kept / "written.json").read_text()))
+    assert written.shape == (6, 64)
+    tokens = token_blocks(text, Letters(), 32)
+    starts = tokens[-math.ceil(len(tokens) / 5) :].reshape(-1)[: 6 * 64].view(6, 64)
+    assert torch.equal(continuations(original, starts, 64), written)
+    ours, control = (agreement(model, starts, written).same for model in (swapped, original))
+    expected = paired_bootstrap(ours, control, resamples=4000)
+    found = arms["elu"][2]["difference"]
+    assert found["value"] == pytest.approx(expected.value) and found["verdict"] == expected.verdict()
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=0.02)
+
+
+def test_a_training_step_is_timed_where_it_was_asked_for(measured):
+    softmax, *arms = measured[0]["arms"]
+    assert [entry["train_s"] is None for entry in softmax["speed"]] == [True, False]
+    assert softmax["speed"][1]["train_speedup"] is None and softmax["growth"]["train_s"] is None
+    for arm in arms:
+        step, pass_ = arm["speed"][1]["train_s"], arm["speed"][1]["prefill_s"]
+        assert step["runs"] == 2 and step["median"] > pass_["low"]
+        assert arm["speed"][1]["train_speedup"]["runs"] == 2
+
+
+def test_a_training_step_leaves_the_model_as_it_was():
+    model = tiny()
+    frozen = model.lm_head.weight.requires_grad_(False)
+    assert training_step(model, torch.arange(3, 19)[None]) > 0
+    assert all(p.grad is None for p in model.parameters())
+    assert [p is frozen for p in model.parameters() if not p.requires_grad] == [True]
+
+
 def test_checks_growth_and_layers(measured):
     softmax, *arms = measured[0]["arms"]
     assert softmax["checks"] == [] and softmax["diagnostics"] is None
     for arm in arms:
         assert [c["name"] for c in arm["checks"]] == ["causal", "padding", "state", "definition", "seam"]
         assert all(c["passed"] for c in arm["checks"])
+        assert sorted(arm["diagnostics"]["layers_by_damage"]) == [0, 1, 2]
         assert arm["diagnostics"]["tokens"] == 24 and len(arm["diagnostics"]["layers"]) == 3
         assert arm["growth"]["prefill_s"]["low"] <= arm["growth"]["prefill_s"]["high"]
     assert arms[0]["growth"]["prefill_s"]["lengths"] == 2
 
 
-def test_an_interrupted_run_goes_on(measured, text):
+def test_an_interrupted_run_goes_on(measured, text, tasks):
     found, folder = measured
     (folder / "measured" / "elu.json").unlink()
     said = []
+    given = settings(**tasks)
     again = measure(
-        tiny(), Letters(), text, None, settings(), folder, model_name="tiny", command="test", progress=said.append
+        tiny(), Letters(), text, None, given, folder, model_name="tiny", command="test", progress=said.append
     )
     assert [line for line in said if "perplexity" in line] == ["elu: perplexity at context 32"]
     assert again["arms"] == found["arms"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("line", ("elu: checks", "elu: speed at 32 tokens, round 2 of 2"))
+def test_what_was_measured_survives_kill_9(stories260k, text_file, tmp_path, line):
+    told = f"tradeoff {stories260k} --train_file {text_file} --output_dir {tmp_path / 'out'} --arm elu --no_controls "
+    told += "--context_length 64 --max_eval_tokens 256 --block_size 64 --align_tokens 0 --decode_tokens 1 --rounds 2 "
+    told += "--length 16 --length 32 --json"
+    command = [sys.executable, "-m", "hf_attnswap", *shlex.split(told)]
+    kept = tmp_path / "out" / "measured"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        said = ""
+        while line not in said and process.poll() is None:
+            said = process.stderr.readline()
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out" / "report.json").exists()
+    before = {file.name: json.loads(file.read_text()) for file in kept.glob("*.json")}
+    assert set(before) == {"settings.json", "softmax.json"} | ({"elu.json", "speed.json"} if "speed" in line else set())
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = again.stderr.splitlines()
+    assert "softmax: already measured" in lines and not any(said.startswith("softmax: perplexity") for said in lines)
+    assert ("elu: checks" in lines) == ("elu.json" not in before)
+    after = {file.name: json.loads(file.read_text()) for file in kept.glob("*.json")}
+    for name in set(before) - {"speed.json"}:
+        assert after[name] == before[name]
+    for length, rounds in before.get("speed.json", {}).items():
+        assert after["speed.json"][length][: len(rounds)] == rounds
+    found = json.loads(again.stdout)
+    assert found == report.read(tmp_path / "out" / "report.json")
+    assert [entry["prefill_s"]["runs"] for arm in found["arms"] for entry in arm["speed"]] == [2] * 4
+    if "speed" in line:  # round 1 of both lengths, and 2 of the first, are those of the run that was killed
+        assert {length: len(rounds) for length, rounds in before["speed.json"].items()} == {"16": 2, "32": 1}
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"max_eval_tokens": 63}, "max_eval_tokens is 63, less than two blocks of 32"),
-        ({"lengths": (10_000,)}, "10000 and 32 are needed"),
+        ({"lengths": (32, 10_000)}, "10000 and 32 are needed"),
+        ({"train_lengths": (64,)}, r"train_lengths has 64, which is none of the lengths \[16, 32\]"),
+        ({"tasks": ("needle",)}, "a haystack of 32 tokens has no room"),
+        ({"tasks": ("no_such.jsonl",)}, "no_such.jsonl"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(text, tmp_path, changes, says):

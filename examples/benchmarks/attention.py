@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Record, crossover, draw, heading, note, print_table, quartiles, spread
+from figures import Record, draw, heading, note, print_table, quartiles, spread
 from peers import Eager, FastTransformers
 
 from hf_attnswap import UsageError, attentions
 from hf_attnswap.attentions import Heads
 from hf_attnswap.benchmark.attention import Candidate, Sdpa, Variant, forward, forward_backward, random_inputs
+from hf_attnswap.benchmark.growth import crossover
 from hf_attnswap.benchmark.measure import Spread, interleaved, peak_memory_mib, ratios
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.files import require_empty, whole_folder

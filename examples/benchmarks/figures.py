@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from hf_attnswap.benchmark.growth import crossover
 from hf_attnswap.benchmark.measure import Spread
 from hf_attnswap.report.drawing import GRID, fix_ticks, png, ticks
 from hf_attnswap.tradeoff import machine, versions
@@ -60,24 +61,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*row)
     # A file has no width of its own; a table of nine lengths needs this much.
     Console(width=None if sys.stdout.isatty() else 40 + 17 * len(columns)).print(table)
-
-
-def crossover(points: Sequence[tuple[int, float]]) -> float | None:
-    """The length from which on a candidate is faster than its control, between lengths by log-log interpolation.
-
-    Args:
-        points: lengths, ascending, with the speed-up there.
-
-    Returns:
-        The shortest length where it is faster at all; None where it is slower at the longest.
-    """
-    slower = [index for index, (_, ratio) in enumerate(points) if ratio < 1]
-    if not slower:
-        return points[0][0] if points else None
-    if slower[-1] == len(points) - 1:
-        return None
-    (n, low), (m, high) = points[slower[-1]], points[slower[-1] + 1]
-    return n * (m / n) ** (-math.log(low) / (math.log(high) - math.log(low)))
 
 
 def draw(panels: dict[str, dict[str, list[Record]]], ylabel: str) -> bytes:

@@ -1,6 +1,6 @@
 """The attention alone, at the shape of a model, against torch's scaled_dot_product_attention in the same rounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attentions import Attention, Heads
 from ..masks import Mask
+from .growth import Growth, crossover, growth
 from .measure import Spread, interleaved, peak_memory_mib, speedup
 
 
@@ -36,6 +38,21 @@ class Sdpa:
     def step(self, query, key, value):
         new = query[:, :, -1:]
         return lambda: F.scaled_dot_product_attention(new, key, value, enable_gqa=_shared(query, key))
+
+
+def sdpa_kernel(inputs: Sequence[Tensor]) -> str:
+    """Which kernel torch takes for `Sdpa` on these: the name of its operator, such as
+    `_scaled_dot_product_flash_attention_for_cpu`, or "math" for the products and softmax written out."""
+    called: list[str] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Note():
+        Sdpa()(*inputs)
+    return next((name for name in called if name.startswith("_scaled_dot_product_")), "math")
 
 
 @dataclass(frozen=True)
@@ -95,14 +112,15 @@ def forward_backward(candidate: Candidate, inputs: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant at one length: speed-up over SDPA, forward alone and with the backward pass, and peak memory."""
+    """One variant at one length: speed-up over SDPA, forward alone and with the backward pass, the seconds of each
+    round of the forward pass, and peak memory of both passes."""
 
     attention: str
     length: int
     forward: Spread
     forward_backward: Spread
-    forward_ms: float
-    sdpa_forward_ms: float
+    forward_s: tuple[float, ...]
+    sdpa_forward_s: tuple[float, ...]
     peak_memory_mib: float | None
     sdpa_peak_memory_mib: float | None
 
@@ -136,8 +154,8 @@ def bench(
                     length,
                     speedup(forwards["sdpa"], forwards[name]),
                     speedup(trained["sdpa"], trained[name]),
-                    Spread.of(forwards[name]).median * 1e3,
-                    Spread.of(forwards["sdpa"]).median * 1e3,
+                    tuple(forwards[name]),
+                    tuple(forwards["sdpa"]),
                     peaks[name],
                     peaks["sdpa"],
                 )
@@ -145,3 +163,31 @@ def bench(
         if progress is not None:
             progress(length)
     return rows
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Of the forward pass. growth: None for fewer than two lengths. faster_from: tokens; None where it is not faster at
+    the longest length, and for SDPA."""
+
+    attention: str
+    growth: Growth | None
+    faster_from: float | None
+
+
+def scaling(rows: Iterable[Row]) -> list[Scaling]:
+    """How time grows with the length and from where on it is less than SDPA's; SDPA first."""
+    by_name: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.length):
+        by_name.setdefault(row.attention, []).append(row)
+    control = next(iter(by_name.values()))
+    found = [Scaling("sdpa", _growth((row.length, row.sdpa_forward_s) for row in control), None)]
+    for name, own in by_name.items():
+        crossed = crossover([(row.length, row.forward.median) for row in own])
+        found.append(Scaling(name, _growth((row.length, row.forward_s) for row in own), crossed))
+    return found
+
+
+def _growth(measured: Iterable[tuple[int, Sequence[float]]]) -> Growth | None:
+    points = [(length, seconds) for length, rounds in measured for seconds in rounds]
+    return growth(*zip(*points, strict=True))

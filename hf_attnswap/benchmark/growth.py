@@ -1,4 +1,4 @@
-"""How time grows with the length: the exponent of n, from the slope in log-log, with its interval."""
+"""How time grows with the length: the exponent of n with its interval, and where one curve crosses another."""
 
 import math
 from collections.abc import Sequence
@@ -38,3 +38,21 @@ def growth(lengths: Sequence[int], seconds: Sequence[float]) -> Growth | None:
     rest = math.fsum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
     half = t_quantile(0.975, n - 2) * math.sqrt(rest / (n - 2) / spread)
     return Growth(slope, slope - half, slope + half, different)
+
+
+def crossover(points: Sequence[tuple[int, float]]) -> float | None:
+    """The length from which on a candidate is faster than its control, between lengths by log-log interpolation.
+
+    Args:
+        points: lengths, ascending, with the speed-up there.
+
+    Returns:
+        The shortest length where it is faster at all; None where it is slower at the longest.
+    """
+    slower = [index for index, (_, ratio) in enumerate(points) if ratio < 1]
+    if not slower:
+        return points[0][0] if points else None
+    if slower[-1] == len(points) - 1:
+        return None
+    (n, low), (m, high) = points[slower[-1]], points[slower[-1] + 1]
+    return n * (m / n) ** (-math.log(low) / (math.log(high) - math.log(low)))

@@ -9,11 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError, one_line_errors
-from . import diagnose, evaluate, publish, report, tradeoff
+from . import bench, diagnose, evaluate, publish, report, tradeoff
 from .options import (
     AllowPickle,
     AttentionName,
-    Device,
     Dtype,
     Json,
     Kinds,
@@ -39,6 +38,7 @@ _ClickException = typer.BadParameter.__base__.__base__
 
 app.command()(evaluate.evaluate)
 app.command()(diagnose.diagnose)
+app.command()(bench.bench)
 app.command()(tradeoff.tradeoff)
 app.command()(report.report)
 app.command()(publish.card)
@@ -174,84 +174,3 @@ def convert(
         if processor is not None:
             processor.save_pretrained(folder)
     print(f"{output_dir}: {describe(loaded)}, not trained" + ("" if processor else "; it has no tokenizer"))
-
-
-@app.command()
-def bench(
-    model: Model,
-    attention: Annotated[list[str] | None, typer.Option("--attention", help="may be repeated; all by default")] = None,
-    lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="may be repeated")] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
-    batch_size: Annotated[int, typer.Option("--batch_size", min=1)] = 1,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="of the CPU; torch's choice by default")
-    ] = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Time and memory of the attention alone, at the head shape of MODEL, beside torch's SDPA. Reads no weights.
-
-    Example: attnswap bench HuggingFaceTB/SmolLM2-135M-Instruct --attention elu --length 8192 --threads 1
-    """
-    import torch
-
-    from .. import available, inspect
-    from ..attentions import get
-    from ..benchmark.attention import bench as measure
-    from ..loading import architecture, find_device, find_dtype
-    from ..ops.backends import told, watch
-    from ..patching import head_shape
-
-    if threads:
-        torch.set_num_threads(threads)
-    built = architecture(model)
-    heads = head_shape(built, inspect(built))
-    names = attention or [cls.name for cls in available() if cls.name != "softmax"]
-    where, kind = find_device(device), find_dtype(dtype)
-    variants = {name: _checked(get, name)(heads).to(where, kind) for name in names}
-    with watch() as ran:
-        rows = measure(
-            variants,
-            heads,
-            lengths or [512, 1024, 2048, 4096],
-            batch_size=batch_size,
-            rounds=rounds,
-            dtype=kind,
-            device=where,
-        )
-    table = Table(
-        title=f"times as fast as SDPA, median (lowest to highest of {rounds} rounds)\n{heads}, batch "
-        f"{batch_size}, {dtype}, {where}, {torch.get_num_threads()} threads",
-        caption="Backends that ran: " + (told(ran) or "torch's own attention alone"),
-    )
-    for column in ("attention", "length", "forward", "forward + backward", "peak MiB", "SDPA's peak MiB"):
-        table.add_column(column, justify="left" if column == "attention" else "right")
-    for row in rows:
-        table.add_row(
-            row.attention,
-            str(row.length),
-            str(row.forward),
-            str(row.forward_backward),
-            *("?" if m is None else f"{m:.0f}" for m in (row.peak_memory_mib, row.sdpa_peak_memory_mib)),
-        )
-    show(
-        as_json,
-        [
-            {
-                **vars(r),
-                "forward": vars(r.forward),
-                "forward_backward": vars(r.forward_backward),
-                "backends": {op: sorted(ran[op]) for op in variants[r.attention].ops if op in ran},
-            }
-            for r in rows
-        ],
-        table,
-    )
-
-
-def _checked(call, *arguments):
-    try:
-        return call(*arguments)
-    except ValueError as error:
-        raise UsageError(str(error)) from None

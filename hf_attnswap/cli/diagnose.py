@@ -59,11 +59,12 @@ def diagnose(
     """By layer: gradient flow, what becomes of the distribution, and what the layer costs when it alone is swapped.
 
     Gradients (of q, k, v and the layer's input), effective keys and output scale are over softmax's on the same text.
-    One forward pass per layer and text.
+    One forward pass per layer and text. Below each table: the layers by damage, and half of them for --layers.
 
     Example: attnswap diagnose HuggingFaceTB/SmolLM2-135M-Instruct --attention relu --validation_file book.txt
     """
     from ..data import token_blocks
+    from ..evaluation.damage import least_damaged
     from ..evaluation.diagnose import diagnose as look
     from ..evaluation.diagnose import summary_rows
     from ..files import write_whole
@@ -90,6 +91,9 @@ def diagnose(
             found.append(looked)
             title = f"{looked['label']}: {looked['attention']}, {looked['tokens']} tokens, softmax's perplexity "
             tables.append(table_of(f"{title}{looked['perplexity']:.4g}", summary_rows(looked), **COLUMNS))
+            order = looked["layers_by_damage"]
+            half = ",".join(map(str, least_damaged(looked, (len(order) + 1) // 2)))
+            tables.append(f"Least damage (KL) first: {', '.join(map(str, order))}\nHalf of them: --layers {half}\n")
     if output_file:
         write_whole(output_file, json.dumps({"model": model, "text": source.name, "arms": found}, indent=1).encode())
     show(as_json, found, *tables)

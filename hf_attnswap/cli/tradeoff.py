@@ -60,6 +60,19 @@ def tradeoff(
     diagnose_tokens: Annotated[
         int, typer.Option("--diagnose_tokens", min=0, help="of the text for gradients and layers; 0 leaves them out")
     ] = 0,
+    train_lengths: Annotated[
+        list[int] | None,
+        typer.Option("--train_length", min=2, help="of the lengths: time a training step too; may be repeated"),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="with commas: needle and recall (at the context lengths), writing, .jsonl files, tasks of lm-eval",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="items per task")] = None,
+    include_path: Annotated[str | None, typer.Option("--include_path", help="a folder of tasks for lm-eval")] = None,
     seed: Seed = 0,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -84,6 +97,8 @@ def tradeoff(
         lengths=tuple(lengths or [512, 1536]), rounds=rounds, decode_tokens=decode_tokens, align_tokens=align_tokens,
         block_size=block_size, learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
         per_device_train_batch_size=per_device_train_batch_size, seed=seed, diagnose_tokens=diagnose_tokens,
+        tasks=tuple(name for name in (tasks or "").split(",") if name), task_limit=limit, include_path=include_path,
+        train_lengths=tuple(train_lengths or ()),
     )  # fmt: skip
     training = text_source(train_file, dataset_name, dataset_config_name, "train", text_column)
     evaluation = None if validation_file is None else text_source(validation_file, None, None, "train", text_column)

@@ -85,10 +85,17 @@ def _item(row: dict[str, Any]) -> Item:
 
 @dataclass(frozen=True)
 class Scores:
-    """By item, 1.0 where right: `acc`, and `acc_norm`, by log-likelihood per character of the choice, as lm-eval."""
+    """By item.
+
+    Attributes:
+        acc: 1.0 where right, else 0.0. acc_norm: the same by log-likelihood per character of the choice, as lm-eval;
+            empty for single choices.
+        log_likelihood: of single choices, nats; else empty.
+    """
 
     acc: list[float]
     acc_norm: list[float]
+    log_likelihood: list[float]
 
 
 def score_choices(
@@ -100,27 +107,27 @@ def score_choices(
 ) -> Scores:
     """Score items as lm-eval's `multiple_choice` does, with a space before each choice; a tie goes to the first.
 
-    A single choice is right where each of its tokens is the most likely one (`acc_norm` is the same).
+    A single choice is right where each of its tokens is the most likely one, as in lm-eval's `lambada`.
 
     Raises:
-        UsageError: an item longer than the positions of the model.
+        UsageError: an item longer than the positions of the model, or single choices mixed with others.
     """
+    single = len(items[0].choices) == 1
+    if any((len(item.choices) == 1) != single for item in items):
+        raise UsageError("some items have a single choice and others have several: put them in two files")
     requests = [encode_pair(tokenizer, item.prompt, f" {choice}") for item in items for choice in item.choices]
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(r.prompt) + len(r.target) for r in requests)
     if limit and longest > limit + 1:
         raise UsageError(f"an item has {longest} tokens, and the model takes {limit}")
     found = iter(log_likelihoods(model, requests, batch_size, progress))
+    if single:
+        own = [next(found) for _ in items]
+        return Scores([float(x.greedy) for x in own], [], [x.value for x in own])
     acc, acc_norm = [], []
     for item in items:
-        likelihoods = [next(found) for _ in item.choices]
-        if len(item.choices) == 1:
-            right = normed = likelihoods[0].greedy
-        else:
-            values = [x.value for x in likelihoods]
-            per_character = [x / len(choice) for x, choice in zip(values, item.choices, strict=True)]
-            right = values.index(max(values)) == item.answer
-            normed = per_character.index(max(per_character)) == item.answer
-        acc.append(float(right))
-        acc_norm.append(float(normed))
-    return Scores(acc, acc_norm)
+        values = [next(found).value for _ in item.choices]
+        per_character = [x / len(choice) for x, choice in zip(values, item.choices, strict=True)]
+        acc.append(float(values.index(max(values)) == item.answer))
+        acc_norm.append(float(per_character.index(max(per_character)) == item.answer))
+    return Scores(acc, acc_norm, [])

@@ -1,14 +1,16 @@
 """What each swapped layer costs by itself: one forward pass per layer, all others running softmax."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
+from ..observing import answering, own, softmax
 from ..patching import swapped_modules
-from .observing import answering, own, softmax
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,36 @@ def layer_damage(
     means, likelihoods = kl.mean(1).tolist(), nll.mean(1).tolist()
     rows = zip(layers, means, error.tolist(), likelihoods[1:], strict=True)
     return [LayerDamage(None, 0.0, 0.0, likelihoods[0]), *(LayerDamage(*row) for row in rows)]
+
+
+def by_damage(rows: list[dict[str, Any]]) -> list[int]:
+    """The numbers of the layers, least damage (`kl`) first; what is not finite comes last.
+
+    Layers are numbered as `swap(layers=...)` counts them. Where several modules have one number (encoder and decoder),
+    the worst of them counts, since they are swapped together.
+    """
+    worst: dict[int, float] = {}
+    for row in rows:
+        kl = math.inf if row["kl"] is None or math.isnan(row["kl"]) else row["kl"]
+        worst[row["index"]] = max(kl, worst.get(row["index"], kl))
+    return sorted(worst, key=lambda index: (worst[index], index))
+
+
+def least_damaged(diagnosis: Mapping[str, Any], count: int) -> list[int]:
+    """The `count` layers that cost least when they alone are swapped, ascending, for `swap(layers=...)`.
+
+    They were measured one at a time: what they cost together is not the sum, and wants measuring.
+
+    Args:
+        diagnosis: what `diagnose` returns; an entry of `arms` in the file of `attnswap diagnose --output_file`; or
+            `diagnostics` of an arm in report.json.
+
+    Raises:
+        UsageError: fewer layers, or a diagnosis of an earlier release without `layers_by_damage`.
+    """
+    order = diagnosis.get("layers_by_damage")
+    if order is None:
+        raise UsageError("the diagnosis has no layers_by_damage: make it again with this release")
+    if not 1 <= count <= len(order):
+        raise UsageError(f"count is {count}; expected 1 to {len(order)}, the layers of the diagnosis")
+    return sorted(order[:count])

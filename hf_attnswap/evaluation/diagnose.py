@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..patching import describe
-from .damage import layer_damage
+from ..patching import describe, inspect
+from .damage import by_damage, layer_damage
 from .distribution import distribution_facts
 from .gradients import LayerGradients, gradient_flow
 
@@ -23,8 +23,8 @@ def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] =
 
     Returns:
         `attention`, `context`, `tokens`, `perplexity` (of softmax), `gradient_at_first_layer` (what reaches the
-        input of the first swapped layer, over softmax's: far below 1 gradients vanish, far above they explode), and
-        `layers`, a row per layer.
+        input of the first swapped layer, over softmax's: far below 1 gradients vanish, far above they explode),
+        `layers`, a row per layer, and `layers_by_damage`, their numbers, least first (see `damage.least_damaged`).
 
     Raises:
         UsageError: the model is not swapped.
@@ -34,9 +34,11 @@ def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] =
     progress("distributions")
     facts = distribution_facts(model, blocks[:1])
     reference, *damage = layer_damage(model, blocks, progress)
+    index = {module.name: module.layer for module in inspect(model)}
     layers = [
         {
             "layer": row.layer,
+            "index": index[row.layer],
             "kl": row.kl,
             "kl_error": row.kl_error,
             "perplexity_ratio": math.exp(min(row.nll - reference.nll, 700)),
@@ -58,6 +60,7 @@ def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] =
             "tokens": blocks.numel(),
             "perplexity": reference.perplexity,
             "gradient_at_first_layer": _over(layers[0], "layer_input"),
+            "layers_by_damage": by_damage(layers),
             "layers": layers,
         }
     )

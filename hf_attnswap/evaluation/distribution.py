@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attentions import Attention
 from ..masks import Mask
-from .observing import SOFTMAX, allowed_keys, answering
+from ..observing import SOFTMAX, allowed_keys, answering
 from .perplexity import octaves
 
 FACTS = ("row_sum", "row_sum_spread", "negative", "entropy", "effective_keys", "sparsity", "distance")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..attentions import Attention, ScoreAttention
 from ..masks import Mask
+from ..observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
 from ..patching import swapped_modules
-from .observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
 
 FLAT = 0.01  # a weight that changes by less than this part of itself per unit of its score is saturated
 

@@ -149,7 +149,10 @@ class Units:
 def count_units(
     tokenizer: PreTrainedTokenizerBase, tokens: Tensor, context: int, samples: int, stride: int | None = None
 ) -> Units:
-    """The words and UTF-8 bytes of `tokens` that a `Perplexity` of so many samples predicts."""
+    """The words and UTF-8 bytes of `tokens` that a `Perplexity` of so many samples predicts.
+
+    Where `tokens` begins with a token that starts a text, the space that some tokenizers write after it counts.
+    """
     stream = tokens.reshape(-1)
 
     def text(ids: Tensor) -> str:

@@ -1,61 +1,19 @@
 """Tasks by name: generated ones, local .jsonl files, and those of lm-eval (extra `eval`); scores by item, to pair."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from .choices import read_items, score_choices
-from .paired import FEW, paired_bootstrap
+from .harness import harness_tasks
+from .result import Result, perplexity
 from .retrieval import found_needles, needles, recalled, recalls, word_tokens
 
 GENERATED = ("needle", "recall")
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One metric of one task; `scores` has a number per item, in the order of the items."""
-
-    task: str
-    metric: str
-    scores: tuple[float, ...]
-    higher_is_better: bool = True
-
-    @property
-    def value(self) -> float:
-        return math.fsum(self.scores) / len(self.scores)
-
-    @property
-    def standard_error(self) -> float:
-        """From the spread between items; NaN for a single one."""
-        n = len(self.scores)
-        if n < 2:
-            return math.nan
-        return math.sqrt(math.fsum((x - self.value) ** 2 for x in self.scores) / (n - 1) / n)
-
-    def row(self, control: "Result | None" = None) -> dict[str, Any]:
-        """As plain data, with the paired difference to the control on the same items."""
-        error = self.standard_error
-        row = {
-            "task": self.task,
-            "metric": self.metric,
-            "value": self.value,
-            "standard_error": None if math.isnan(error) else error,
-            "items": len(self.scores),
-            "few": len(self.scores) < FEW,
-        }
-        if control is None:
-            return row
-        found = paired_bootstrap(self.scores, control.scores)
-        bounds = {"value": found.value, "low": found.low, "high": found.high, "few": found.few}
-        verdict = found.verdict(lower_is_better=not self.higher_is_better)
-        return row | {"control": control.value, "difference": bounds, "verdict": verdict}
 
 
 def check_tasks(names: Sequence[str]) -> None:
@@ -106,12 +64,15 @@ def run_tasks(
             items = read_items(name, limit)
             scores = score_choices(model, tokenizer, items, batch_size)
             results.append(Result(Path(name).stem, "acc", tuple(scores.acc)))
-            if len(items[0].choices) > 1:
+            if scores.acc_norm:
                 results.append(Result(Path(name).stem, "acc_norm", tuple(scores.acc_norm)))
+            if scores.log_likelihood:
+                told = tuple(scores.log_likelihood)
+                results.append(Result(Path(name).stem, "perplexity", told, False, perplexity))
     others = [name for name in names if name not in GENERATED and not name.endswith(".jsonl")]
     if others:
         progress(", ".join(others))
-        results += _lm_eval(model, tokenizer, others, limit, include_path, batch_size, seed)
+        results += harness_tasks(model, tokenizer, others, limit, include_path, batch_size, seed)
     return results
 
 
@@ -139,39 +100,4 @@ def _recall(model, tokenizer, lengths, texts: int, seed: int) -> list[Result]:
         results.append(
             Result(f"recall of {task.pairs} pairs in {task.length} tokens", "recalled", tuple(recalled(model, task)))
         )
-    return results
-
-
-def _lm_eval(model, tokenizer, names, limit, include_path, batch_size, seed) -> list[Result]:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
-    if manager is None or not all(manager.match_tasks([name]) for name in names):
-        manager = TaskManager(include_path=include_path)  # which reads its thousands of files
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown:
-        raise UsageError(
-            f"lm-eval has no task {unknown[0]!r}: see `lm-eval ls tasks`, or name a folder: --include_path"
-        )
-    # lm-eval pads on the left where it generates, and on the right where it scores.
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
-        wrapped, tasks=list(names), limit=limit, task_manager=manager, bootstrap_iters=0,
-        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
-    results = []
-    for task, samples in found["samples"].items():
-        better = found["higher_is_better"].get(task, {})
-        filters = {sample["filter"] for sample in samples}
-        for metric in samples[0]["metrics"]:
-            for name in sorted(filters):
-                own = sorted((s for s in samples if s["filter"] == name), key=lambda s: s["doc_id"])
-                scores = [s[metric] for s in own]
-                if all(isinstance(x, int | float) for x in scores):  # others are aggregated otherwise
-                    label = metric if len(filters) == 1 else f"{metric},{name}"
-                    results.append(
-                        Result(task, label, tuple(map(float, scores)), better.get(metric, True) is not False)
-                    )
     return results

@@ -10,7 +10,7 @@ __all__ = ["read", "show", "validate", "write", "write_all"]
 
 
 def write_all(report: dict, folder: str | Path) -> list[Path]:
-    """Write report.json, report.md, report.html, tradeoff.png and what other plots there is something for.
+    """Write report.json, report.md, report.html, and as PNG and SVG the plots for which there is something.
 
     Return their paths. Everything is rendered before the first file is written, and each file appears whole.
     A plot that an earlier report left in `folder` is removed where this one has none.
@@ -23,12 +23,13 @@ def write_all(report: dict, folder: str | Path) -> list[Path]:
     pages = {
         "report.md": markdown.render(report, pictures).encode(),
         "report.html": html.render(report, pictures).encode(),
-    } | {picture.file: picture.png for picture in pictures}
+    }
+    for picture in pictures:
+        pages |= {f"{picture.name}.png": picture.png, f"{picture.name}.svg": picture.svg}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = [write(report, folder / "report.json")]
     written += [write_whole(folder / name, data) for name, data in pages.items()]
-    for name in ("dial.png", "positions.png", "layers.png"):
-        if name not in pages:
-            (folder / name).unlink(missing_ok=True)
+    for name in {f"{plot}.{kind}" for plot in plots.NAMES for kind in ("png", "svg")} - set(pages):
+        (folder / name).unlink(missing_ok=True)
     return written

@@ -1,4 +1,4 @@
-"""dial.png: perplexity against the power p of relu_power, the dial between ReLU and softmax."""
+"""The plot `dial`: perplexity against the power p of relu_power, the dial between ReLU and softmax."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import facts
-from .drawing import CLIP, GRID, INK, Picture, fix_ticks, png, ticks
+from .drawing import CLIP, GRID, INK, Picture, fix_ticks, ticks
 from .facts import Report
 from .text import count, listing, plain, times
 
@@ -36,7 +36,7 @@ def dial(report: Report) -> Picture:
     over = [f"{label} ({times(value)})" for label, value in over if value > CLIP]
     if over:
         caption += f" Clipped at {times(CLIP)}, drawn as hollow triangles: {listing(over)}."
-    return Picture("dial.png", "The dial between ReLU and softmax", caption, png(figure))
+    return Picture("dial", "The dial between ReLU and softmax", caption, figure)
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, dict]], style: tuple[str, str, str], name: str) -> None:

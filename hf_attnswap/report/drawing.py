@@ -1,10 +1,13 @@
-"""What both plots share: the PNG with its words, where ratios are clipped, and plain ticks."""
+"""What the plots share: the picture with its words, where ratios are clipped, and plain ticks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from math import ceil, floor, log10
+from typing import Any
 
+import matplotlib
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
@@ -17,19 +20,27 @@ GRID = {"color": "#DDDDDD", "linewidth": 0.6}
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with its file name, and the words that go with it."""
+    """A plot, the name of its files without the ending, and the words that go with it. The same plot makes the same
+    bytes, on white, which a dark page does not swallow."""
 
-    file: str
+    name: str
     title: str
     caption: str
-    png: bytes
+    figure: Figure
 
+    @cached_property
+    def png(self) -> bytes:
+        return self._render("png")
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG on white, which a dark page does not swallow."""
-    stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
-    return stream.getvalue()
+    @cached_property
+    def svg(self) -> bytes:
+        return self._render("svg", metadata={"Date": None})
+
+    def _render(self, kind: str, **options: Any) -> bytes:
+        stream = BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "hf_attnswap"}):  # else its ids are random
+            self.figure.savefig(stream, format=kind, dpi=DPI, facecolor="white", **options)
+        return stream.getvalue()
 
 
 def ticks(axis: Axis, low: float, high: float, most: int) -> None:

@@ -34,6 +34,20 @@ def speed_at(arm: Arm, length: int) -> dict | None:
     return next((entry for entry in arm["speed"] if entry["length"] == length), None)
 
 
+def metrics(report: Report) -> dict[tuple[str, str], dict]:
+    """Every (task, metric) that was measured, with the first entry of it."""
+    found: dict[tuple[str, str], dict] = {}
+    for arm in report["arms"]:
+        for entry in arm["tasks"]:
+            found.setdefault((entry["task"], entry["metric"]), entry)
+    return found
+
+
+def task_of(arm: Arm, key: tuple[str, str]) -> dict | None:
+    """The entry of `arm` for a (task, metric)."""
+    return next((entry for entry in arm["tasks"] if (entry["task"], entry["metric"]) == key), None)
+
+
 def ratio(arm: Arm, context: int | None) -> dict | None:
     """Perplexity of `arm` over softmax's at `context` with its interval; None where there is none."""
     entry = perplexity_at(arm, context)
@@ -153,6 +167,11 @@ def with_positions(report: Report) -> list[Arm]:
     context = headline_context(report)
     found = [arm for arm in report["arms"] if arm["status"] == "measured"]
     return [arm for arm in found if (perplexity_at(arm, context) or {"by_position": []})["by_position"]]
+
+
+def with_training(report: Report) -> bool:
+    """Whether the time of a training step was measured."""
+    return any(entry["train_s"] for arm in report["arms"] for entry in arm["speed"])
 
 
 def with_diagnostics(report: Report) -> list[Arm]:

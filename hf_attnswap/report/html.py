@@ -69,11 +69,11 @@ dd { margin: 0; }
 def render(report: Report, pictures: Sequence[Picture]) -> str:
     """The whole page, the pictures inside it."""
     parts = [f"<p>{escape(paragraph)}</p>" for paragraph in summary(report)]
-    parts += _section(table.QUALITY, _table(table.QUALITY, table.rows(report)))
-    parts += _section(table.SPEED, _table(table.SPEED, table.speed_rows(report)))
+    for name, rows in table.tables(report).items():
+        parts += _section(name, _table(name, rows))
     for picture in pictures:
         parts += _section(picture.title, _figure(picture))
-    parts += _section("Arms", _table("Arms", table.arm_rows(report)))
+    parts += _section(table.ARMS, _table(table.ARMS, table.arm_rows(report)))
     pairs = [f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in table.details(report)]
     parts += _section("How it was measured", "\n".join(["<dl>", *pairs, "</dl>"]))
     title = escape(f"Attention swaps in {plain(report['model']['name'])}")
@@ -109,7 +109,7 @@ def _table(name: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    data = b64encode(picture.png).decode("ascii")
+    data = b64encode(picture.svg).decode("ascii")
     caption = escape(picture.caption)
-    image = f'<img alt="{escape(picture.title)}: {caption}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{escape(picture.title)}: {caption}" src="data:image/svg+xml;base64,{data}">'
     return f"<figure>\n{_wide(picture.title, image)}\n<figcaption>{caption}</figcaption>\n</figure>"

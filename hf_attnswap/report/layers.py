@@ -1,4 +1,4 @@
-"""layers.png: what each layer costs by itself, what reaches it of the gradient, and how many keys it attends to."""
+"""The plot `layers`: what each layer costs by itself, what gradient reaches it, how many keys it attends to."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from . import facts
-from .drawing import GRID, INK, Picture, png
+from .drawing import GRID, INK, Picture
 from .facts import Report
 from .positions import COLOURS, LINES
 from .text import count, listing, plain
@@ -41,7 +41,7 @@ def layers(report: Report) -> Picture:
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     handles = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
-    return Picture("layers.png", "By layer", _caption(report), png(figure))
+    return Picture("layers", "By layer", _caption(report), figure)
 
 
 def _gradient(layer: Layer) -> float | None:

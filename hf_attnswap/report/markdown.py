@@ -11,14 +11,14 @@ from .text import plain
 
 
 def render(report: Report, pictures: Sequence[Picture]) -> str:
-    """The whole page; `pictures` are referred to by their file names."""
+    """The whole page; `pictures` are referred to by the names of their PNG files."""
     parts = [f"# Attention swaps in {escape(plain(report['model']['name']))}"]
     parts += [escape(paragraph) for paragraph in summary(report)]
-    parts += [f"## {table.QUALITY}", markdown_table(table.rows(report))]
-    parts += [f"## {table.SPEED}", markdown_table(table.speed_rows(report))]
+    for name, rows in table.tables(report).items():
+        parts += [f"## {name}", markdown_table(rows)]
     for picture in pictures:
-        parts += [f"## {picture.title}", f"![{picture.title}]({picture.file})", escape(picture.caption)]
-    parts += ["## Arms", markdown_table(table.arm_rows(report))]
+        parts += [f"## {picture.title}", f"![{picture.title}]({picture.name}.png)", escape(picture.caption)]
+    parts += [f"## {table.ARMS}", markdown_table(table.arm_rows(report))]
     parts += ["## How it was measured"]
     parts += ["\n".join(f"- {key}: {escape(value)}" for key, value in table.details(report))]
     return "\n\n".join(parts) + "\n"

@@ -8,6 +8,8 @@ from .layers import layers
 from .positions import positions
 from .tradeoff import tradeoff
 
+NAMES = ("tradeoff", "dial", "positions", "layers")
+
 
 def pictures(report: Report) -> list[Picture]:
     """The tradeoff plot, and those for which there is something to draw: the dial, curves by position, layers."""

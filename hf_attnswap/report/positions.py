@@ -1,11 +1,11 @@
-"""positions.png: log-likelihood by position in the context, what each arm makes of a longer past."""
+"""The plot `positions`: log-likelihood by position in the context, what each arm makes of a longer past."""
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from . import facts
-from .drawing import GRID, INK, Picture, fix_ticks, png
+from .drawing import GRID, INK, Picture, fix_ticks
 from .facts import Arm, Report
 from .text import count, listing, plain
 
@@ -43,7 +43,7 @@ def positions(report: Report) -> Picture:
     axes.set_xlabel("position in the context (tokens, log2 axis)")
     axes.set_ylabel("negative log-likelihood per token (nats)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return Picture("positions.png", "Likelihood by position", _caption(context, every, drawn), png(figure))
+    return Picture("positions", "Likelihood by position", _caption(context, every, drawn), figure)
 
 
 def _points(arm: Arm, context: int | None) -> list[dict]:

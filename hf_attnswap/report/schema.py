@@ -44,14 +44,9 @@ STAGE = {
     "arguments": OBJECT,
 }
 GROUP = {"attention": NAMED, "options": OBJECT, "kind": NAMED, "layers": [COUNT]}
-RATIO = {
-    "value": POSITIVE,
-    "low": POSITIVE,
-    "high": POSITIVE,
-    "items": SIZE,
-    "few": FLAG,
-    "verdict": one_of("better", "no measurable difference", "worse"),
-}
+VERDICT = {"items": SIZE, "few": FLAG, "verdict": one_of("better", "no measurable difference", "worse")}
+RATIO = {"value": POSITIVE, "low": POSITIVE, "high": POSITIVE} | VERDICT
+DIFFERENCE = {"value": NUMBER, "low": NUMBER, "high": NUMBER} | VERDICT
 PERPLEXITY = {
     "context": SIZE,
     "perplexity": Maybe(POSITIVE),
@@ -70,9 +65,22 @@ SPEED = {
     "prefill_speedup": Maybe(SPREAD),
     "decode_tokens_per_s": Maybe(SPREAD),
     "decode_speedup": Maybe(SPREAD),
+    "train_s": Maybe(SPREAD),
+    "train_speedup": Maybe(SPREAD),
     "peak_memory_mib": Maybe(AMOUNT),
     "cache_mib": Maybe(AMOUNT),
     "note": Maybe(TEXT),
+}
+TASK = {
+    "task": NAMED,
+    "metric": NAMED,
+    "higher_is_better": FLAG,
+    "value": Maybe(NUMBER),
+    "standard_error": Maybe(AMOUNT),
+    "items": SIZE,
+    "few": FLAG,
+    "difference": Maybe(DIFFERENCE),
+    "against": [{"arm": NAMED} | DIFFERENCE],
 }
 GROWTH = {"exponent": NUMBER, "low": NUMBER, "high": NUMBER, "lengths": SIZE}
 GRADIENT = dict.fromkeys(["query", "key", "value", "layer_input"], Maybe(AMOUNT))
@@ -92,7 +100,7 @@ LAYER = {
     "distance": Maybe(AMOUNT),
     "output_scale": [{"first": SIZE, "last": SIZE, "scale": Maybe(AMOUNT)}],
 }
-DIAGNOSTICS = {"context": SIZE, "tokens": SIZE, "layers": [LAYER]}
+DIAGNOSTICS = {"context": SIZE, "tokens": SIZE, "layers": [LAYER], "layers_by_damage": [COUNT]}
 ARM = {
     "label": NAMED,
     "attention": NAMED,
@@ -111,9 +119,10 @@ ARM = {
     "training_tokens": COUNT,
     "conversion": Maybe(NAMED),
     "checks": [{"name": NAMED, "passed": FLAG, "worst": Maybe(AMOUNT), "limit": AMOUNT}],
-    "growth": {"prefill_s": Maybe(GROWTH), "decode_s": Maybe(GROWTH)},
+    "growth": dict.fromkeys(["prefill_s", "decode_s", "train_s"], Maybe(GROWTH)),
     "diagnostics": Maybe(DIAGNOSTICS),
     "perplexity": [PERPLEXITY],
+    "tasks": [TASK],
     "speed": [SPEED],
 }
 MODEL = {"name": NAMED, "dtype": TEXT} | dict.fromkeys(
@@ -168,7 +177,9 @@ def _rules(arms: list[dict]) -> Iterator[Problem]:
             yield f"{path}.reason", arm["reason"], f"the reason, since status is {arm['status']!r}"
         yield from _repeats(arm["perplexity"], "context", f"{path}.perplexity")
         yield from _repeats(arm["speed"], "length", f"{path}.speed")
-        yield from _intervals({key: arm[key] for key in ("perplexity", "speed")}, path)
+        metrics = [{"metric": f"{entry['metric']} of {entry['task']}"} for entry in arm["tasks"]]
+        yield from _repeats(metrics, "metric", f"{path}.tasks")
+        yield from _intervals({key: arm[key] for key in ("perplexity", "tasks", "speed")}, path)
         for number, entry in enumerate(arm["perplexity"]):
             where = f"{path}.perplexity[{number}]"
             if arm["status"] == "measured":
@@ -212,11 +223,7 @@ def _upgraded(report: Any) -> Any:
     arms = report["arms"] if isinstance(report.get("arms"), list) else []
     if version == 1:
         _upgrade_first(report, arms)
-    for arm in arms:  # each swapped every layer
-        group = {key: arm[key] for key in ("attention", "options")}
-        group |= {"kind": "causal", "layers": list(range(report["model"]["attention_layers"]))}
-        arm |= {"swapped": [] if arm["attention"] == "softmax" else [group], "training": [], "conversion": None}
-        arm["training_tokens"] = arm["alignment"]["tokens"] if arm["alignment"] else 0
+    _upgrade_second(report, arms)
     return report | {"version": VERSION}
 
 
@@ -231,6 +238,20 @@ def _upgrade_first(report: dict, arms: list[dict]) -> None:
             items = entry["tokens"] // max(1, entry["context"] - 1)
             verdict = "worse" if low > 1 else "better" if high < 1 else "no measurable difference"
             entry["ratio"] |= {"items": items, "few": items < 500, "verdict": verdict}
+
+
+def _upgrade_second(report: dict, arms: list[dict]) -> None:
+    every = list(range(report["model"]["attention_layers"]))  # each arm swapped all of them
+    for arm in arms:
+        group = {"attention": arm["attention"], "options": arm["options"], "kind": "causal", "layers": every}
+        arm |= {"swapped": [] if arm["attention"] == "softmax" else [group], "training": [], "conversion": None}
+        arm["training_tokens"] = arm["alignment"]["tokens"] if arm["alignment"] else 0
+        arm["tasks"] = []
+        arm["growth"]["train_s"] = None
+        for entry in arm["speed"]:
+            entry |= {"train_s": None, "train_speedup": None}
+        if arm["diagnostics"]:
+            arm["diagnostics"]["layers_by_damage"] = []
 
 
 def _validate(report: Any, name: str) -> None:

@@ -1,6 +1,6 @@
 """The short account in words that opens every rendering, computed from the report alone."""
 
-from . import facts
+from . import facts, tasks
 from .facts import Arm, Report
 from .text import count, interval, listing, number, plain
 
@@ -8,8 +8,9 @@ from .text import count, interval, listing, number, plain
 def summary(report: Report) -> list[str]:
     """Paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
     speed = [_speed(report, "prefill_speedup", "Prefill"), _speed(report, "decode_speedup", "Decoding")]
+    speed += [_speed(report, "train_speedup", "Training step")] if facts.with_training(report) else []
     attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_hybrids(report)]
-    return [_quality(report), *speed, *attention, *_unmeasured(report)]
+    return [_quality(report), *tasks.paragraph(report), *speed, *attention, *_unmeasured(report)]
 
 
 def _name(arm: Arm) -> str:
@@ -186,6 +187,7 @@ def _hybrid(report: Report, arm: Arm) -> str:
             continue
         if arm["training_tokens"] != control["training_tokens"]:
             verdicts += f" (the hybrid {_training(arm)}, the control {_training(control)})"
+        verdicts = ", ".join(filter(None, [verdicts, tasks.against(arm, control)]))
         said.append(f"against {what.format(_name(control))}: {verdicts}")
     if not said or not said[0].startswith("against the control"):
         said.insert(0, "was compared with no window control of the same window and sinks")

@@ -2,22 +2,34 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import facts
+from . import facts, tasks
 from .facts import Arm, Report
 from .summary import summary
 from .text import count, interval, number, plain, seconds
 
 UNMEASURED = "not measured"
 QUALITY = "Quality"
+UNIT = "Perplexity by token, word and byte"
+TASKS = "Tasks"
 SPEED = "Speed and memory"
-WORDS = ("cost", "status", "note", "formula", "options", "source")  # columns that may wrap
+ARMS = "Arms"
+LAYERS = "Layers by damage"
+WORDS = ("cost", "status", "note", "formula", "options", "source", "least damage first")  # columns that may wrap
+UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
 Rows = list[list[str]]
+# What is measured, its speed-up, the titles of both columns, and how seconds or tokens are shown.
+SPEEDS = (
+    ("prefill_s", "prefill_speedup", ("prefill", "prefill speed-up"), seconds),
+    ("decode_tokens_per_s", "decode_speedup", ("decode tokens/s", "decode speed-up"), number),
+    ("train_s", "train_speedup", ("training step", "training speed-up"), seconds),
+)
 
 
 def rows(report: Report) -> Rows:
@@ -34,21 +46,48 @@ def rows(report: Report) -> Rows:
     return table
 
 
+def unit_rows(report: Report) -> Rows:
+    """Perplexity by word and by byte beside that by token, its header first: one row per arm that has them.
+
+    Those by word and byte compare with those of other tokenizers; words are what white space separates.
+    """
+    contexts = facts.contexts(report)
+    table = [["arm", *(f"per {unit} at {count(context)}" for context in contexts for unit in UNITS)]]
+    for arm in report["arms"]:
+        entries = [facts.perplexity_at(arm, context) for context in contexts]
+        if any(entry and entry["byte_perplexity"] for entry in entries):
+            found = [entry and entry[key] for entry in entries for key in UNITS.values()]
+            table.append([name(arm), *(number(value) if value else UNMEASURED for value in found)])
+    return table
+
+
+def task_rows(report: Report) -> Rows:
+    """The table of tasks, its header first: one row per arm that has any, one column per metric."""
+    metrics = facts.metrics(report)
+    table = [["arm", *(tasks.title(entry) for entry in metrics.values())]]
+    for arm in report["arms"]:
+        if arm["tasks"]:
+            table.append([name(arm), *(tasks.cell(report, arm, key) for key in metrics)])
+    return table
+
+
 def speed_rows(report: Report) -> Rows:
     """The speed table, its header first: one row per length and arm; arms without any speed come last."""
-    header = ["length", "arm", "prefill", "prefill speed-up", "decode tokens/s", "decode speed-up"]
+    columns = SPEEDS if facts.with_training(report) else SPEEDS[:2]
+    header = ["length", "arm", *(title for _, _, titles, _ in columns for title in titles)]
     table = [[*header, "peak memory MiB", "cache MiB", "note"]]
+    absent = [UNMEASURED] * (2 * len(columns) + 2)
     for length in facts.lengths(report):
         for arm in report["arms"]:
             entry = facts.speed_at(arm, length)
             if entry:
-                table.append([count(length), name(arm), *_speed(report, arm, entry)])
+                table.append([count(length), name(arm), *_speed(report, arm, entry, columns)])
             elif arm["speed"]:
-                table.append([count(length), name(arm), *[UNMEASURED] * 6, ""])
+                table.append([count(length), name(arm), *absent, ""])
     for arm in report["arms"]:
         if not arm["speed"]:
             note = "" if arm["status"] == "measured" else _status(arm)
-            table.append(["-", name(arm), *[UNMEASURED] * 6, note])
+            table.append(["-", name(arm), *absent, note])
     return table
 
 
@@ -59,6 +98,24 @@ def arm_rows(report: Report) -> Rows:
         options = ", ".join(f"{key}={json.dumps(value)}" for key, value in arm["options"].items())
         table.append([name(arm), plain(arm["formula"]), plain(options) or "-", plain(arm["source"])])
     return table
+
+
+def layer_rows(report: Report) -> Rows:
+    """The layers of each arm that was looked at, in the order of what they cost alone, its header first."""
+    table = [["arm", "least damage first", "half of them, for --layers"]]
+    for arm in facts.with_diagnostics(report):
+        order = arm["diagnostics"]["layers_by_damage"]
+        if order:
+            half = sorted(order[: (len(order) + 1) // 2])
+            table.append([name(arm), ", ".join(map(str, order)), ",".join(map(str, half))])
+    return table
+
+
+def tables(report: Report) -> dict[str, Rows]:
+    """Those with numbers by their titles, in their order; none without a row."""
+    found = {QUALITY: rows(report), UNIT: unit_rows(report), TASKS: task_rows(report), SPEED: speed_rows(report)}
+    found[LAYERS] = layer_rows(report)
+    return {title: table for title, table in found.items() if len(table) > 1}
 
 
 def details(report: Report) -> list[tuple[str, str]]:
@@ -92,23 +149,14 @@ def _checks(report: Report) -> str:
     return f"{', '.join(names)}: " + (f"failed by {', '.join(failed)}" if failed else "passed by every arm swapped")
 
 
-def render(report: Report) -> Table:
-    """The quality table for the terminal."""
-    return as_table(QUALITY, rows(report), sections=False)
-
-
-def render_speed(report: Report) -> Table:
-    """The speed table for the terminal."""
-    return as_table(SPEED, speed_rows(report), sections=True)
-
-
 def show(report: Report) -> Group:
-    """Everything for the terminal: the summary, both tables, and how the numbers came about."""
+    """Everything for the terminal: the summary, the tables, and how the numbers came about."""
     grid = Table.grid(padding=(0, 2))
     for key, value in details(report):
         grid.add_row(Text(key, style="dim"), Text(value))
     words = [Text(f"{paragraph}\n") for paragraph in summary(report)]
-    return Group(*words, render(report), Text(), render_speed(report), Text(), grid)
+    shown = [as_table(title, table, sections=title == SPEED) for title, table in tables(report).items()]
+    return Group(*words, *(part for table in shown for part in (table, Text())), grid)
 
 
 def name(arm: Arm) -> str:
@@ -136,13 +184,10 @@ def _perplexity(report: Report, arm: Arm, context: int | None) -> str:
     return f"{value}; {interval(entry['ratio'], 'value')}" if entry["ratio"] else f"{value} (no ratio)"
 
 
-def _speed(report: Report, arm: Arm, entry: dict) -> list[str]:
+def _speed(report: Report, arm: Arm, entry: dict, columns: Sequence[tuple]) -> list[str]:
     absent = "reference" if arm is facts.reference(report) else UNMEASURED
     cells = []
-    for key, speedup, show in (
-        ("prefill_s", "prefill_speedup", seconds),
-        ("decode_tokens_per_s", "decode_speedup", number),
-    ):
+    for key, speedup, _, show in columns:
         cells.append(show(entry[key]["median"]) if entry[key] else UNMEASURED)
         without = absent if entry[key] else UNMEASURED
         cells.append(interval(entry[speedup], "median") if entry[speedup] else without)

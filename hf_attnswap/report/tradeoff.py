@@ -1,4 +1,4 @@
-"""tradeoff.png: quality against speed, one row of points per arm, one point per length."""
+"""The plot `tradeoff`: quality against speed, one row of points per arm, one point per length."""
 
 from collections.abc import Sequence
 from math import log2, log10
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import facts
-from .drawing import CLIP, GRID, INK, Picture, png, ticks
+from .drawing import CLIP, GRID, INK, Picture, ticks
 from .facts import Arm, Report
 from .text import count, listing, plain, times
 
@@ -17,7 +17,7 @@ _CLASSES = {  # Okabe and Ito's colours, and shapes for those who see none of th
     "linear": ("#0072B2", "o"),
     "constant": ("#6B6B6B", "D"),
 }
-_SPEEDS = {"prefill_speedup": "prefill", "decode_speedup": "decoding"}
+_SPEEDS = {"prefill_speedup": "prefill", "decode_speedup": "decoding", "train_speedup": "training step"}
 _TITLE = "Quality against speed"
 _STEP = 1.16  # from one row of the clipped band to the next
 
@@ -28,17 +28,18 @@ def tradeoff(report: Report) -> Picture:
     arms = [arm for arm in report["arms"] if facts.ratio(arm, context) and arm["attention"] != "softmax"]
     arms = [arm for arm in arms if any(facts.speedups(arm, key) for key in _SPEEDS)]
     arms.sort(key=lambda arm: facts.ratio(arm, context)["value"])
-    figure = Figure(figsize=(10, max(5.0, 2.2 + 0.27 * len(arms))))
+    keys = [key for key in _SPEEDS if any(facts.speedups(arm, key) for arm in arms)]
+    width = 10 if len(keys) < 3 else 13.5
+    figure = Figure(figsize=(width, max(5.0, 2.2 + 0.27 * len(arms))))
     if not arms:
         words = "No arm has both a perplexity and a speed relative to softmax's."
         figure.text(0.5, 0.5, words, ha="center", fontsize=12)
-        return Picture("tradeoff.png", _TITLE, words, png(figure))
+        return Picture("tradeoff", _TITLE, words, figure)
     values = [facts.ratio(arm, context) for arm in arms]
     heights = _heights([value["value"] for value in values])
-    keys = [key for key in _SPEEDS if any(facts.speedups(arm, key) for arm in arms)]
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     bottom = 1.05 / figure.get_figheight()
-    figure.subplots_adjust(left=0.075, right=0.735, top=0.93, bottom=bottom, wspace=0.06)
+    figure.subplots_adjust(left=0.75 / width, right=1 - 2.65 / width, top=0.93, bottom=bottom, wspace=0.06)
     lengths = facts.lengths(report)
     for panel, key in zip(panels, keys, strict=True):
         for arm, value, height in zip(arms, values, heights, strict=True):
@@ -52,7 +53,7 @@ def tradeoff(report: Report) -> Picture:
     panels[0].set_ylabel(f"perplexity / softmax's, context {count(context)}")
     _labels(panels[-1], arms, values, heights)
     _legend(figure, arms, lengths)
-    return Picture("tradeoff.png", _TITLE, _caption(report, arms, context), png(figure))
+    return Picture("tradeoff", _TITLE, _caption(report, arms, context), figure)
 
 
 def _heights(ratios: Sequence[float]) -> list[float]:

@@ -40,6 +40,10 @@ class Settings:
     per_device_train_batch_size: int = 1
     seed: int = 0
     diagnose_tokens: int = 0
+    tasks: tuple[str, ...] = ()  # of `evaluation.tasks`, and "writing"
+    task_limit: int | None = None
+    include_path: str | None = None
+    train_lengths: tuple[int, ...] = ()  # of the `lengths`
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..benchmark.generation import run
 from ..data import TextSource, token_blocks
 from ..dispatch import NAME
 from ..errors import UsageError
@@ -36,6 +35,8 @@ from ..training.loop import train
 from .arms import Arm, Settings, build, share_weights
 from .machine import describe_model, machine, versions
 from .rows import row
+from .speed import Rounds, measure_speed
+from .tasks import PROMPT_TOKENS, WRITING, check, measure_tasks, written_by
 
 FORMAT = 4  # of the files in `measured`
 Progress = Callable[[str], None]
@@ -62,9 +63,13 @@ def measure(
         UsageError: unknown arms, too little text, or an `output_dir` that holds something else.
     """
     arms = [Arm.parse(text) for text in dict.fromkeys(("softmax", *settings.arms))]
+    check(settings.tasks)
     train_blocks, eval_tokens = _texts(tokenizer, training_text, evaluation_text, settings)
     measured = _open(output_dir, settings, arms, model_name, training_text, evaluation_text)
-    results = {arm.label: _quality(arm, model, train_blocks, eval_tokens, settings, measured, progress) for arm in arms}
+    results = {
+        arm.label: _quality(arm, model, tokenizer, train_blocks, eval_tokens, settings, measured, progress)
+        for arm in arms
+    }
     units = {
         context: count_units(tokenizer, eval_tokens, context, _blocks(settings, context))
         for context in settings.context_lengths
@@ -90,7 +95,10 @@ def measure(
 
 
 def _texts(tokenizer, training_text, evaluation_text, settings: Settings) -> tuple[Tensor, Tensor]:
+    for length in set(settings.train_lengths) - set(settings.lengths):
+        raise UsageError(f"train_lengths has {length}, which is none of the lengths {list(settings.lengths)}")
     longest = max(*(2 * length for length in settings.context_lengths), *settings.lengths, settings.block_size)
+    longest = max(longest, PROMPT_TOKENS if WRITING in settings.tasks else 0)
     blocks = token_blocks(training_text, tokenizer, settings.block_size)
     if evaluation_text is None:
         held_out = math.ceil(len(blocks) / 5)
@@ -148,14 +156,16 @@ def _file(folder: Path, arm: Arm, suffix: str) -> Path:
     return folder / (re.sub(r"[^A-Za-z0-9+=._-]", "_", arm.label) + suffix)
 
 
-def _quality(arm: Arm, model, train_blocks, eval_tokens, settings: Settings, folder: Path, progress: Progress) -> dict:
+def _quality(
+    arm: Arm, model, tokenizer, train_blocks, eval_tokens, settings: Settings, folder: Path, progress: Progress
+) -> dict:
     """Align and evaluate one arm, or read what an earlier run found."""
     path = _file(folder, arm, ".json")
     if path.is_file():
         progress(f"{arm.label}: already measured")
         return json.loads(path.read_text())
     result: dict[str, Any] = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0}
-    result |= {"swapped": [], "kept": 0, "nll": {}, "by_position": {}, "checks": [], "diagnostics": None}
+    result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None, "tasks": [], "swapped": [], "kept": 0}
     try:
         swapped = build(arm, model)
         own = [p for attention in swapped_modules(swapped).values() for p in attention.parameters()]
@@ -182,13 +192,20 @@ def _quality(arm: Arm, model, train_blocks, eval_tokens, settings: Settings, fol
             found = perplexity(swapped, eval_tokens, context, _blocks(settings, context))
             result["nll"][str(context)] = found.nll
             result["by_position"][str(context)] = found.by_position
+        if settings.tasks:
+            writing = WRITING in settings.tasks
+            written = written_by(model, eval_tokens, folder / "written.json") if writing else None
+            result["tasks"] = measure_tasks(
+                swapped, tokenizer, eval_tokens, settings, written, lambda line: progress(f"{arm.label}: {line}")
+            )
         if settings.diagnose_tokens and result["swapped"]:
             text = eval_tokens.reshape(-1)[: settings.diagnose_tokens][None]
             result["diagnostics"] = diagnose(swapped, text, lambda line: progress(f"{arm.label}: {line}"))
         if not all(math.isfinite(x) for nll in result["nll"].values() for x in nll):
             result |= {"status": "failed", "reason": "its perplexity is not finite", "nll": {}}
     except Exception as error:
-        if os.environ.get("ATTNSWAP_DEBUG"):
+        wrong_use = isinstance(error, UsageError) and arm.label == "softmax"  # so it is in every arm
+        if wrong_use or os.environ.get("ATTNSWAP_DEBUG"):
             raise
         result |= {"status": "failed", "reason": (str(error) or repr(error)).splitlines()[0]}
         progress(f"{arm.label}: failed: {result['reason']}")
@@ -229,28 +246,10 @@ def _align(arm: Arm, model: nn.Module, blocks: Tensor, settings: Settings, progr
     }
 
 
-def _speed(arms, results, model, eval_tokens, settings: Settings, folder: Path, progress: Progress) -> dict:
-    """`{length: {label: [Run or None per round]}}`; in a round the arms take turns, softmax first."""
-    path = folder / "speed.json"
-    done: dict[str, list[dict]] = json.loads(path.read_text()) if path.is_file() else {}
+def _speed(arms, results, model, eval_tokens, settings: Settings, folder: Path, progress: Progress) -> Rounds:
     models = {
         arm.label: build(arm, model, _file(folder, arm, ".safetensors"))
         for arm in arms
         if results[arm.label]["status"] == "measured"
     }
-    for length in settings.lengths:
-        rounds = done.setdefault(str(length), [])
-        prompt = eval_tokens[:length][None].to(model.device)
-        while len(rounds) < settings.rounds:
-            found = {}
-            for label, candidate in models.items():
-                progress(f"{label}: speed at {length} tokens, round {len(rounds) + 1} of {settings.rounds}")
-                if not rounds:
-                    run(candidate, prompt[:, :32], 1)  # what the first call allocates belongs to no length
-                try:
-                    found[label] = asdict(run(candidate, prompt, settings.decode_tokens))
-                except (RuntimeError, NotImplementedError) as error:  # out of memory, or a refusal
-                    found[label] = {"error": str(error).splitlines()[0]}
-            rounds.append(found)
-            _write_json(path, done)
-    return done
+    return measure_speed(models, eval_tokens, settings, folder / "speed.json", progress)

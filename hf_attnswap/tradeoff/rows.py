@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 from .. import attentions
-from ..benchmark.generation import Run
 from ..benchmark.growth import growth
 from ..benchmark.measure import Spread, speedup
+from ..evaluation.paired import FEW
 from ..evaluation.perplexity import Perplexity, Units, ratio
 from .arms import Arm
+from .tasks import difference
 
 COST_CLASSES = ("constant", "linear", "quadratic")
 
@@ -32,10 +33,11 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
             for check in result["checks"]
         ],
         "diagnostics": result["diagnostics"],
-        "growth": {key: _growth(arm.label, runs, key) for key in ("prefill_s", "decode_s")},
+        "growth": {key: _growth(arm.label, runs, key) for key in ("prefill_s", "decode_s", "train_s")},
         "perplexity": [
             _perplexity_row(arm.label, int(context), results, units[int(context)]) for context in result["nll"]
         ],
+        "tasks": _task_rows(arm.label, results),
         "speed": [_speed_row(arm.label, int(length), rounds) for length, rounds in runs.items()
                   if result["status"] == "measured"],
     }  # fmt: skip
@@ -98,26 +100,43 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _task_rows(label: str, results: dict[str, dict]) -> list[dict[str, Any]]:
+    """Every metric of the tasks, beside the same of the other arms."""
+    rows = []
+    for number, metric in enumerate(results[label]["tasks"]):
+        others = {other: result["tasks"][number] for other, result in results.items() if result["tasks"]}
+        against = {other: difference(metric, found) for other, found in others.items() if other != label}
+        kept = ("task", "metric", "higher_is_better", "standard_error", "items")
+        rows.append(
+            {key: metric[key] for key in kept}
+            | {"value": _finite(metric["value"]), "few": metric["items"] < FEW}
+            | {"difference": against.pop("softmax", None)}
+            | {"against": [{"arm": other} | found for other, found in against.items() if found]}
+        )
+    return rows
+
+
 def _speed_row(label: str, length: int, rounds: list[dict]) -> dict[str, Any]:
-    errors = [r[label]["error"] for r in rounds if "error" in r.get(label, {})]
-    pairs = [
-        (Run(**r["softmax"]), Run(**r[label]))
-        for r in rounds
-        if not any("error" in r.get(name, {"error": ""}) for name in ("softmax", label))
-    ]
+    errors = [r[label][key] for r in rounds for key in ("error", "train_error") if key in r.get(label, {})]
+    ours, control = _paired(label, rounds, "prefill_s")
     row: dict[str, Any] = {"length": length, "note": errors[0] if errors else None}
-    row |= dict.fromkeys(
-        ("prefill_s", "prefill_speedup", "decode_tokens_per_s", "decode_speedup", "peak_memory_mib", "cache_mib")
-    )
-    if not pairs:
+    row |= dict.fromkeys(("peak_memory_mib", "cache_mib"))
+    for name, key in (("prefill", "prefill_s"), ("decode", "decode_s"), ("train", "train_s")):
+        took, softmax = ([r[key] for r in found] for found in _paired(label, rounds, key))
+        row[f"{name}_speedup"] = speedup(softmax, took).as_dict() if took and label != "softmax" else None
+        if name == "decode":
+            row["decode_tokens_per_s"] = Spread.of([1 / s for s in took]).as_dict() if took else None
+        else:
+            row[key] = Spread.of(took).as_dict() if took else None
+    if not ours:
         return row | {"note": row["note"] or "not measured"}
-    ours, control = [o for _, o in pairs], [c for c, _ in pairs]
-    row["prefill_s"] = Spread.of([r.prefill_s for r in ours]).as_dict()
-    row["decode_tokens_per_s"] = Spread.of([1 / r.decode_s for r in ours]).as_dict()
-    row["cache_mib"] = ours[0].cache_bytes / 2**20
-    peaks = [r.peak_memory_mib for r in ours if r.peak_memory_mib is not None]
+    row["cache_mib"] = ours[0]["cache_bytes"] / 2**20
+    peaks = [r["peak_memory_mib"] for r in ours if r["peak_memory_mib"] is not None]
     row["peak_memory_mib"] = max(0.0, Spread.of(peaks).median) if peaks else None
-    if label != "softmax":
-        row["prefill_speedup"] = speedup([r.prefill_s for r in control], [r.prefill_s for r in ours]).as_dict()
-        row["decode_speedup"] = speedup([r.decode_s for r in control], [r.decode_s for r in ours]).as_dict()
     return row
+
+
+def _paired(label: str, rounds: list[dict], key: str) -> tuple[list[dict], list[dict]]:
+    """What the arm and softmax found in the rounds in which both have `key`."""
+    both = [(r[label], r["softmax"]) for r in rounds if all(key in r.get(name, {}) for name in (label, "softmax"))]
+    return [ours for ours, _ in both], [control for _, control in both]

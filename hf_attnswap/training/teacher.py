@@ -1,13 +1,14 @@
 """The original model inside the swapped one: softmax in the swapped layers, LoRA off."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ..attentions import Attention, Heads, get
+from ..attentions import Attention
 from ..masks import Mask
+from ..observing import answering, softmax
 from ..patching import swapped_modules
 
 Observe = Callable[[str, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
@@ -19,27 +20,20 @@ def softmax_flows_on(model: nn.Module, observe: Observe | None = None) -> Iterat
 
     Args:
         observe: is shown `(layer, variant, softmax's output, query, key, value, mask, scaling)`, detached.
+
+    Raises:
+        UsageError: the model has no swapped layer.
     """
-    modules = swapped_modules(model)
-    softmax = get("softmax")(Heads(1, 1, 1))
 
-    def observer(layer: str):
-        def call(attention, query, key, value, mask, scaling, state):
-            with torch.no_grad():
-                teacher = softmax(query, key, value, mask, scaling)
-            if observe is not None:
-                observe(layer, attention, teacher, *(t.detach() for t in (query, key, value)), mask, scaling)
-            return teacher
+    def answer(layer, attention, query, key, value, mask, scaling):
+        with torch.no_grad():
+            teacher = softmax(layer, attention, query, key, value, mask, scaling)
+        if observe is not None:
+            observe(layer, attention, teacher, *(t.detach() for t in (query, key, value)), mask, scaling)
+        return teacher
 
-        return call
-
-    try:
-        for layer, attention in modules.items():
-            attention.observer = observer(layer)
+    with answering(model, answer):
         yield
-    finally:
-        for attention in modules.values():
-            del attention.observer
 
 
 @contextmanager
@@ -50,12 +44,12 @@ def as_original(model: nn.Module) -> Iterator[None]:
     may have been.
     """
     switched_off = getattr(model, "disable_adapter", None)  # of peft
-    with softmax_flows_on(model):
-        if switched_off is None:
-            yield
-        else:
-            with switched_off():
-                yield
+    with ExitStack() as stack:
+        if swapped_modules(model):
+            stack.enter_context(softmax_flows_on(model))
+        if switched_off is not None:
+            stack.enter_context(switched_off())
+        yield
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -11,12 +11,12 @@ from torch import nn
 import hf_attnswap
 from hf_attnswap import UsageError
 from hf_attnswap.attentions import Heads, get
-from hf_attnswap.evaluation.damage import layer_damage
+from hf_attnswap.evaluation.damage import by_damage, layer_damage, least_damaged
 from hf_attnswap.evaluation.diagnose import diagnose
 from hf_attnswap.evaluation.distribution import distribution_facts, weight_facts
 from hf_attnswap.evaluation.gradients import dead_and_saturated, gradient_flow
-from hf_attnswap.evaluation.observing import answering, softmax
 from hf_attnswap.masks import Mask
+from hf_attnswap.observing import answering, softmax
 
 HEADS = Heads(1, 1, 2)
 EVERY = ("softmax", "relu", "relu_norm", "relu_power", "sigmoid", "elu", "hedgehog", "elu+window", "window", "delta")
@@ -190,6 +190,26 @@ def test_all_of_it_by_layer():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     depth = [r["gradient"]["layer_input"] / r["gradient_of_softmax"]["layer_input"] for r in found["layers"]]
     assert found["gradient_at_first_layer"] == pytest.approx(depth[0])
+
+
+def test_layers_in_the_order_of_their_damage_are_data_for_a_swap():
+    ids = tokens(24, batch=2)
+    found = json.loads(json.dumps(diagnose(hf_attnswap.swap(tiny(), "none"), ids)))
+    kl = {row["index"]: row["kl"] for row in found["layers"]}
+    order = found["layers_by_damage"]
+    assert sorted(order) == [0, 1, 2] and [kl[i] for i in order] == sorted(kl.values())
+    assert least_damaged(found, 2) == sorted(order[:2])
+    best = hf_attnswap.swap(tiny(), "none", layers=least_damaged(found, 1))
+    assert list(hf_attnswap.patching.swapped_modules(best)) == [f"model.layers.{order[0]}.self_attn"]
+    with pytest.raises(UsageError, match="count is 4; expected 1 to 3"):
+        least_damaged(found, 4)
+    with pytest.raises(UsageError, match="no layers_by_damage"):
+        least_damaged({"layers": []}, 1)
+
+
+def test_the_order_of_damage_by_hand():
+    rows = [{"index": i, "kl": kl} for i, kl in ((0, 0.5), (1, None), (2, 0.1), (2, 0.7), (3, 0.2))]
+    assert by_damage(rows) == [3, 0, 2, 1]
 
 
 @pytest.mark.parametrize("look", (distribution_facts, gradient_flow, layer_damage, diagnose))

@@ -1,4 +1,4 @@
-"""Choices, minimal pairs and last words from local files, by hand and beside lm-eval on the same items."""
+"""Choices, minimal pairs and last words from local files, by hand."""
 
 import json
 import math
@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-import hf_attnswap
 from hf_attnswap import UsageError
 from hf_attnswap.evaluation.choices import Item, read_items, score_choices
-from hf_attnswap.evaluation.tasks import Result, check_tasks, run_tasks
+from hf_attnswap.evaluation.result import Result, perplexity
+from hf_attnswap.evaluation.tasks import check_tasks, run_tasks
 from hf_attnswap.loading import load
 
 CHOICES = [
@@ -97,7 +97,13 @@ def test_scores_by_hand(stories260k, files):
         per_character = [value / len(choice) for value, choice in zip(values, item.choices, strict=True)]
         assert normed == (per_character.index(max(per_character)) == item.answer)
     assert found.acc[:2] == [1.0, 1.0]
-    assert score_choices(model, tokenizer, read_items(files["words"])).acc == [1.0, 0.0]
+    words = score_choices(model, tokenizer, read_items(files["words"]))
+    assert words.acc == [1.0, 0.0] and words.acc_norm == []
+    with torch.no_grad():
+        logits = model(tokenizer("Once upon a dog", return_tensors="pt").input_ids).logits[0].log_softmax(-1)
+    start, whole = len(tokenizer("Once upon a").input_ids), tokenizer("Once upon a dog").input_ids
+    expected = sum(logits[i - 1, whole[i]].item() for i in range(start, len(whole)))
+    assert words.log_likelihood[1] == pytest.approx(expected, rel=1e-5)
     assert score_choices(model, tokenizer, read_items(files["pairs"])).acc == [1.0, 1.0, 0.0]
 
 
@@ -105,6 +111,12 @@ def test_an_item_that_is_too_long_is_refused(stories260k):
     model, tokenizer = load(stories260k)
     with pytest.raises(UsageError, match="tokens, and the model takes 512"):
         score_choices(model, tokenizer, [Item("Once upon a time. " * 200, ("a", "b"), 0)])
+
+
+def test_single_choices_are_not_mixed_with_others(stories260k):
+    model, tokenizer = load(stories260k)
+    with pytest.raises(UsageError, match="some items have a single choice and others have several"):
+        score_choices(model, tokenizer, [Item("Once", ("a",), 0), Item("Once", ("a", "b"), 0)])
 
 
 def test_rows_have_errors_marks_and_paired_differences():
@@ -118,79 +130,33 @@ def test_rows_have_errors_marks_and_paired_differences():
     assert Result("t", "loss", (1.0, 0.0) * 300, False).row(many[1])["verdict"] == "worse"
 
 
+def test_a_metric_that_is_no_mean():
+    """Perplexity over items: value by hand, error by the delta method, and lower is better."""
+    draw = torch.Generator().manual_seed(0)
+    told = tuple((torch.randn(600, generator=draw) - 3).tolist())
+    worse = tuple(x - 0.1 for x in told)
+    ours, control = (Result("t", "perplexity", x, False, perplexity) for x in (worse, told))
+    row = ours.row(control)
+    assert control.value == pytest.approx(math.exp(-sum(told) / 600))
+    assert row["standard_error"] == pytest.approx(ours.value * torch.tensor(worse).std().item() / 600**0.5, rel=0.1)
+    assert row["difference"]["value"] == pytest.approx(control.value * (math.exp(0.1) - 1))
+    assert row["difference"]["low"] > 0 and row["verdict"] == "worse" and control.row(ours)["verdict"] == "better"
+    assert Result("t", "perplexity", (-800.0,), False, perplexity).value == math.inf
+
+
 def test_generated_and_local_tasks_together(stories260k, files):
     model, tokenizer = load(stories260k)
     told = dict(lengths=[160, 320], limit=2)
-    results = run_tasks(model, tokenizer, ["needle", "recall", files["pairs"], files["choices"]], **told)
+    results = run_tasks(
+        model, tokenizer, ["needle", "recall", files["pairs"], files["choices"], files["words"]], **told
+    )
     labels = [(r.task, r.metric, len(r.scores)) for r in results]
     assert labels == [
         ("needle at 160", "found", 10), ("needle at 320", "found", 10),
         ("recall of 30 pairs in 100 tokens", "recalled", 2), ("recall of 30 pairs in 120 tokens", "recalled", 2),
         ("pairs", "acc", 2), ("pairs", "acc_norm", 2), ("choices", "acc", 2), ("choices", "acc_norm", 2),
+        ("words", "acc", 2), ("words", "perplexity", 2),
     ]  # fmt: skip
-    assert all(0 <= r.value <= 1 for r in results)
+    assert all(0 <= r.value <= 1 for r in results[:-1]) and results[-1].value > 1
     with pytest.raises(UsageError, match="a haystack of 20 tokens has no room"):
         run_tasks(model, tokenizer, ["needle"], lengths=[20])
-
-
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{text}"
-doc_to_choice: "{choices}"
-doc_to_target: {target}
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("attention", (None, "hedgehog+window"))
-def test_numbers_agree_with_those_of_lm_eval(stories260k, files, tmp_path, attention, monkeypatch):
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install hf_attnswap[eval])")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = load(stories260k)
-    if attention:
-        hf_attnswap.swap(model, attention)
-    items = read_items(files["choices"])
-    plain = [{"prompt": i.prompt, "choices": i.choices, "answer": i.answer} for i in items] * 3
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    ours = write(tmp_path / "ours.jsonl", plain)
-    for name, file, fields in (
-        ("local_choices", ours, {"text": "{{prompt}}", "choices": "{{choices}}", "target": "answer"}),
-        ("local_pairs", files["pairs"], {"text": "", "choices": "{{[sentence_good, sentence_bad]}}", "target": "0"}),
-    ):
-        (tasks / f"{name}.yaml").write_text(TASK.format(name=name, file=file, **fields))
-    names = ["local_choices", "local_pairs"]
-    theirs = run_tasks(model, tokenizer, [ours, files["pairs"], *names], include_path=str(tasks), batch_size=4)
-    values = {(r.task, r.metric): r for r in theirs}
-    for mine, other in (("ours", "local_choices"), ("pairs", "local_pairs")):
-        for metric in ("acc", "acc_norm"):
-            assert values[mine, metric].scores == values[other, metric].scores
-            assert values[mine, metric].value == pytest.approx(values[other, metric].value, abs=5e-4)
-    with pytest.raises(UsageError, match="lm-eval has no task 'no_such_task'"):
-        run_tasks(model, tokenizer, ["no_such_task"])
-
-
-@pytest.mark.long
-def test_word_perplexity_agrees_with_lm_eval(stories260k, tmp_path, monkeypatch):
-    """One text no longer than the model's context: rolling windows are then one block."""
-    pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install hf_attnswap[eval])")
-    from lm_eval.models.huggingface import HFLM
-
-    from hf_attnswap.evaluation.perplexity import count_units, perplexity
-
-    model, tokenizer = load(stories260k)
-    text = "Once upon a time there was a little girl named Lily. She loved to play in the park with her dog."
-    request = type("Request", (), {"args": (text,)})
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=False)  # which it would put there twice
-    (loglikelihood,) = wrapped.loglikelihood_rolling([request], disable_tqdm=True)
-    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids])
-    found = perplexity(model, ids, len(ids))
-    assert -found.mean * found.tokens == pytest.approx(loglikelihood, abs=1e-3)
-    units = count_units(tokenizer, ids, len(ids), 1)
-    assert units.words == len(text.split())
-    assert found.per(units.words) == pytest.approx(math.exp(-loglikelihood / len(text.split())), rel=1e-3)

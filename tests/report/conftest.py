@@ -61,6 +61,8 @@ def arm(
             "prefill_speedup": None if is_softmax else spread(factor),
             "decode_tokens_per_s": spread(40 * factor**0.5),
             "decode_speedup": None if is_softmax else spread(factor**0.5),
+            "train_s": None,
+            "train_speedup": None,
             "peak_memory_mib": 600.0 + length / 8,
             "cache_mib": length / 50,
             "note": None,
@@ -87,9 +89,11 @@ def arm(
         "growth": {
             "prefill_s": {"exponent": 1.4, "low": 1.2, "high": 1.6, "lengths": 3} if speed else None,
             "decode_s": None,
+            "train_s": None,
         },
         "diagnostics": None,
         "perplexity": perplexity,
+        "tasks": [],
         "speed": speed,
     }
     made |= other
@@ -173,6 +177,58 @@ def make_report() -> dict[str, Any]:
 def report() -> dict[str, Any]:
     """A fresh copy: tests change it."""
     return make_report()
+
+
+def metric(task: str, value: float, softmax: float, others: dict[str, float] | None, few: bool) -> dict[str, Any]:
+    """The entry of a task; `others` None for softmax's own."""
+
+    def told(other: float, spread: float = 0.1) -> dict[str, Any]:
+        less = value - other
+        low, high = less - spread, less + spread
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no measurable difference"
+        return {"value": less, "low": low, "high": high, "items": 20 if few else 640, "few": few, "verdict": verdict}
+
+    return {
+        "task": task, "metric": "found", "higher_is_better": True, "value": value, "standard_error": 0.05,
+        "items": 20 if few else 640, "few": few, "difference": None if others is None else told(softmax),
+        "against": [{"arm": label} | told(other) for label, other in (others or {}).items()],
+    }  # fmt: skip
+
+
+def layer(kl: float, gradient: float, keys: float) -> dict[str, Any]:
+    norms = dict.fromkeys(["query", "key", "value", "layer_input"], 1.0)
+    return {
+        "layer": "model.layers.0.self_attn", "kl": kl, "perplexity_ratio": 1.1,
+        "gradient": norms | {"layer_input": gradient}, "gradient_of_softmax": norms | {"layer_input": 2.0},
+        "dead": 0.1, "saturated": None, "effective_keys": keys, "softmax_effective_keys": 10.0, "row_sum": 1.0,
+        "negative": 0.0, "sparsity": 0.2, "distance": 0.3, "output_scale": [{"first": 1, "last": 1, "scale": 1.0}],
+    }  # fmt: skip
+
+
+# What an arm finds of the needles at two lengths.
+FOUND = {
+    "softmax": (0.95, 0.9), "none": (0.0, 0.0), "window:w=64": (0.2, 0.1), "relu_power:p=16": (0.95, 0.85),
+    "relu_norm": (0.5, 0.1), "elu": (0.0, 0.0), "hedgehog": (0.1, 0.0), "hedgehog+window": (0.25, 0.4),
+}  # fmt: skip
+
+
+@pytest.fixture
+def full(report: dict[str, Any]) -> dict[str, Any]:
+    """The report with tasks, the time of training steps, and a look at three layers of some arms."""
+    for one in report["arms"]:
+        found = FOUND.get(one["label"])
+        for number, length in enumerate((512, 2048) if found else ()):
+            values = {label: both[number] for label, both in FOUND.items()}
+            value, softmax = values.pop(one["label"]), FOUND["softmax"][number]
+            others = None if one["attention"] == "softmax" else {k: v for k, v in values.items() if k != "softmax"}
+            one["tasks"].append(metric(f"needle at {length}", value, softmax, others, few=not number))
+        for entry in one["speed"][1:]:
+            entry["train_s"] = spread(entry["prefill_s"]["median"] * 3)
+            entry["train_speedup"] = entry["prefill_speedup"]
+        if found and one["attention"] != "softmax":
+            layers = [layer(kl, 1.0 + kl, 5.0) for kl in (0.3, 0.1, 0.2)]
+            one["diagnostics"] = {"context": 64, "tokens": 64, "layers": layers, "layers_by_damage": [1, 2, 0]}
+    return report
 
 
 @pytest.fixture

@@ -57,6 +57,59 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def cells_of(rows: list[list[str]], label: str) -> dict[str, str]:
+    header, *body = rows
+    return next(dict(zip(header, row, strict=True)) for row in body if label in row)
+
+
+def test_perplexity_by_word_and_byte(report: dict[str, Any]) -> None:
+    rows = table.unit_rows(report)
+    assert rows[0][:4] == ["arm", "per token at 512", "per word at 512", "per byte at 512"] and len(rows[0]) == 7
+    assert cells_of(rows, "window:w=64 (control)")["per word at 512"] == "88.49"
+    assert cells_of(rows, "window:w=64 (control)")["per byte at 512"] == text.number(44.243**0.25)
+    assert len(rows) == 1 + len(report["arms"]) - 2  # two were not measured
+    for arm in report["arms"]:
+        for entry in arm["perplexity"]:
+            entry |= {"word_perplexity": None, "byte_perplexity": None}
+    assert table.UNIT not in table.tables(report)
+
+
+def test_tasks_stand_beside_softmax(full: dict[str, Any]) -> None:
+    rows = table.task_rows(full)
+    few, many = "needle at 512: found (20 items)", "needle at 2048: found (640 items)"
+    assert rows[0] == ["arm", few, many] and len(rows) == 1 + 8
+    assert cells_of(rows, "softmax (control)")[many] == "0.900 (reference)"
+    assert cells_of(rows, "hedgehog+window") == {
+        "arm": "hedgehog+window", few: "0.250; -0.700 (-0.800 to -0.600)*", many: "0.400; -0.500 (-0.600 to -0.400)",
+    }  # fmt: skip
+    window = full["arms"][2]["tasks"]
+    window[0] |= {"difference": None}
+    window.pop()
+    found = cells_of(table.task_rows(full), "window:w=64 (control)")
+    assert found[few] == "0.200 (no interval)" and found[many] == "not measured"
+
+
+def test_the_training_step_stands_beside_reading_and_writing(report: dict[str, Any], full: dict[str, Any]) -> None:
+    rows = table.speed_rows(full)
+    assert rows[0][6:8] == ["training step", "training speed-up"]
+    found = {(row[0], row[1]): row[6:8] for row in rows}
+    assert found["2,048", "softmax (control)"] == ["1.536 s", "reference"]
+    assert found["8,192", "elu"] == ["2.560 s", "×2.400 (2.280–2.544)"]
+    assert found["512", "elu"] == ["not measured", "not measured"]
+    assert len({len(row) for row in rows}) == 1
+
+
+def test_layers_are_listed_as_layers_takes_them(full: dict[str, Any]) -> None:
+    rows = table.layer_rows(full)
+    assert rows[1] == ["none (control)", "1, 2, 0", "1,2"] and len(rows) == 8
+    titles = ["Quality", "Perplexity by token, word and byte", "Tasks", "Speed and memory", "Layers by damage"]
+    assert list(table.tables(full)) == titles
+    shown, page, paper = terminal(full, 200), html.render(full, []), markdown.render(full, [])
+    for title in table.tables(full):
+        assert title in shown and f"<h2>{title}</h2>" in page and f"## {title}\n" in paper
+    validate(full)
+
+
 def test_every_arm_has_a_quality_row_and_a_speed_row(report: dict[str, Any]) -> None:
     names = [table.name(arm) for arm in report["arms"]]
     assert [row[0] for row in table.rows(report)[1:]] == names
@@ -102,7 +155,7 @@ def test_the_terminal_opens_with_words_and_shows_every_arm_and_reason(report: di
     for arm in report["arms"]:
         assert re.search(rf"^ {re.escape(arm['label'])} ", shown, re.MULTILINE)
     assert shown.count("failed: loss NaN at step 3 | <b>1</b> & [red]") == 2
-    assert shown.count("(control)") == 3 * 4
+    assert shown.count("(control)") == 3 * 5
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -116,7 +169,7 @@ def test_markdown_has_the_cells_of_the_tables(report: dict[str, Any]) -> None:
     page = markdown.render(report, [])
     lines = [line for line in page.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    wanted = [table.rows(report), table.speed_rows(report), table.arm_rows(report)]
+    wanted = [*table.tables(report).values(), table.arm_rows(report)]
     found = [[unescape(cell) for cell in row] for row in cells if set(row) != {"---"}]
     assert found == [row for rows in wanted for row in rows]
     assert len({len(row) for row in cells[: len(report["arms"]) + 2]}) == 1
@@ -130,7 +183,7 @@ def unescape(cell: str) -> str:
 
 def test_html_has_the_cells_of_the_tables(report: dict[str, Any]) -> None:
     page = Page(html.render(report, []))
-    wanted = [table.rows(report), table.speed_rows(report), table.arm_rows(report)]
+    wanted = [*table.tables(report).values(), table.arm_rows(report)]
     assert [[cell.replace("\n", " ") for cell in row] for row in page.rows] == [r for rows in wanted for r in rows]
     assert page.open == []
 
@@ -142,7 +195,7 @@ def test_html_needs_nothing_from_outside(report: dict[str, Any]) -> None:
     assert tags.isdisjoint({"script", "link", "iframe", "object", "embed", "base", "form"})
     assert not re.search(r"url\(|@import|https?://|javascript:", source)
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 3 and all(image.startswith("data:image/png;base64,iVBOR") for image in images)
+    assert len(images) == 3 and all(image.startswith("data:image/svg+xml;base64,PD94bWwg") for image in images)
     for _, attributes in page.tags:
         assert not any(name.startswith("on") or name in ("href", "srcset") for name in attributes)
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
@@ -186,7 +239,8 @@ def test_numbers_are_short() -> None:
 
 def test_write_all_writes_every_file(report: dict[str, Any], tmp_path: Path) -> None:
     written = write_all(report, tmp_path / "new" / "folder")
-    names = ["report.json", "report.md", "report.html", "tradeoff.png", "dial.png", "positions.png"]
+    names = ["report.json", "report.md", "report.html"]
+    names += [f"{name}.{kind}" for name in ("tradeoff", "dial", "positions") for kind in ("png", "svg")]
     assert [path.name for path in written] == names
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
     page = written[1].read_text(encoding="utf-8")

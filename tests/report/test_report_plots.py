@@ -1,10 +1,11 @@
-"""The plots: PNGs of the expected size, clipped arms said so, and the dial only where there is one."""
+"""The plots: PNG and SVG of the expected size, clipped arms said so, and the dial only where there is one."""
 
 import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -24,10 +25,23 @@ def powers(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_the_sizes(report: dict[str, Any]) -> None:
     pictures = plots.pictures(report)
-    assert [picture.file for picture in pictures] == ["tradeoff.png", "dial.png", "positions.png"]
+    assert [picture.name for picture in pictures] == ["tradeoff", "dial", "positions"]
     assert size(pictures[0].png)[0] == 1500 and 750 <= size(pictures[0].png)[1] <= 1500
     assert size(pictures[1].png) == (1050, 690)
     assert all(len(picture.png) > 20_000 for picture in pictures)
+
+
+def test_the_svg_is_the_same_figure_alone_in_its_file(report: dict[str, Any]) -> None:
+    pictures = plots.pictures(report)
+    assert pictures[1].svg == plots.pictures(report)[1].svg
+    for picture in pictures:
+        root = ElementTree.fromstring(picture.svg)
+        width, height = (float(root.get(side, "").removesuffix("pt")) for side in ("width", "height"))
+        assert (width / height) == pytest.approx(size(picture.png)[0] / size(picture.png)[1], rel=0.01)
+        links = {value for e in root.iter() for name, value in e.items() if name.rpartition("}")[2] == "href"}
+        assert links and all(link.startswith("#") for link in links)  # to glyphs and marks of its own
+        assert {e.tag.rpartition("}")[2] for e in root.iter()}.isdisjoint({"image", "script", "foreignObject", "text"})
+        assert 10_000 < len(picture.svg) < 250_000
 
 
 def test_the_plot_shows_the_numbers(report: dict[str, Any]) -> None:
@@ -106,29 +120,21 @@ def test_a_dial_of_an_earlier_report_goes(report: dict[str, Any], tmp_path: Path
     write_all(report, tmp_path)
     assert (tmp_path / "dial.png").exists()
     written = write_all(without(report, "relu_power"), tmp_path)
-    assert not (tmp_path / "dial.png").exists() and len(written) == 5
+    assert not list(tmp_path.glob("dial.*")) and len(written) == 7
     assert "dial.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def layer(kl: float, gradient: float, keys: float) -> dict[str, Any]:
-    norms = dict.fromkeys(["query", "key", "value", "layer_input"], 1.0)
-    return {
-        "layer": "model.layers.0.self_attn", "kl": kl, "perplexity_ratio": 1.1,
-        "gradient": norms | {"layer_input": gradient}, "gradient_of_softmax": norms | {"layer_input": 2.0},
-        "dead": 0.1, "saturated": None, "effective_keys": keys, "softmax_effective_keys": 10.0, "row_sum": 1.0,
-        "negative": 0.0, "sparsity": 0.2, "distance": 0.3, "output_scale": [{"first": 1, "last": 1, "scale": 1.0}],
-    }  # fmt: skip
-
-
-def test_layers_are_drawn_where_they_were_looked_at(report: dict[str, Any]) -> None:
-    for arm in report["arms"][2:5]:
-        arm["diagnostics"] = {"context": 64, "tokens": 64, "layers": [layer(0.1, 1.0, 5.0), layer(0.0, 4.0, 20.0)]}
-    pictures = plots.pictures(report)
-    assert [picture.file for picture in pictures][-1] == "layers.png" and len(pictures[-1].png) > 20_000
+def test_layers_are_drawn_where_they_were_looked_at(full: dict[str, Any]) -> None:
+    pictures = plots.pictures(full)
+    assert [picture.name for picture in pictures][-1] == "layers" and len(pictures[-1].png) > 20_000
     assert pictures[-1].caption.startswith("On 64 tokens.")
     before = pictures[-1].png
-    report["arms"][3]["diagnostics"]["layers"][1]["kl"] = 0.7
-    assert plots.pictures(report)[-1].png != before
+    full["arms"][1]["diagnostics"]["layers"][1]["kl"] = 0.7
+    assert plots.pictures(full)[-1].png != before
+
+
+def test_the_training_step_has_a_panel(full: dict[str, Any]) -> None:
+    assert size(plots.pictures(full)[0].png)[0] == 2025
 
 
 def test_what_is_far_off_everywhere_is_named(report: dict[str, Any]) -> None:

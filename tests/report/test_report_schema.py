@@ -153,6 +153,11 @@ def as_version_2(report: dict[str, Any]) -> dict[str, Any]:
     report["version"] = 2
     for arm in report["arms"]:
         del arm["swapped"], arm["training"], arm["training_tokens"], arm["conversion"]
+        del arm["tasks"], arm["growth"]["train_s"]
+        for entry in arm["speed"]:
+            del entry["train_s"], entry["train_speedup"]
+        if arm["diagnostics"]:
+            del arm["diagnostics"]["layers_by_damage"]
     return report
 
 
@@ -167,6 +172,16 @@ def as_version_1(report: dict[str, Any]) -> dict[str, Any]:
         for key in ("items", "few", "verdict"):
             (entry["ratio"] or {}).pop(key, None)
     return report
+
+
+def test_a_report_of_version_2_is_read_as_it_was(report: dict[str, Any], full, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(json.dumps(as_version_2(full)))
+    found = read(tmp_path / "old.json")
+    assert found["arms"][2]["tasks"] == [] and found["arms"][2]["speed"][0]["train_s"] is None
+    assert found["arms"][2]["diagnostics"]["layers_by_damage"] == []
+    assert found["arms"][2]["perplexity"] == report["arms"][2]["perplexity"]
+    write_all(found, tmp_path / "drawn")
+    assert "Layers by damage" not in (tmp_path / "drawn" / "report.md").read_text(encoding="utf-8")
 
 
 def test_a_report_of_version_1_is_read_as_one_of_today(report: dict[str, Any], tmp_path: Path) -> None:

@@ -168,3 +168,20 @@ def test_without_attention_is_the_bound(report: dict[str, Any]) -> None:
     assert "is no faster without any attention" in paragraph(report, "Bound")
     arm(report, "none")["speed"] = []
     assert not [words for words in summary(report) if words.startswith("Bound")]
+
+
+def test_tasks_are_said_by_their_verdicts(full: dict[str, Any]) -> None:
+    said = paragraph(full, "Tasks, against softmax on the same items: ")
+    assert "relu_power:p=16 no measurable difference in 2 of 2;" in said
+    both = "worse in 2 of 2 (needle at 512: found and needle at 2048: found)"
+    assert f"relu_norm, hedgehog, elu and hedgehog+window {both}." in said
+    hybrid = paragraph(full, "Hybrid hedgehog+window")
+    told = "in tasks better in 1 of 2 (needle at 2048: found) and no measurable difference in 1 of 2"
+    assert hybrid.count(told) == 1 and hybrid.index(told) < hybrid.index("its linear part alone")
+    for one in full["arms"]:
+        one["tasks"] = []
+    assert not [words for words in summary(full) if words.startswith("Tasks")]
+
+
+def test_the_training_step_is_said_where_it_was_measured(full: dict[str, Any]) -> None:
+    assert ", elu is faster than softmax" in paragraph(full, "Training step: from 8,192 tokens on")

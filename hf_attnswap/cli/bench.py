@@ -1,0 +1,105 @@
+"""The command that times the attention alone, beside the best that torch has for it."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UsageError
+from .options import Device, Dtype, Json, Model, show
+
+
+def bench(
+    model: Model,
+    attention: Annotated[list[str] | None, typer.Option("--attention", help="may be repeated; all by default")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="may be repeated")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1)] = 1,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="of the CPU; torch's choice by default")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Time and memory of the attention alone, at the head shape of MODEL, beside torch's SDPA. Reads no weights.
+
+    SDPA takes the fastest kernel that torch has for these inputs; which one, the table says.
+
+    Example: attnswap bench HuggingFaceTB/SmolLM2-135M-Instruct --attention elu --length 8192 --threads 1
+    """
+    import torch
+
+    from .. import available, inspect
+    from ..attentions import get
+    from ..benchmark.attention import bench as measure
+    from ..benchmark.attention import random_inputs, scaling, sdpa_kernel
+    from ..loading import architecture, find_device, find_dtype
+    from ..ops.backends import told, watch
+    from ..patching import head_shape
+
+    if threads:
+        torch.set_num_threads(threads)
+    built = architecture(model)
+    heads = head_shape(built, inspect(built))
+    names = attention or [cls.name for cls in available() if cls.name != "softmax"]
+    where, kind = find_device(device), find_dtype(dtype)
+    variants = {name: _checked(get, name)(heads).to(where, kind) for name in names}
+    lengths = lengths or [512, 1024, 2048, 4096]
+    told_of = {"batch_size": batch_size, "dtype": kind, "device": where}
+    kernel = sdpa_kernel(random_inputs(heads, min(lengths), **told_of))
+    with Console(stderr=True).status("measuring") as status, watch() as ran:
+        rows = measure(
+            variants, heads, lengths, rounds=rounds, progress=lambda n: status.update(f"{n} tokens: done"), **told_of
+        )
+    grown = scaling(rows)
+    table = Table(
+        title=f"times as fast as SDPA ({kernel}), median (lowest to highest of {rounds} rounds)\n{heads}, batch "
+        f"{batch_size}, {dtype}, {where}, {torch.get_num_threads()} threads",
+        caption="Backends that ran: " + (told(ran) or "torch's own attention alone"),
+    )
+    for column in ("attention", "length", "forward", "forward + backward", "peak MiB", "SDPA's peak MiB"):
+        table.add_column(column, justify="left" if column == "attention" else "right")
+    for row in rows:
+        table.add_row(
+            row.attention,
+            str(row.length),
+            str(row.forward),
+            str(row.forward_backward),
+            *("?" if m is None else f"{m:.0f}" for m in (row.peak_memory_mib, row.sdpa_peak_memory_mib)),
+        )
+    growing = Table(title="how the time of the forward pass grows, and where it becomes less than SDPA's")
+    for column in ("attention", "n to the power of (95 %)", "faster from"):
+        growing.add_column(column, justify="left" if column == "attention" else "right")
+    for found in grown:
+        power = found.growth and f"{found.growth.exponent:.2f} ({found.growth.low:.2f} to {found.growth.high:.2f})"
+        growing.add_row(found.attention, power or "?", _from(found, min(lengths)))
+    content = {
+        "sdpa": kernel,
+        "rows": [
+            {
+                **vars(r),
+                "forward": vars(r.forward),
+                "forward_backward": vars(r.forward_backward),
+                "backends": {op: sorted(ran[op]) for op in variants[r.attention].ops if op in ran},
+            }
+            for r in rows
+        ],
+        "scaling": [vars(found) | {"growth": found.growth and vars(found.growth)} for found in grown],
+    }
+    show(as_json, content, table, *([growing] if len(set(lengths)) > 1 else []))
+
+
+def _from(found, shortest: int) -> str:
+    """The length from which on a variant is faster, in words."""
+    if found.faster_from is None:
+        return "-" if found.attention == "sdpa" else "never here"
+    return f"{'<= ' if found.faster_from <= shortest else ''}{found.faster_from:.0f}"
+
+
+def _checked(call, *arguments):
+    try:
+        return call(*arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from None

@@ -1,0 +1,71 @@
+"""What a task finds: a metric over its items, with its standard error and its paired difference to a control."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .paired import FEW, paired_bootstrap, resampled
+
+Aggregate = Callable[[Sequence[Any]], float]
+RESAMPLES = 1000  # of what is no mean, which takes as many calls
+
+
+def mean(scores: Sequence[float]) -> float:
+    return math.fsum(scores) / len(scores)
+
+
+def perplexity(log_likelihoods: Sequence[float]) -> float:
+    """exp of the mean over items, not over tokens, as lm-eval has it for LAMBADA; inf where that overflows."""
+    loss = -mean(log_likelihoods)
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Result:
+    """One metric of one task.
+
+    Attributes:
+        scores: one entry per item, in the order of the items: a number, or what `aggregate` takes, such as a
+            log-likelihood with the words that it is of.
+        aggregate: makes the value of the scores; where it is not the mean, error and interval come from resampling.
+    """
+
+    task: str
+    metric: str
+    scores: tuple[Any, ...]
+    higher_is_better: bool = True
+    aggregate: Aggregate = mean
+
+    @property
+    def value(self) -> float:
+        return float(self.aggregate(self.scores))
+
+    @property
+    def standard_error(self) -> float:
+        """From the spread between items; NaN for a single one."""
+        n = len(self.scores)
+        if n < 2:
+            return math.nan
+        if self.aggregate is not mean:
+            return resampled(self.scores, self.aggregate, RESAMPLES).std().item()
+        return math.sqrt(math.fsum((x - self.value) ** 2 for x in self.scores) / (n - 1) / n)
+
+    def row(self, control: "Result | None" = None) -> dict[str, Any]:
+        """As plain data, with the paired difference to the control on the same items."""
+        error = self.standard_error
+        row = {
+            "task": self.task,
+            "metric": self.metric,
+            "value": self.value,
+            "standard_error": None if math.isnan(error) else error,
+            "items": len(self.scores),
+            "few": len(self.scores) < FEW,
+        }
+        if control is None:
+            return row
+        told = {} if self.aggregate is mean else {"aggregate": self.aggregate, "resamples": RESAMPLES}
+        found = paired_bootstrap(self.scores, control.scores, **told)
+        bounds = {"value": found.value, "low": found.low, "high": found.high, "few": found.few}
+        verdict = found.verdict(lower_is_better=not self.higher_is_better)
+        return row | {"control": control.value, "difference": bounds, "verdict": verdict}

@@ -1,0 +1,81 @@
+"""The speed of all arms by length: in a round they take turns, softmax first, so that they share its noise."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..benchmark.generation import run
+from ..benchmark.measure import seconds
+from ..files import write_whole
+from .arms import Settings
+
+# By length, a dict per round: what each arm took, or its error.
+Rounds = dict[str, list[dict[str, dict[str, Any]]]]
+WARM_UP = 32  # tokens
+
+
+def measure_speed(
+    models: Mapping[str, PreTrainedModel],
+    tokens: Tensor,
+    settings: Settings,
+    path: Path,
+    progress: Callable[[str], None],
+) -> Rounds:
+    """Prefill, decoding and, at the `train_lengths`, a training step. Every round is kept in the file `path`."""
+    done: Rounds = json.loads(path.read_text()) if path.is_file() else {}
+    for length in settings.lengths:
+        rounds = done.setdefault(str(length), [])
+        while len(rounds) < settings.rounds:
+            found = {}
+            for label, model in models.items():
+                progress(f"{label}: speed at {length} tokens, round {len(rounds) + 1} of {settings.rounds}")
+                text = tokens[:length][None].to(model.device)
+                found[label] = _one(model, text, settings, first=not rounds)
+            rounds.append(found)
+            write_whole(path, json.dumps(done, indent=1).encode())
+    return done
+
+
+def _one(model: PreTrainedModel, text: Tensor, settings: Settings, first: bool) -> dict[str, Any]:
+    """`error` and `train_error` stand for what ran out of memory, or was refused."""
+    short, found = text[:, :WARM_UP], {}
+    try:
+        if first:  # what the first call allocates belongs to no length
+            run(model, short, 1)
+        found |= asdict(run(model, text, settings.decode_tokens))
+    except (RuntimeError, NotImplementedError) as error:
+        return {"error": str(error).splitlines()[0]}
+    if text.shape[1] in settings.train_lengths:
+        try:
+            if first:
+                training_step(model, short)
+            found["train_s"] = training_step(model, text)
+        except (RuntimeError, NotImplementedError) as error:
+            found["train_error"] = str(error).splitlines()[0]
+    return found
+
+
+def training_step(model: nn.Module, tokens: Tensor) -> float:
+    """Seconds of a forward and a backward pass of the language-modelling loss of `tokens` `[B, n]`, with the gradients
+    of all parameters. The optimizer is left out: its part does not depend on the attention or the length."""
+    parameters = list(model.parameters())
+    trained = [p.requires_grad for p in parameters]
+
+    def step() -> None:
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+
+    try:
+        model.requires_grad_(True)
+        with torch.enable_grad():
+            return seconds(step, tokens.device)
+    finally:
+        for parameter, own in zip(parameters, trained, strict=True):
+            parameter.requires_grad_(own)
+            parameter.grad = None
