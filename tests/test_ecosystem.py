@@ -107,7 +107,8 @@ def server(converted, tmp_path):
 @pytest.mark.long
 def test_transformers_serve_and_chat_answer_as_generate_does(server):
     address, folder, environment = server
-    chat = [{"role": "user", "content": "the cat sat on"}]
+    prompt = " ".join([*WORDS, *WORDS[::-1]])  # longer than the window
+    chat = [{"role": "user", "content": prompt}]
     words = AutoTokenizer.from_pretrained(folder)
     inputs = words.apply_chat_template(chat, return_tensors="pt", return_dict=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -126,7 +127,7 @@ def test_transformers_serve_and_chat_answer_as_generate_does(server):
     command = [sys.executable, "-m", "hf_attnswap", "run", "transformers", "chat", folder, address]
     talk = subprocess.run(
         [*command, f"max_new_tokens={NEW_TOKENS}", "do_sample=False"],
-        input="the cat sat on\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=300,
+        input=f"{prompt}\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert talk.returncode == 0, talk.stderr
     assert expected in " ".join(talk.stdout.split())

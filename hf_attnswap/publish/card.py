@@ -87,7 +87,9 @@ def render(
         parts += ["## Quality", *says.quality(report, arm), "## Speed and memory", *says.speed(report, arm)]
         results = [
             EvalResult(
-                task_type=_task(config) or "other", dataset_type="text", dataset_name=says.data_name(report), **found
+                task_type=_task(config) or "other",
+                dataset_type="text",
+                **{"dataset_name": says.data_name(report)} | found,
             )
             for found in says.results(arm)
         ]

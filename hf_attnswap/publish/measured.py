@@ -96,8 +96,13 @@ def _crossover(arm: Arm, key: str, what: str) -> str:
 
 
 def results(arm: Arm) -> list[dict[str, Any]]:
-    """For the model-index: type, name and value of each metric."""
-    found = []
+    """For the model-index: type, name and value of each metric, and the data where they are others than the text."""
+    found = [
+        {"metric_type": task["metric"], "metric_name": task["metric"], "metric_value": task["value"]}
+        | {"dataset_name": task["task"]}
+        for task in arm["tasks"]
+        if task["value"] is not None
+    ]
     for entry in arm["perplexity"]:
         values = {"perplexity": entry["perplexity"], "perplexity / softmax's": (entry["ratio"] or {}).get("value")}
         found += [
