@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.integrations import accelerate as integration
 
 from .config import plans_from_dict, select
@@ -59,10 +59,29 @@ def hook_into_transformers() -> None:
         own = {type(variant).__name__ for variant in swapped_modules(model).values()}
         return dispatch(model, *args, preload_module_classes=[*(preload_module_classes or ()), *own], **kwargs)
 
+    _read_guards()
     PreTrainedModel.post_init = post_init_with_variants
     PreTrainedModel._initialize_weights = initialize_with_variants
     PreTrainedModel._finalize_model_loading = staticmethod(finalize_checked)
     integration.dispatch_model = dispatch_with_variants
+
+
+def _read_guards() -> None:
+    """Take the guards in a conversion's config.json for what they mean here."""
+    experts, adjust = PreTrainedConfig._experts_implementation, PreTrainedModel._check_and_adjust_attn_implementation
+
+    def set_experts(config, value):
+        experts.fset(config, None if value == GUARD else value)
+
+    @functools.wraps(adjust)
+    def adjust_with_guard(self, attn_implementation, *args, **kwargs):
+        # None asks for nothing: some programs pass it to leave the choice to the model.
+        if attn_implementation is None and getattr(self.config, NAME, None) is not None:
+            attn_implementation = GUARD
+        return adjust(self, attn_implementation, *args, **kwargs)
+
+    PreTrainedConfig._experts_implementation = property(experts.fget, set_experts)
+    PreTrainedModel._check_and_adjust_attn_implementation = adjust_with_guard
 
 
 def _inject(model: PreTrainedModel) -> None:

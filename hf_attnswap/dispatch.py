@@ -23,13 +23,17 @@ from .packing import unpack_rows
 NAME = "attnswap"
 # The name that stands in config.json: where this package is not imported, transformers' error quotes it.
 GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
+# The entries of config.json that hold it. Users and programs override the first one; the second is checked for every
+# model, with experts or without.
+GUARDED = ("attn_implementation", "experts_implementation")
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
-# sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss.
+# sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss,
+# tokenizer for the stop strings of generate.
 _HARMLESS = frozenset(
     "position_ids cache_position use_cache output_hidden_states output_router_logits return_dict num_items_in_batch "
     "input_ids grid_thw is_causal sliding_window output_attentions logits_to_keep shift_labels ignore_index "
-    "deterministic".split()
+    "deterministic tokenizer".split()
 )
 # Keywords that `read_mask` turns into a part of the mask, which the variant honours or refuses.
 _HONOURED = frozenset("position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split())

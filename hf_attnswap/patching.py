@@ -16,7 +16,7 @@ from . import attentions
 from .attentions import Attention, Heads
 from .cache import state_layer
 from .config import SwapConfig, plans_to_dict
-from .dispatch import ANY_MASK, GUARD, NAME
+from .dispatch import ANY_MASK, GUARD, GUARDED, NAME
 from .errors import UsageError
 
 
@@ -150,7 +150,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     }
     for config in (holders | {id(config): config for config in model_parts(model).values()}).values():
         saved = config.__dict__.pop(NAME, None)
-        config.__dict__.pop("attn_implementation", None)
+        for guarded in GUARDED:
+            config.__dict__.pop(guarded, None)
         if saved is not None:
             config._attn_implementation_internal = saved["kept"]
     return model
@@ -456,8 +457,8 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
 def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> None:
     """Say in the config of every part what is swapped there, and route its attention here where anything is.
 
-    `attn_implementation` is written to config.json, where it makes transformers refuse to load the checkpoint without
-    this package, in an error that quotes it.
+    The guard is written to config.json, where it makes transformers refuse to load the checkpoint without this package,
+    in an error that quotes it.
     """
     parts = model_parts(model)
     configs: list[tuple[str | None, PreTrainedConfig]] = list(parts.items())
@@ -469,7 +470,8 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> No
             continue
         setattr(config, NAME, saved[part])
         config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
-    model.config.attn_implementation = GUARD
+    for guarded in GUARDED:
+        setattr(model.config, guarded, GUARD)
     for _, module in _attention_modules(model):
         if not hasattr(module, NAME):
             module._attnswap_kept = True

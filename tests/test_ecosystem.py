@@ -30,8 +30,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="<s>", model_max_length=128
-    )
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="<s>", model_max_length=128,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,15 @@ def test_pipeline(converted):
     pipe = pipeline("text-generation", str(converted))
     assert [entry.swapped for entry in hf_attnswap.inspect(pipe.model)] == ["hedgehog+window"] * 3
     assert len(pipe(["the cat", "it was one man"], max_new_tokens=4, batch_size=2)) == 2
+
+
+def test_generation_stops_at_a_string(converted):
+    """For which generate takes the tokenizer, and hands it down to the attention."""
+    model, words = AutoModelForCausalLM.from_pretrained(converted), tokenizer()
+    ids = words("the cat sat on", return_tensors="pt").input_ids
+    written = model.generate(ids, max_new_tokens=8, do_sample=False)
+    told = {"tokenizer": words, "stop_strings": [words.decode(written[0, 6])]}
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, **told), written[:, :7])
 
 
 def test_lm_eval_scores_as_the_model_does(converted):
@@ -106,7 +116,8 @@ def server(converted, tmp_path):
 @pytest.mark.long
 def test_transformers_serve_and_chat_answer_as_generate_does(server):
     address, folder, environment = server
-    chat = [{"role": "user", "content": "the cat sat on"}]
+    prompt = " ".join([*WORDS, *WORDS[::-1]])  # longer than the window
+    chat = [{"role": "user", "content": prompt}]
     words = AutoTokenizer.from_pretrained(folder)
     inputs = words.apply_chat_template(chat, return_tensors="pt", return_dict=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -125,7 +136,7 @@ def test_transformers_serve_and_chat_answer_as_generate_does(server):
     command = [sys.executable, "-m", "hf_attnswap", "run", "transformers", "chat", folder, address]
     talk = subprocess.run(
         [*command, f"max_new_tokens={NEW_TOKENS}", "do_sample=False"],
-        input="the cat sat on\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=300,
+        input=f"{prompt}\nn\n!exit\n", env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert talk.returncode == 0, talk.stderr
     assert expected in " ".join(talk.stdout.split())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,11 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         found[folder.name] = {"off": off, "same": same and not weights, "keys": keys}
     except Exception as error:
         found[folder.name] = {"error": f"{type(error).__name__}: {error}"}
+        for asked in ("sdpa", None) if sys.argv[2] == "without" else ():
+            try:
+                AutoModelForCausalLM.from_pretrained(folder, attn_implementation=asked)
+            except ValueError as error:
+                found[folder.name][str(asked)] = str(error)
 print("FOUND" + json.dumps(found))
 """
 
@@ -115,6 +121,8 @@ def test_round_trip_in_a_fresh_process(loaded, case):
 @pytest.mark.parametrize("case", (*CASES, *FAMILIES))
 def test_without_the_package_loading_raises(loaded_without_import, case):
     assert "pip install hf_attnswap" in loaded_without_import[case]["error"]
+    for asked in ("sdpa", "None"):
+        assert "pip install hf_attnswap" in loaded_without_import[case][asked]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -202,6 +210,14 @@ def test_asking_for_softmax_while_loading_raises(saved, case, implementation):
     with pytest.raises(UsageError, match=f"attn_implementation='{implementation}' would run softmax"):
         AutoModelForCausalLM.from_pretrained(saved / case, attn_implementation=implementation)
     AutoModelForCausalLM.from_pretrained(saved / case, attn_implementation="attnswap")
+
+
+@pytest.mark.parametrize("case", ("relu", "slice"))
+def test_asking_for_no_implementation_changes_nothing(saved, case):
+    """As `transformers serve` does."""
+    model = AutoModelForCausalLM.from_pretrained(saved / case, attn_implementation=None)
+    assert_same(logits(model), torch.load(saved / f"{case}.pt")[0])
+    assert model.config._experts_implementation != model.config.experts_implementation
 
 
 ASK_FOR_SDPA = {
@@ -301,15 +317,17 @@ def test_damaged_entry_raises_one_sentence(tmp_path, entry, says):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ("attnswap", "attn_implementation"))
-def test_missing_entry_raises(tmp_path, key):
-    hf_attnswap.swap(tiny(), "elu").save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    del config[key]
-    path.write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="attnswap|attn_implementation"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+@pytest.mark.parametrize("missing", (["attnswap"], ["attn_implementation"], ["attn_implementation", "attnswap"]))
+def test_without_the_entry_nothing_says_what_is_swapped_without_the_guard_something_does(saved, tmp_path, missing):
+    shutil.copytree(saved / "hedgehog", tmp_path / "edited")
+    path = tmp_path / "edited" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in missing}))
+    if "attnswap" in missing:
+        with pytest.raises(UsageError, match="attnswap"):
+            AutoModelForCausalLM.from_pretrained(path.parent)
+        return
+    model = AutoModelForCausalLM.from_pretrained(path.parent)
+    assert_same(logits(model), torch.load(saved / "hedgehog.pt")[0])
 
 
 def test_fewer_layers_than_the_plan_raises(saved):

@@ -87,11 +87,13 @@ def render(
         parts += ["## Quality", *says.quality(report, arm), "## Speed and memory", *says.speed(report, arm)]
         results = [
             EvalResult(
-                task_type=_task(config) or "other", dataset_type="text", dataset_name=says.data_name(report), **found
+                task_type=_task(config) or "other",
+                dataset_type="text",
+                **{"dataset_name": says.data_name(report)} | found,
             )
             for found in says.results(arm)
         ]
-    parts += ["## Limits", "\n".join(f"- {line}" for line in _limits(names, layers < all_layers))]
+    parts += ["## Limits", "\n".join(f"- {line}" for line in _limits(groups, layers < all_layers))]
     parts += ["## Use", _use(config, repo_id)]
     if report is not None:
         again = [command for command in (says.reproduce(arm), report["command"]) if command]
@@ -193,19 +195,20 @@ def _layers(config: dict[str, Any], report: Report | None) -> int:
     return report["model"]["attention_layers"] if report else config.get("num_hidden_layers", 0)
 
 
-def _limits(names: Sequence[str], partial: bool) -> list[str]:
+def _limits(groups: list[dict[str, Any]], partial: bool) -> list[str]:
     """What the variants cannot do, as their classes say it."""
     lines = ["It needs hf_attnswap; without it transformers refuses to load it."]
     if partial:
         lines.append("The layers that keep softmax cost time quadratic in the length, and keep keys and values.")
-    for name in names:
+    for name in dict.fromkeys(group["attention"] for group in groups):
         cls = attentions.get(name)
+        kinds = [group["kind"] for group in groups if group["attention"] == name]
         said = []
         if cls.control:
             said.append("is a control for comparisons, not meant for use")
         if cls.cost_class == "quadratic":
             said.append("costs time quadratic in the length, as softmax does")
-        if cls.stateful:
+        if cls.stateful and "causal" in kinds:
             said.append(
                 "keeps a state of constant size when it generates: what that has lost cannot be looked up again"
             )

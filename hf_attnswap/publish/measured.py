@@ -41,8 +41,9 @@ def _new_parameters(arm: Arm) -> str:
 
 
 def quality(report: Report, arm: Arm) -> list[str]:
-    """Perplexity with its interval, then beside softmax and the controls."""
-    lines = []
+    """Perplexity with its interval, against softmax and the controls, then the table of them."""
+    lines, beside = [], _beside(report, arm)
+    controls = {other["label"]: other for other in beside["arms"]}
     for entry in arm["perplexity"]:
         if entry["ratio"]:
             lines.append(
@@ -50,8 +51,16 @@ def quality(report: Report, arm: Arm) -> list[str]:
                 f"{interval(entry['ratio'], 'value')} that of softmax, 95 % interval in parentheses, on "
                 f"{count(entry['tokens'])} tokens."
             )
+        for found in entry["against"]:
+            if found["arm"] in controls:
+                tokens = controls[found["arm"]]["training_tokens"]
+                trained = f"trained on {count(tokens)} tokens" if tokens else "not trained"
+                lines.append(
+                    f"- At context {count(entry['context'])}, against {escape(plain(found['arm']))}, {trained}: "
+                    f"{interval(found, 'value')}, {found['verdict']}."
+                )
     said = "\n".join(lines) or "Its perplexity was not compared with softmax's."
-    return [said, markdown_table(table.rows(_beside(report, arm)))]
+    return [said, markdown_table(table.rows(beside))]
 
 
 def speed(report: Report, arm: Arm) -> list[str]:
@@ -87,8 +96,13 @@ def _crossover(arm: Arm, key: str, what: str) -> str:
 
 
 def results(arm: Arm) -> list[dict[str, Any]]:
-    """For the model-index: type, name and value of each metric."""
-    found = []
+    """For the model-index: type, name and value of each metric, and the data where they are others than the text."""
+    found = [
+        {"metric_type": task["metric"], "metric_name": task["metric"], "metric_value": task["value"]}
+        | {"dataset_name": task["task"]}
+        for task in arm["tasks"]
+        if task["value"] is not None
+    ]
     for entry in arm["perplexity"]:
         values = {"perplexity": entry["perplexity"], "perplexity / softmax's": (entry["ratio"] or {}).get("value")}
         found += [

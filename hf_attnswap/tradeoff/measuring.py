@@ -120,7 +120,7 @@ def _texts(tokenizer, training_text, evaluation_text, settings: Settings) -> tup
 
 def _called(text: TextSource) -> str:
     """A file without the folders that it lies in here."""
-    return Path(text.name).name if Path(text.name).is_absolute() else text.name
+    return Path(text.name).name if Path(text.name).is_file() else text.name
 
 
 def _open(

@@ -51,7 +51,7 @@ def _described(arm: Arm, groups: list[dict[str, Any]], kept: int) -> dict[str, A
     swapped = sum(len(group["layers"]) for group in groups)
     ran = [*classes, attentions.get("softmax")] if kept and swapped else classes
     return {
-        "control": bool(classes) and arm.conversion is None and all(cls.control for cls in classes),
+        "control": bool(classes) and all(cls.control for cls in classes),
         "formula": "; ".join(cls.formula for cls in classes),
         "cost": "; ".join(costs) + (f", softmax in {kept} of {kept + swapped} layers" if kept and swapped else ""),
         "cost_class": max((cls.cost_class for cls in ran), key=COST_CLASSES.index, default="quadratic"),

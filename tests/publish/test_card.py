@@ -177,7 +177,19 @@ def test_training_is_told_by_stage_and_can_be_repeated(demo):
             {"stage": "distill", "train_file": "book.txt", "use_lora": True},
         ],
     }
-    demo["arms"] += [demo["arms"][-1] | {"label": "hedgehog of others"}]
+    task = {"task": "needle", "metric": "accuracy", "higher_is_better": True, "value": 0.75, "standard_error": 0.0625}
+    task |= {"items": 48, "few": True, "difference": None, "against": []}
+    demo["arms"][-1]["tasks"] = [task]
+    first = ModelCard(render(demo, config)).data.eval_results[0]
+    assert (first.dataset_name, first.metric_type, first.metric_value) == ("needle", "accuracy", 0.75)
+    tuned = demo["arms"][0] | {"label": "softmax of tuned", "conversion": "tuned", "training_tokens": 32_768}
+    against = demo["arms"][-1]["perplexity"][0]["ratio"] | {"arm": "softmax of tuned"}
+    demo["arms"][-1] = demo["arms"][-1] | {"perplexity": [demo["arms"][-1]["perplexity"][0] | {"against": [against]}]}
+    demo["arms"] += [tuned]
+    text = render(demo, config)
+    assert "against softmax of tuned, trained on 32,768 tokens: ×" in text and "| softmax of tuned (control) |" in text
+    assert not unknown(text, demo, config)
+    demo["arms"] += [demo["arms"][-2] | {"label": "hedgehog of others"}]
     with pytest.raises(UsageError, match="several arms that are this conversion.*of mine and hedgehog of others"):
         render(demo, config)
 
