@@ -1,17 +1,25 @@
-# `make demo` and `make test` need Python >= 3.10 and make, nothing else.
+# `make demo`, `make report` and `make test` need Python >= 3.10 and make, nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
 ARMS := softmax none window relu_norm relu_power relu_power:p=8 identity elu hedgehog hedgehog+window
 
-.PHONY: demo test lint docs clean
+.PHONY: demo report test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt $(ARMS:%=--arm %) \
 		--length 256 --length 1024 --rounds 2
+
+report: $(VENV)/.demo
+	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
+	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir full_report \
+		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
+		$(foreach arm,$(filter-out identity relu_power:p=8,$(ARMS)),--arm $(arm)) --rounds 2 \
+		--context_length 512 --context_length 1024 --length 256 --length 1024 --length 2048 \
+		--train_length 256 --train_length 1024 --tasks needle,recall,writing --limit 4 --diagnose_tokens 128
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -32,4 +40,4 @@ $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_report
+	rm -rf $(VENV) demo_report full_report

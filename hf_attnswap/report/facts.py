@@ -67,6 +67,13 @@ def headline_context(report: Report) -> int | None:
     return max(known, key=lambda context: (known[context], context), default=None)
 
 
+def ranked(report: Report) -> list[Arm]:
+    """The arms with a ratio at the headline context, the lowest first; controls left out."""
+    context = headline_context(report)
+    found = [arm for arm in report["arms"] if ratio(arm, context) and not arm["control"]]
+    return sorted(found, key=lambda arm: ratio(arm, context)["value"])
+
+
 def speedups(arm: Arm, key: str) -> list[tuple[int, dict]]:
     """(length, spread) for each length where `arm` has the speed-up `key`, by length."""
     found = [(entry["length"], entry[key]) for entry in arm["speed"] if entry[key]]

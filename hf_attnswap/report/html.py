@@ -8,6 +8,7 @@ from html import escape
 from . import table
 from .drawing import Picture
 from .facts import Report
+from .short import short
 from .summary import summary
 from .text import plain
 
@@ -63,25 +64,40 @@ figcaption { color: var(--soft); font-size: .85rem; margin-top: .5rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0; }
 dt { color: var(--soft); }
 dd { margin: 0; }
+.short { background: var(--band); border-radius: .3rem; padding: .75rem 1rem; gap: .4rem 1rem; }
+.short dt { color: var(--ink); font-weight: 600; }
+@media (max-width: 30rem) { dl, .short { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
+.first > * { border-top: 2px solid var(--soft); }
 """
 
 
 def render(report: Report, pictures: Sequence[Picture]) -> str:
     """The whole page, the pictures inside it."""
-    parts = [f"<p>{escape(paragraph)}</p>" for paragraph in summary(report)]
+    parts = [_pairs(short(report), "short")] if short(report) else []
+    parts += _section(pictures[0].title, _figure(pictures[0])) if pictures else []
     for name, rows in table.tables(report).items():
         parts += _section(name, _table(name, rows))
-    for picture in pictures:
+    for picture in pictures[1:]:
         parts += _section(picture.title, _figure(picture))
+    parts += _section("In words", "\n".join(f"<p>{_led(paragraph)}</p>" for paragraph in summary(report)))
     parts += _section(table.ARMS, _table(table.ARMS, table.arm_rows(report)))
-    pairs = [f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in table.details(report)]
-    parts += _section("How it was measured", "\n".join(["<dl>", *pairs, "</dl>"]))
+    parts += _section("How it was measured", _pairs(table.details(report), "details"))
     title = escape(f"Attention swaps in {plain(report['model']['name'])}")
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(parts))
 
 
 def _section(title: str, content: str) -> list[str]:
     return [f"<h2>{escape(title)}</h2>", content]
+
+
+def _pairs(pairs: Sequence[tuple[str, str]], name: str) -> str:
+    lines = [f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in pairs]
+    return "\n".join([f'<dl class="{name}">', *lines, "</dl>"])
+
+
+def _led(paragraph: str) -> str:
+    """The paragraph, the word before its colon in bold."""
+    return re.sub(r"^([A-Z][a-z]+(?: [a-z]+)?):", r"<strong>\1:</strong>", escape(paragraph))
 
 
 def _wide(name: str, content: str) -> str:
@@ -94,7 +110,7 @@ def _table(name: str, rows: Sequence[Sequence[str]]) -> str:
     arm = header.index("arm")
     titles = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = [f"<thead><tr>{titles}</tr></thead>", "<tbody>"]
-    for row in body:
+    for above, row in zip([None, *body], body, strict=False):
         cells = []
         for index, cell in enumerate(row):
             words = ' class="words"' if header[index] in table.WORDS and len(cell) > 20 else ""
@@ -103,8 +119,9 @@ def _table(name: str, rows: Sequence[Sequence[str]]) -> str:
             if index == arm:
                 shown = re.sub(r"([:,+])", r"\1<wbr>", shown)  # where a long label may break
             cells.append(f"<{tag}>{shown}</{tag[:2]}>")
-        control = ' class="control"' if row[arm].endswith("(control)") else ""
-        lines.append(f"<tr{control}>{''.join(cells)}</tr>")
+        marks = ["control"] if row[arm].endswith("(control)") else []
+        marks += ["first"] if arm and above and above[0] != row[0] else []  # of another length
+        lines.append(f'<tr class="{" ".join(marks)}">{"".join(cells)}</tr>' if marks else f"<tr>{''.join(cells)}</tr>")
     return _wide(name, "\n".join(["<table>", *lines, "</tbody>", "</table>"]))
 
 

@@ -1,4 +1,4 @@
-"""The short account in words that opens every rendering, computed from the report alone."""
+"""The account in words, computed from the report alone."""
 
 from . import facts, tasks
 from .facts import Arm, Report
@@ -39,8 +39,7 @@ def _quality(report: Report) -> str:
     if context is None or not entry or entry["perplexity"] is None:
         return "Quality: no perplexity was measured together with softmax's, so the arms cannot be compared."
     start = f"Quality: at context {count(context)}, softmax has perplexity {number(entry['perplexity'])}."
-    ranked = [arm for arm in report["arms"] if facts.ratio(arm, context) and not arm["control"]]
-    ranked.sort(key=lambda arm: facts.ratio(arm, context)["value"])
+    ranked = facts.ranked(report)
     if not ranked:
         return f"{start} No arm other than controls has a perplexity there."
     best = ranked[0]
@@ -126,9 +125,11 @@ def _cost(report: Report) -> str:
 
 
 def _growth(report: Report) -> list[str]:
-    """The measured exponents of the prefill's time, softmax first."""
-    softmax = facts.reference(report)
-    arms = [arm for arm in report["arms"] if arm["growth"]["prefill_s"] and not (arm["control"] and arm is not softmax)]
+    """The measured exponents of the prefill's time, of softmax and of what keeps most; the table has the others."""
+    ranked = facts.ranked(report)
+    cheaper = [arm for arm in ranked if arm["cost_class"] != "quadratic"]
+    told = [arm for arm in (facts.reference(report), *ranked[:1], *cheaper[:1]) if arm and arm["growth"]["prefill_s"]]
+    arms = list({arm["label"]: arm for arm in told}.values())
     if not arms:
         return []
     said = []

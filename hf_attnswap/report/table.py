@@ -11,15 +11,17 @@ from rich.text import Text
 
 from . import facts, tasks
 from .facts import Arm, Report
+from .short import short
 from .summary import summary
 from .text import count, interval, number, plain, seconds
 
 UNMEASURED = "not measured"
 QUALITY = "Quality"
 UNIT = "Perplexity by token, word and byte"
-TASKS = "Tasks"
+TASKS = "Tasks: value, and difference from softmax (95 %)"
 SPEED = "Speed and memory"
 ARMS = "Arms"
+GROWTH = "Growth of the time with the length n"
 LAYERS = "Layers by damage"
 WORDS = ("cost", "status", "note", "formula", "options", "source", "least damage first")  # columns that may wrap
 UNITS = {"token": "perplexity", "word": "word_perplexity", "byte": "byte_perplexity"}
@@ -100,6 +102,22 @@ def arm_rows(report: Report) -> Rows:
     return table
 
 
+def growth_rows(report: Report) -> Rows:
+    """The exponents of the time by length, its header first: one row per arm that has one."""
+    shown = {"prefill_s": "prefill", "decode_s": "decoding a token", "train_s": "training step"}
+    keys = [key for key in shown if any(arm["growth"][key] for arm in report["arms"])]
+    table = [["arm", *(f"{shown[key]} (95 %)" for key in keys)]]
+    for arm in report["arms"]:
+        found = [arm["growth"][key] for key in keys]
+        if any(found):
+            table.append([name(arm), *(_exponent(growth) if growth else UNMEASURED for growth in found)])
+    return table
+
+
+def _exponent(growth: dict) -> str:
+    return f"n^{number(growth['exponent'])} ({number(growth['low'])} to {number(growth['high'])})"
+
+
 def layer_rows(report: Report) -> Rows:
     """The layers of each arm that was looked at, in the order of what they cost alone, its header first."""
     table = [["arm", "least damage first", "half of them, for --layers"]]
@@ -114,7 +132,7 @@ def layer_rows(report: Report) -> Rows:
 def tables(report: Report) -> dict[str, Rows]:
     """Those with numbers by their titles, in their order; none without a row."""
     found = {QUALITY: rows(report), UNIT: unit_rows(report), TASKS: task_rows(report), SPEED: speed_rows(report)}
-    found[LAYERS] = layer_rows(report)
+    found |= {GROWTH: growth_rows(report), LAYERS: layer_rows(report)}
     return {title: table for title, table in found.items() if len(table) > 1}
 
 
@@ -154,7 +172,8 @@ def show(report: Report) -> Group:
     grid = Table.grid(padding=(0, 2))
     for key, value in details(report):
         grid.add_row(Text(key, style="dim"), Text(value))
-    words = [Text(f"{paragraph}\n") for paragraph in summary(report)]
+    words = [Text.assemble((f"{what}: ", "bold"), f"{said}\n") for what, said in short(report)]
+    words += [Text(f"{paragraph}\n") for paragraph in summary(report)]
     shown = [as_table(title, table, sections=title == SPEED) for title, table in tables(report).items()]
     return Group(*words, *(part for table in shown for part in (table, Text())), grid)
 

@@ -25,25 +25,19 @@ def browse(page: Path, folder: Path, *arguments: str) -> str:
     return run.stdout
 
 
-def test_the_page_as_a_browser_reads_it(report: dict[str, Any], tmp_path: Path) -> None:
-    write_all(report, tmp_path)
-    found = browse(tmp_path / "report.html", tmp_path, "--dump-dom")
-    assert found.count("<img") == 3 and found.count("<table>") == 3
-    assert all(arm["label"].replace("+", "+<wbr>").split(":")[0] in found for arm in report["arms"])
-
-
-@pytest.mark.parametrize(("width", "height"), [(1280, 1600), (390, 1600)])
-@pytest.mark.parametrize("dark", (False, True))
-def test_it_is_drawn_light_and_dark_on_a_desk_and_on_a_phone(
-    report: dict[str, Any], tmp_path: Path, width: int, height: int, dark: bool
-) -> None:
+def test_the_page_in_a_browser_light_and_dark_on_a_desk_and_on_a_phone(full: dict[str, Any], tmp_path: Path) -> None:
     from matplotlib.image import imread
 
-    write_all(report, tmp_path)
-    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
-    shot = tmp_path / "shot.png"
-    browse(tmp_path / "report.html", tmp_path, f"--screenshot={shot}", f"--window-size={width},{height}", *scheme)
-    pixels = imread(shot)[..., :3]
-    assert pixels.shape[:2] == (height, width) and pixels.std() > 0.05
-    corner = pixels[:4, :4].mean()
-    assert corner < 0.2 if dark else corner > 0.9
+    write_all(full, tmp_path)
+    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    found = browse(page, tmp_path, "--dump-dom")
+    assert found.count("<img") == 4 and found.count("<table>") == 7
+    assert all(arm["label"].replace("+", "+<wbr>").split(":")[0] in found for arm in full["arms"])
+    for dark in (False, True):
+        for width, height in ((1280, 1600), (390, 1600)):
+            scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+            browse(page, tmp_path, f"--screenshot={shot}", f"--window-size={width},{height}", scheme)
+            pixels = imread(shot)[..., :3]
+            assert pixels.shape[:2] == (height, width) and pixels.std() > 0.05
+            corner = pixels[:4, :4].mean()
+            assert corner < 0.2 if dark else corner > 0.9

@@ -99,10 +99,19 @@ def test_the_training_step_stands_beside_reading_and_writing(report: dict[str, A
     assert len({len(row) for row in rows}) == 1
 
 
+def test_growth_stands_by_arm(report: dict[str, Any]) -> None:
+    rows = table.growth_rows(report)
+    assert rows[0] == ["arm", "prefill (95 %)"] and rows[1] == ["softmax (control)", "n^1.400 (1.200 to 1.600)"]
+    report["arms"][0]["growth"]["train_s"] = {"exponent": 1.1, "low": 0.9, "high": 1.3, "lengths": 3}
+    rows = table.growth_rows(report)
+    assert rows[0][2] == "training step (95 %)" and rows[1][2] == "n^1.100 (0.900 to 1.300)"
+    assert rows[2][2] == "not measured"
+
+
 def test_layers_are_listed_as_layers_takes_them(full: dict[str, Any]) -> None:
     rows = table.layer_rows(full)
     assert rows[1] == ["none (control)", "1, 2, 0", "1,2"] and len(rows) == 8
-    titles = ["Quality", "Perplexity by token, word and byte", "Tasks", "Speed and memory", "Layers by damage"]
+    titles = [table.QUALITY, table.UNIT, table.TASKS, table.SPEED, table.GROWTH, table.LAYERS]
     assert list(table.tables(full)) == titles
     shown, page, paper = terminal(full, 200), html.render(full, []), markdown.render(full, [])
     for title in table.tables(full):
@@ -155,7 +164,7 @@ def test_the_terminal_opens_with_words_and_shows_every_arm_and_reason(report: di
     for arm in report["arms"]:
         assert re.search(rf"^ {re.escape(arm['label'])} ", shown, re.MULTILINE)
     assert shown.count("failed: loss NaN at step 3 | <b>1</b> & [red]") == 2
-    assert shown.count("(control)") == 3 * 5
+    assert shown.count("(control)") == 3 * 6
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

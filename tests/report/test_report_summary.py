@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hf_attnswap.report.short import short
 from hf_attnswap.report.summary import summary
 
 Without = Callable[[dict[str, Any], str], dict[str, Any]]
@@ -155,6 +156,7 @@ def test_what_failed_is_named(report: dict[str, Any]) -> None:
 
 def test_growth_is_said_with_its_interval(report: dict[str, Any]) -> None:
     said = paragraph(report, "Growth: the time of the prefill grows as n^1.400 for softmax (1.200 to 1.600), ")
+    assert "for relu_power:p=16 (1.200 to 1.600) and n^1.400 for hedgehog+window (1.200 to 1.600), measured" in said
     assert "measured between 512 and 8,192 tokens, the rest of the model included (95 % intervals)" in said
     for one in report["arms"]:
         one["growth"]["prefill_s"] = None
@@ -185,3 +187,35 @@ def test_tasks_are_said_by_their_verdicts(full: dict[str, Any]) -> None:
 
 def test_the_training_step_is_said_where_it_was_measured(full: dict[str, Any]) -> None:
     assert ", elu is faster than softmax" in paragraph(full, "Training step: from 8,192 tokens on")
+
+
+def test_it_is_said_in_four_lines(report: dict[str, Any]) -> None:
+    arm(report, "hedgehog+window")["speed"][-1]["cache_mib"] = 9.0
+    said = dict(short(report))
+    assert list(said) == ["Costs", "Gains", "Pays", "Controls"]
+    assert said["Costs"] == (
+        "perplexity over softmax's at context 2,048: ×1.033 (1.012–1.054) with relu_power:p=16 (O(n^2), untrained) and "
+        "×1.400 (1.372–1.428) with hedgehog+window (O(n), trained on 51,200 tokens)."
+    )
+    assert said["Gains"] == (
+        "at 8,192 tokens, relu_power:p=16: prefill ×0.550 as fast, decoding ×0.742 as fast; hedgehog+window: prefill "
+        "×1.600 as fast, decoding ×1.265 as fast, 9.0 MiB of cache in place of 163.8."
+    )
+    assert said["Pays"] == (
+        "relu_power:p=16: at no length up to 8,192; hedgehog+window: prefill and decoding from 8,192 tokens on."
+    )
+    assert said["Controls"].startswith("the window alone has ×1.850 (1.813–1.887), hedgehog+window is better; ")
+    against(report, "hedgehog+window", "window:w=64", 1)["verdict"] = "no measurable difference"
+    assert "hedgehog+window is not measurably different; no att" in dict(short(report))["Controls"]
+
+
+def test_four_lines_where_less_was_measured(report: dict[str, Any], without: Without) -> None:
+    alone = dict(short(without(without(report, "window"), "none")))
+    assert "Controls" not in alone and "relu_power" in alone["Costs"]
+    assert "hedgehog+window: prefill ×1.600 as fast" in dict(short(without(report, "softmax")))["Gains"]
+    for one in report["arms"]:
+        one["speed"] = []
+    assert [what for what, _ in short(report)] == ["Costs", "Controls"]
+    for one in report["arms"]:
+        one["perplexity"] = []
+    assert short(report) == []
