@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_llama
+from tiny_models import tiny
 
 from hf_attnswap import cli
 from hf_attnswap.attentions import Heads
@@ -59,7 +59,7 @@ def test_scaling_by_hand():
 
 
 def test_the_command_says_all_of_it(tmp_path, monkeypatch, capsys):
-    tiny_llama().config.save_pretrained(tmp_path)
+    tiny("llama").config.save_pretrained(tmp_path)
     command = f"attnswap bench {tmp_path} --attention elu --length 16 --length 64 --rounds 1".split()
 
     def run(*more):
