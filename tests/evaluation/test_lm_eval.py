@@ -159,6 +159,22 @@ def test_rolling_windows_are_ours_with_the_longest_stride(stories260k, attention
     assert one.nll[0] == pytest.approx(found.nll[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("attention", (None, "relu_norm", "hedgehog+window"))
+def test_what_is_generated_is_the_same_alone_and_in_a_batch(stories260k, attention):
+    """There lm-eval pads on the left."""
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = swapped(stories260k, attention)
+    told = {"until": ["\n"], "max_gen_toks": 16, "do_sample": False}
+    starts = ["Once upon a time", "Lily and Tom went to the park to play with", "The dog", "She said that she was very"]
+    requests = [SimpleNamespace(args=(start, dict(told))) for start in starts]
+    alone, batched = (
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size).generate_until(requests, disable_tqdm=True)
+        for size in (1, 4)
+    )
+    assert alone == batched and all(alone)
+
+
 def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
