@@ -48,8 +48,8 @@ OURS = ("output_dir", "resume_from_checkpoint", "help")
 
 # Shares of the tokens, and what the papers train with. LoLCATs (Zhang 2024): alignment of the maps with AdamW at 1e-2,
 # on as many tokens as what follows. RADLADS (Goldstein 2025): alignment of whole attention modules on a cosine from
-# 1e-3 to 1e-5, then the divergence of the logits at 1e-5 with all weights (here without the embeddings), on a few times
-# as many tokens.
+# 1e-3 to 1e-5, then the divergence of the logits with all weights, on a few times as many tokens; here without the
+# embeddings, and at a rate for fewer tokens.
 _DISTILL = {
     "stage": "distill", "share": 0.75, "learning_rate": distill.DEFAULT_LEARNING_RATE, "freeze_embeddings": True,
 }  # fmt: skip

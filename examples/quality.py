@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     measure("original", original, {})
     for run in args.runs:
-        stages, so_far = recipes[run.name], 0
+        stages, so_far, seconds = recipes[run.name], 0, 0.0
         (args.output_dir / run.name).mkdir(parents=True, exist_ok=True)
         write_whole(
             args.output_dir / run.name / "recipe.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False).encode()
@@ -91,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
             curve = curve_of(folder, so_far)
             so_far += log[-1]["tokens"]
+            seconds += sum(entry["seconds"] for entry in log)
             if stage["stage"] == "align":
                 continue
-            about = {"stages": stages[:number], "tokens": so_far, "curve": curve}
+            about = {"stages": stages[:number], "tokens": so_far, "seconds": round(seconds), "curve": curve}
             measure(f"{run.name}/{stage['stage']}", str(folder / "model"), about)
     compare(report["models"])
     write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
@@ -150,12 +151,13 @@ def markdown(report: dict[str, Any]) -> str:
     models = report["models"]
     alike = "trained the same way (95 %)"
     rows = [
-        f"| run | stage | training tokens | perplexity | / softmax {alike} | / `window` {alike} |",
-        "|---|---|---|---|---|---|",
+        f"| run | stage | training tokens | minutes | perplexity | / softmax {alike} | / `window` {alike} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, model in models.items():
         run, _, stage = key.partition("/")
-        cells = [run, stage or "-", f"{model.get('tokens', 0):,}", f"{model['perplexity']:.2f}"]
+        trained = [f"{model.get('tokens', 0):,}", f"{model.get('seconds', 0) / 60:.0f}"]
+        cells = [run, stage or "-", *trained, f"{model['perplexity']:.2f}"]
         cells += [cell(model.get(name)) for name in ("ratio", "beside_window")]
         rows.append(f"| {' | '.join(cells)} |")
     few = any(model.get("ratio", {}).get("few") for model in models.values())

@@ -128,19 +128,6 @@ def _joined(numerator, denominator, c, linear, log_scale):
     Each branch is a mean with the log of its mass; a sigmoid of the difference weighs them, and nothing can overflow.
     """
     linear_numerator, linear_denominator = linear[..., :-1], linear[..., -1:]
-    empty = linear_denominator <= _NO_MASS
-    denominator, linear_denominator = _one_for_zero(denominator), linear_denominator.masked_fill(empty, 1)
-    lead = (c + denominator.log() - log_scale - linear_denominator.log()).masked_fill(empty, float("inf"))
-    out = numerator * (lead.sigmoid() / denominator)
-    return torch.addcmul(out, linear_numerator, (-lead).sigmoid() / linear_denominator)
-
-
-def _joined(numerator, denominator, c, linear, log_scale):
-    """The result of rows, from the parts of both branches `[..., Dv]`, `[..., 1]`, `[..., 1]` and `[..., Dv + 1]`.
-
-    Each branch is a mean with the log of its mass; a sigmoid of the difference weighs them, and nothing can overflow.
-    """
-    linear_numerator, linear_denominator = linear[..., :-1], linear[..., -1:]
     linear_mass = log_scale + _log(linear_denominator)
     linear_mass = linear_mass.masked_fill(linear_denominator <= _NO_MASS, torch.finfo(c.dtype).min)
     lead = (c + _log(denominator)).sub(linear_mass)

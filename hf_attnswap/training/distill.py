@@ -17,7 +17,8 @@ from .align import normalised_error
 from .batches import model_inputs
 from .teacher import as_original
 
-DEFAULT_LEARNING_RATE = 1e-5  # all weights, as RADLADS (Goldstein 2025)
+# All weights, for up to about a million tokens. RADLADS (Goldstein 2025) has 1e-5, for hundreds of millions.
+DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_LORA_LEARNING_RATE = 1e-4  # as LoLCATs (Zhang 2024)
 TOKENS_AT_ONCE = 256
 

@@ -109,7 +109,7 @@ def test_a_family_has_its_own_stages(script, recipe, tmp_path, attention, option
     assert (one, two) == ("align", "distill") and command
     assert first.items() <= align.items() and align.get("train") == first.get("train")
     assert (align["max_train_tokens"], distill["max_train_tokens"]) == (1000, 3000)
-    assert distill["learning_rate"] == 1e-5 and "options" not in distill and "attention" not in distill
+    assert distill["learning_rate"] == 1e-4 and "options" not in distill and "attention" not in distill
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
