@@ -238,4 +238,5 @@ def alignment_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor], losse
     losses.clear()
     losses.valid, losses.packed = inputs.get("attention_mask"), inputs.get("position_ids") is not None
     model(**inputs)
+    losses.valid, losses.packed = None, False  # they are of this batch
     return losses.mean()
