@@ -1,4 +1,4 @@
-"""What both benchmarks do with their figures: name the run, show them as ratios with their spread, and draw them."""
+"""What the benchmarks do with their figures: name the run, show them as ratios with their spread, and draw them."""
 
 import datetime
 import math
@@ -23,7 +23,10 @@ Record = dict[str, Any]
 
 def heading(argv: Sequence[str] | None, **settings: Any) -> Record:
     """Machine, date, versions and command of a run."""
-    command = ["python", f"examples/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]] if argv is None else argv
+    command = argv
+    if argv is None:
+        script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[2])
+        command = ["python", str(script), *sys.argv[1:]]
     command = [named(word) for word in command]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
