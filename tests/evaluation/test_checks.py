@@ -115,7 +115,8 @@ def test_the_report_shows_no_number_of_a_broken_swap(broken, cls, how, caught_by
     path.write_text("The cat sat on the mat, and then it went out into the rain. " * 30)
     name = broken(cls, how)
     found = tradeoff.measure(
-        tiny(), Letters(), TextSource(str(path)), None, settings(arms=("softmax", name), lengths=(16,), train_lengths=()),
+        tiny(), Letters(), TextSource(str(path)), None,
+        settings(arms=("softmax", name), lengths=(16,), train_lengths=()),
         tmp_path / "out", model_name="tiny", command="test",
     )  # fmt: skip
     softmax, arm = found["arms"]
