@@ -322,12 +322,18 @@ def log_validation(
 def shared_perplexity(
     accelerator: Accelerator, model: nn.Module, blocks: Tensor, progress: Callable[[int], None] | None = None
 ) -> Perplexity:
-    """Of blocks `[N, n]`: this process takes every so many-th, and all of them gather what they found."""
-    own = range(accelerator.process_index, len(blocks), accelerator.num_processes)
-    context = blocks.shape[1]
-    nll = perplexity(model, blocks[own], context, progress=progress).nll if own else ()
+    """Of blocks `[N, n]`: this process takes every so many-th, and all of them gather what they found. All take equally
+    many, some of them twice, because under FSDP each forward pass is one of all processes."""
+    own, context = own_blocks(accelerator, len(blocks)), blocks.shape[1]
+    nll = perplexity(model, blocks[own], context, progress=progress).nll
     by_block = dict(gather_object(list(zip(own, nll, strict=True))))
     return Perplexity(context, tuple(by_block[block] for block in range(len(blocks))))
+
+
+def own_blocks(accelerator: Accelerator, count: int) -> list[int]:
+    """Which of `count` blocks this process measures."""
+    rounds = range(0, count, accelerator.num_processes)
+    return [(first + accelerator.process_index) % count for first in rounds]
 
 
 def run_steps(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from common import add_model_arguments, add_text_arguments, build_accelerator, shared_perplexity, unit_bar
+from common import add_model_arguments, add_text_arguments, build_accelerator, own_blocks, shared_perplexity, unit_bar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context: int) -> dict[str, float | int | None]:
     """One row."""
     blocks = tokens[: len(tokens) // context * context].view(-1, context)
-    own = len(range(accelerator.process_index, len(blocks), accelerator.num_processes))
+    own = len(own_blocks(accelerator, len(blocks)))
     with unit_bar(accelerator, own * context) as bar:
         bar.set_description(f"context {context}", refresh=False)
         found = shared_perplexity(accelerator, model, blocks, progress=lambda n: bar.update(n * context))

@@ -9,8 +9,8 @@ from ..files import write_whole
 from . import shape
 from .facts import Report
 from .markdown import escape, markdown_table
-from .schema import GROUP, MACHINE, MODEL, SPREAD, VERSIONS
-from .shape import AMOUNT, COUNT, DATE, FLAG, INTEGER, MISSING, NAMED, NUMBER, OBJECT, SIZE, TEXT, Maybe, one_of
+from .schema import IDENTITY, MACHINE, MODEL, SPREAD, VERSIONS
+from .shape import AMOUNT, COUNT, DATE, INTEGER, MISSING, NAMED, NUMBER, OBJECT, SIZE, TEXT, Maybe, one_of
 from .table import Rows, name
 from .text import count, interval, number, plain, seconds
 
@@ -29,16 +29,7 @@ READING = {
     "peak_memory_mib": Maybe(AMOUNT),
 }
 ARM = {
-    "label": NAMED,
-    "attention": NAMED,
-    "options": OBJECT,
-    "control": FLAG,
-    "formula": TEXT,
-    "cost": TEXT,
-    "cost_class": one_of("quadratic", "linear", "constant"),
-    "source": TEXT,
-    "swapped": [GROUP],
-    "new_parameters": COUNT,
+    **IDENTITY,
     "status": one_of("measured", "failed"),
     "reason": Maybe(TEXT),
     "training": [STAGE],

@@ -101,7 +101,8 @@ LAYER = {
     "output_scale": [{"first": SIZE, "last": SIZE, "scale": Maybe(AMOUNT)}],
 }
 DIAGNOSTICS = {"context": SIZE, "tokens": SIZE, "layers": [LAYER], "layers_by_damage": [COUNT]}
-ARM = {
+# What an arm is, in reports of every kind.
+IDENTITY = {
     "label": NAMED,
     "attention": NAMED,
     "options": OBJECT,
@@ -112,6 +113,9 @@ ARM = {
     "source": TEXT,
     "swapped": [GROUP],
     "new_parameters": COUNT,
+}
+ARM = {
+    **IDENTITY,
     "status": one_of("measured", "failed", "not measured"),
     "reason": Maybe(TEXT),
     "alignment": Maybe(ALIGNMENT),

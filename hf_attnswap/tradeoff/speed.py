@@ -50,14 +50,14 @@ def _one(model: PreTrainedModel, text: Tensor, settings: Settings, first: bool) 
             run(model, short, 1)
         found |= asdict(run(model, text, settings.decode_tokens))
     except (RuntimeError, NotImplementedError) as error:
-        return {"error": str(error).splitlines()[0]}
+        return {"error": (str(error) or repr(error)).splitlines()[0]}
     if text.shape[1] in settings.train_lengths:
         try:
             if first:
                 training_step(model, short)
             found["train_s"] = training_step(model, text)
         except (RuntimeError, NotImplementedError) as error:
-            found["train_error"] = str(error).splitlines()[0]
+            found["train_error"] = (str(error) or repr(error)).splitlines()[0]
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -55,6 +56,16 @@ def test_the_log_has_the_perplexity_at_the_start_on_the_way_and_at_the_end(conve
     )  # fmt: skip
     measured = json.loads(report.read_text())["rows"][0]["perplexity"]
     assert found["2_finetune"][-1]["perplexity"] == pytest.approx(measured, rel=1e-5)
+
+
+@pytest.mark.parametrize("count, processes", [(1, 2), (3, 2), (4, 2), (5, 4)])
+def test_processes_measure_every_block_in_equally_many_passes(script, count, processes):
+    own = [
+        script("common").own_blocks(SimpleNamespace(process_index=index, num_processes=processes), count)
+        for index in range(processes)
+    ]
+    assert {block for blocks in own for block in blocks} == set(range(count))
+    assert len({len(blocks) for blocks in own}) == 1
 
 
 def test_a_run_that_goes_on_logs_each_step_once(script, checkpoint, text, held_out, tmp_path):
