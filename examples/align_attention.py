@@ -14,8 +14,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from common import read_text, run, run_script, save, swap_as_asked, training_parser
+from arguments import training_parser
+from launch import run_script
 from lora import add_lora_arguments, merged, with_lora_if_asked
+from training_run import read_text, run, save, swap_as_asked
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors

@@ -19,18 +19,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from common import (
-    add_training_arguments,
-    build_accelerator,
-    positive,
-    run_script,
-    run_steps,
-    save,
-    say,
-    swap_as_asked,
-    unit_bar,
-)
+from arguments import add_training_arguments, positive
+from launch import build_accelerator, run_script, say, unit_bar
 from torch import Tensor, nn
+from training_run import run_steps, save, swap_as_asked
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_attnswap import UsageError

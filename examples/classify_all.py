@@ -24,7 +24,7 @@ from typing import Any
 import classify
 import torch
 from accelerate import PartialState
-from common import positive
+from arguments import positive
 from torch import Tensor
 from transformers import PreTrainedModel
 

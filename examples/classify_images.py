@@ -21,8 +21,10 @@ import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import build_accelerator, positive, progress_bar, say
+from arguments import positive
+from launch import build_accelerator, say
 from torch import Tensor, nn
+from training_run import progress_bar
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_attnswap import UsageError

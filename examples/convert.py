@@ -30,7 +30,7 @@ import align_attention
 import distill
 import finetune
 import yaml
-from common import build_accelerator, say, start
+from launch import build_accelerator, say, start
 
 from hf_attnswap import UsageError, attentions
 from hf_attnswap.attentions.base import suggestion

@@ -16,19 +16,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from common import (
-    add_whole_model_arguments,
-    freeze_as_asked,
-    load_as_asked,
-    read_text,
-    read_validation,
-    run,
-    run_script,
-    save,
-    training_parser,
-)
+from arguments import add_whole_model_arguments, training_parser
+from launch import run_script
 from lora import add_lora_arguments, merged, with_lora_if_asked
 from torch import nn
+from training_run import freeze_as_asked, load_as_asked, read_text, run, save
+from validation import read_validation
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors

@@ -13,18 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from common import (
-    add_whole_model_arguments,
-    freeze_as_asked,
-    load_as_asked,
-    read_text,
-    read_validation,
-    run,
-    run_script,
-    save,
-    training_parser,
-)
+from arguments import add_whole_model_arguments, training_parser
+from launch import run_script
 from lora import add_lora_arguments, merged, with_lora_if_asked
+from training_run import freeze_as_asked, load_as_asked, read_text, run, save
+from validation import read_validation
 
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.patching import describe

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from common import add_model_arguments, add_text_arguments, build_accelerator, own_blocks, shared_perplexity, unit_bar
+from arguments import add_model_arguments, add_text_arguments
+from launch import build_accelerator, unit_bar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from validation import own_blocks, shared_perplexity
 
 from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.errors import one_line_errors

@@ -61,7 +61,7 @@ def test_the_log_has_the_perplexity_at_the_start_on_the_way_and_at_the_end(conve
 @pytest.mark.parametrize("count, processes", [(1, 2), (3, 2), (4, 2), (5, 4)])
 def test_processes_measure_every_block_in_equally_many_passes(script, count, processes):
     own = [
-        script("common").own_blocks(SimpleNamespace(process_index=index, num_processes=processes), count)
+        script("validation").own_blocks(SimpleNamespace(process_index=index, num_processes=processes), count)
         for index in range(processes)
     ]
     assert {block for blocks in own for block in blocks} == set(range(count))
@@ -74,7 +74,7 @@ def test_a_run_that_goes_on_logs_each_step_once(script, checkpoint, text, held_o
         "--validation_file", held_out, "--validation_steps", "1", "--max_validation_tokens", str(BLOCK),
         "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
-    finetune, common = script("finetune"), script("common")
+    finetune, training_run = script("finetune"), script("training_run")
     seen = []
 
     def stop(*args):
@@ -83,10 +83,10 @@ def test_a_run_that_goes_on_logs_each_step_once(script, checkpoint, text, held_o
             raise KeyboardInterrupt
         return log(*args)
 
-    log, common.log_validation = common.log_validation, stop
+    log, training_run.log_validation = training_run.log_validation, stop
     with pytest.raises(KeyboardInterrupt):
         finetune.main(command)
-    common.log_validation = log
+    training_run.log_validation = log
     finetune.main(command)
     assert [entry["step"] for entry in entries(tmp_path / "out" / "validation_log.jsonl")] == [0, 1, 2, 3, 4]
 
