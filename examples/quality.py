@@ -7,10 +7,11 @@ A run is a folder that convert.py wrote; its name is that of the row. All are me
 differences are paired. What a stage is compared with:
 
 - distill: the original model, whose distribution it learns; softmax has nothing to learn there.
-- finetune: the run of softmax in its finetune stage. Cross-entropy teaches the style of the text to every model, the
-  original too; a comparison with the untrained one would call that a gain.
+- finetune: the run of softmax with the same finetune stage. Cross-entropy teaches the style of the text to every model,
+  the original too; a comparison with the untrained one would call that a gain.
 
-Both are also compared with the run of `window` in the same stage, where there is one: does the rest add anything?
+Both are also compared with the run of `window` whose distill and finetune stages are the same: does the rest add
+anything? Where no run was trained alike, the table says so by a dash.
 """
 
 import argparse
@@ -34,6 +35,11 @@ from hf_attnswap.loading import load
 from hf_attnswap.patching import describe
 
 CONTROL, BESIDE = "softmax", "window"
+# Of the arguments of a stage, those that make it no other training: what stands in the layers, and what is looked at.
+ASIDE = frozenset(
+    "attention options layers new_parameters_learning_rate validation_file validation_steps max_validation_tokens "
+    "checkpointing_steps".split()
+)
 OUTPUT = """\
 output_dir:
   quality.json         everything, the nll of each block too; what it holds of a run is not measured again
@@ -138,20 +144,37 @@ def compare(models: dict[str, dict[str, Any]]) -> None:
     """Fill in the paired ratios."""
     of = {key: Perplexity(0, tuple(model["nll"])) for key, model in models.items()}
     for key, model in models.items():
-        run, _, stage = key.partition("/")
-        control = {"distill": "original", "finetune": f"{CONTROL}/finetune"}.get(stage)
         model.pop("ratio", None), model.pop("beside_window", None)
-        if control in of and key != control:
+        if key == "original":
+            continue
+        distilled = model["stages"][-1]["stage"] == "distill"
+        control = "original" if distilled else alike(models, model, CONTROL, since=-1)
+        if control not in (None, key):
             model["ratio"] = ratio(of[key], of[control])
-        if run not in (CONTROL, BESIDE) and f"{BESIDE}/{stage}" in of:
-            model["beside_window"] = ratio(of[key], of[f"{BESIDE}/{stage}"])
+        beside = alike(models, model, BESIDE)
+        if model["stages"][0]["attention"] != CONTROL and beside not in (None, key):
+            model["beside_window"] = ratio(of[key], of[beside])
+
+
+def alike(models: dict[str, dict[str, Any]], model: dict[str, Any], attention: str, since: int = 0) -> str | None:
+    """The key of the model with `attention` whose stages were those of `model`, from number `since` on."""
+
+    def training(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        kept = [stage for stage in stages if stage["stage"] != "align"][since:]
+        return [{name: value for name, value in stage.items() if name not in ASIDE} for stage in kept]
+
+    for key, other in models.items():
+        stages = other.get("stages")
+        if stages and stages[0]["attention"] == attention and training(stages) == training(model["stages"]):
+            return key
+    return None
 
 
 def markdown(report: dict[str, Any]) -> str:
     models = report["models"]
-    alike = "trained the same way (95 %)"
+    same = "trained the same way (95 %)"
     rows = [
-        f"| run | stage | training tokens | minutes | perplexity | / softmax {alike} | / `window` {alike} |",
+        f"| run | stage | training tokens | minutes | perplexity | / softmax {same} | / `window` {same} |",
         "|---|---|---|---|---|---|---|",
     ]
     for key, model in models.items():
@@ -167,7 +190,7 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             f"{report['original']}, perplexity on {models['original']['tokens_measured']:,} tokens of {report['text']} "
             f"at context {report['context']}. After distill it is compared with the original, after finetune with "
-            "softmax fine-tuned alike.",
+            "softmax fine-tuned alike; - where no run was trained so.",
             "",
             *rows,
             "",

@@ -27,11 +27,11 @@ def held_out(tmp_path, text):
 def convert(script, checkpoint, text, held_out, tmp_path):
     """`convert("window")` is the folder of a finished run of a recipe for that variant."""
 
-    def run(attention, name=None, **options):
+    def run(attention, name=None, steps=3, **options):
         recipe = {
             "model_name_or_path": checkpoint, "attention": attention, "options": options, "train_file": text,
             "validation_file": held_out, "validation_steps": 2, "max_validation_tokens": 4 * BLOCK,
-            "block_size": BLOCK, "max_train_steps": 3, "learning_rate": 1e-2,
+            "block_size": BLOCK, "max_train_steps": steps, "learning_rate": 1e-2,
             "stages": [{"stage": "distill"}, {"stage": "finetune"}],
         }  # fmt: skip
         path = tmp_path / f"{name or attention}.yaml"
@@ -124,6 +124,17 @@ def test_the_table_compares_each_stage_with_its_control(convert, script, held_ou
     assert quality.main(command)["models"] == models
     with pytest.raises(UsageError, match="other text"):
         quality.main([*command[:-1], str(tmp_path / "table"), "--max_eval_tokens", str(4 * BLOCK)])
+
+
+def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_path):
+    runs = [convert("softmax"), convert("window", window=4, sinks=1), convert("relu_norm", "longer", steps=4)]
+    command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
+               str(2 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
+    models = script("quality").main(command)["models"]
+    assert "ratio" in models["longer/distill"] and "ratio" in models["window/finetune"]  # the original; softmax
+    assert "beside_window" not in models["longer/distill"]
+    assert not {"ratio", "beside_window"} & models["longer/finetune"].keys()
+    assert "| - | - |" in (tmp_path / "table" / "quality.md").read_text().split("longer | finetune")[1].split("\n")[0]
 
 
 def test_what_is_no_finished_run_is_refused(script, tmp_path, held_out):
