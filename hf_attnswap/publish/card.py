@@ -91,7 +91,7 @@ def render(
                 dataset_type="text",
                 **{"dataset_name": says.data_name(report)} | found,
             )
-            for found in says.results(arm)
+            for found in says.results(report, arm)
         ]
     parts += ["## Limits", "\n".join(f"- {line}" for line in _limits(groups, layers < all_layers))]
     parts += ["## Use", _use(config, repo_id)]

@@ -57,7 +57,7 @@ def _beside(report: Report, arm: Arm) -> Report:
     return report | {"arms": shown}
 
 
-def results(arm: Arm) -> list[dict[str, Any]]:
+def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
     """For the model-index: type, name and value of each metric."""
     values = {"accuracy": arm["accuracy"]["value"], "accuracy / softmax's": arm["ratio"]["value"]}
     return [{"metric_type": "accuracy", "metric_name": name, "metric_value": value} for name, value in values.items()]

@@ -43,12 +43,13 @@ def _new_parameters(arm: Arm) -> str:
 def quality(report: Report, arm: Arm) -> list[str]:
     """Perplexity with its interval, against softmax and the controls, then the table of them."""
     lines, beside = [], _beside(report, arm)
+    softmax = "softmax that was not trained on such text" if arm["training"] else "softmax"
     controls = {other["label"]: other for other in beside["arms"]}
     for entry in arm["perplexity"]:
         if entry["ratio"]:
             lines.append(
                 f"- At context {count(entry['context'])}: perplexity {number(entry['perplexity'])}, "
-                f"{interval(entry['ratio'], 'value')} that of softmax, 95 % interval in parentheses, on "
+                f"{interval(entry['ratio'], 'value')} that of {softmax}, 95 % interval in parentheses, on "
                 f"{count(entry['tokens'])} tokens."
             )
         for found in entry["against"]:
@@ -95,7 +96,7 @@ def _crossover(arm: Arm, key: str, what: str) -> str:
     return f"{said}; faster in every run from {count(start)} tokens on."
 
 
-def results(arm: Arm) -> list[dict[str, Any]]:
+def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
     """For the model-index: type, name and value of each metric, and the data where they are others than the text."""
     found = [
         {"metric_type": task["metric"], "metric_name": task["metric"], "metric_value": task["value"]}
@@ -104,7 +105,9 @@ def results(arm: Arm) -> list[dict[str, Any]]:
         if task["value"] is not None
     ]
     for entry in arm["perplexity"]:
-        values = {"perplexity": entry["perplexity"], "perplexity / softmax's": (entry["ratio"] or {}).get("value")}
+        ratio, softmax = facts.fair_ratio(report, arm, entry["context"])
+        name = "softmax's" if softmax is facts.reference(report) else "that of softmax trained too"
+        values = {"perplexity": entry["perplexity"], f"perplexity / {name}": (ratio or {}).get("value")}
         found += [
             {"metric_type": "perplexity", "metric_name": f"{name}, context {entry['context']}", "metric_value": value}
             for name, value in values.items()

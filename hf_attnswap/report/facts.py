@@ -60,6 +60,20 @@ def against(arm: Arm, other: Arm, context: int | None) -> dict | None:
     return next((found for found in (entry or {"against": []})["against"] if found["arm"] == other["label"]), None)
 
 
+def trained_softmax(report: Report) -> Arm | None:
+    """The softmax arm that was trained; of several, the one trained most. None where there is none."""
+    arms = [arm for arm in report["arms"] if arm["attention"] == "softmax" and arm["training"]]
+    return max(arms, key=lambda arm: arm["training_tokens"], default=None)
+
+
+def fair_ratio(report: Report, arm: Arm, context: int | None) -> tuple[dict | None, Arm | None]:
+    """Perplexity of `arm` over softmax's, and that softmax: of a trained arm the one that was trained too, if there is
+    one, because text teaches its style to every model; else the one not trained."""
+    tuned = trained_softmax(report)
+    found = against(arm, tuned, context) if tuned and arm["training"] else None
+    return (found, tuned) if found else (ratio(arm, context), reference(report))
+
+
 def headline_context(report: Report) -> int | None:
     """The one context that summary and plots speak of: where most arms have a ratio, the longest of these."""
     entries = [entry for arm in report["arms"] for entry in arm["perplexity"]]

@@ -17,7 +17,7 @@ def short(report: Report) -> list[tuple[str, str]]:
         return []
     cheaper = [arm for arm in ranked if arm["cost_class"] != "quadratic"]
     arms = ranked[:1] + [arm for arm in cheaper[:1] if arm is not ranked[0]]
-    costs = [f"{interval(facts.ratio(arm, context), 'value')} with {_named(arm)}{_after(arm)}" for arm in arms]
+    costs = [_cost(report, arm, context) for arm in arms]
     where = f"perplexity over softmax's at context {count(context)}"
     said = [("Costs", f"{where}: {listing(costs)}.")]
     lengths = facts.lengths(report)
@@ -27,6 +27,14 @@ def short(report: Report) -> list[tuple[str, str]]:
         said.append(("Pays", f"{'; '.join(_pays(arm, lengths) for arm in arms)}."))
     beside = _beside(report, arms[-1], context)
     return [*said, ("Controls", f"{beside}.")] if beside else said
+
+
+def _cost(report: Report, arm: Arm, context: int | None) -> str:
+    value, softmax = facts.fair_ratio(report, arm, context)
+    said = f"{interval(value, 'value')} with {_named(arm)}{_after(arm)}"
+    if softmax is facts.reference(report) or softmax is None:
+        return said
+    return f"{said} beside a softmax trained on {count(softmax['training_tokens'])} tokens"
 
 
 def _named(arm: Arm) -> str:

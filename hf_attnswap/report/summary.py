@@ -32,6 +32,15 @@ def _perplexity(value: dict) -> str:
     return f"{number(value['value'])} times softmax's perplexity (95 % interval {bounds})"
 
 
+def _kept(report: Report, arm: Arm, context: int | None) -> str:
+    """Beside the softmax that it is fair to name."""
+    value, softmax = facts.fair_ratio(report, arm, context)
+    said = _perplexity(value)
+    if softmax is facts.reference(report) or softmax is None:
+        return said
+    return f"{said}, with a softmax that was trained too, on {count(softmax['training_tokens'])} tokens"
+
+
 def _quality(report: Report) -> str:
     context = facts.headline_context(report)
     softmax = facts.reference(report)
@@ -43,9 +52,9 @@ def _quality(report: Report) -> str:
     if not ranked:
         return f"{start} No arm other than controls has a perplexity there."
     best = ranked[0]
-    value = facts.ratio(best, context)
-    said = [start, f"{_name(best)} keeps most quality: {_perplexity(value)}, {_training(best)}."]
-    if value["verdict"] == "no measurable difference":
+    value, _ = facts.fair_ratio(report, best, context)
+    said = [start, f"{_name(best)} keeps most quality: {_kept(report, best, context)}, {_training(best)}."]
+    if value and value["verdict"] == "no measurable difference":
         said.append("That is no measurable difference from softmax.")
     compared = [(arm, facts.against(arm, best, context)) for arm in ranked[1:]]
     ties = [arm for arm, found in compared if found and found["verdict"] == "no measurable difference"]
@@ -55,7 +64,7 @@ def _quality(report: Report) -> str:
     if cheaper and cheaper is not best:
         said.append(
             f"Of the arms with less than quadratic cost, {_name(cheaper)} keeps most: "
-            f"{_perplexity(facts.ratio(cheaper, context))}, {_training(cheaper)}."
+            f"{_kept(report, cheaper, context)}, {_training(cheaper)}."
         )
     return " ".join(said)
 

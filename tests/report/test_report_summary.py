@@ -1,5 +1,6 @@
 """The words: each statement follows from the numbers, and turns when they do."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -219,3 +220,22 @@ def test_four_lines_where_less_was_measured(report: dict[str, Any], without: Wit
     for one in report["arms"]:
         one["perplexity"] = []
     assert short(report) == []
+
+
+def test_a_trained_arm_is_said_beside_the_softmax_that_was_trained_too(report: dict[str, Any]) -> None:
+    hybrid, tuned = arm(report, "hedgehog+window"), copy.deepcopy(arm(report, "softmax"))
+    tuned.update(label="tuned", training=[{}], training_tokens=4096)
+    hybrid["training"] = [{}]
+    report["arms"].append(tuned)
+    assert "×1.400" in dict(short(report))["Costs"]  # the two were not compared
+    for entry in hybrid["perplexity"]:
+        entry["against"].append(entry["ratio"] | {"arm": "tuned", "value": 1.75, "low": 1.7, "high": 1.8})
+    told = (
+        "×1.750 (1.700–1.800) with hedgehog+window (O(n), trained on 51,200 tokens) beside a softmax trained on 4,096"
+    )
+    assert told in dict(short(report))["Costs"] and "×1.400" not in dict(short(report))["Costs"]
+    said = paragraph(report, "Quality: ")
+    assert (
+        "1.750 times softmax's perplexity (95 % interval 1.700 to 1.800), with a softmax that was trained too" in said
+    )
+    assert "1.033 times softmax's perplexity (95 % interval 1.012 to 1.054), with no training" in said
