@@ -24,11 +24,14 @@ from .options import (
     text_source,
 )
 
-COLUMNS = {
+# Two tables, because a terminal is 80 characters wide.
+DAMAGE = {
     "layer": "layer", "KL": "kl", "ppl_ratio": "perplexity_ratio", "grad_q": "gradient_query", "grad_k": "gradient_key",
-    "grad_v": "gradient_value", "grad_in": "gradient_layer_input", "dead": "dead", "saturated": "saturated",
-    "row_sum": "row_sum", "negative": "negative", "sparse": "sparsity", "distance": "distance",
-    "keys": "effective_keys", "scale": "output_scale",
+    "grad_v": "gradient_value", "grad_in": "gradient_layer_input", "dead": "dead",
+}  # fmt: skip
+DISTRIBUTION = {
+    "layer": "layer", "saturated": "saturated", "row_sum": "row_sum", "negative": "negative",
+    "sparse": "sparsity", "distance": "distance", "keys": "effective_keys", "scale": "output_scale",
 }  # fmt: skip
 
 
@@ -59,7 +62,7 @@ def diagnose(
     """By layer: gradient flow, what becomes of the distribution, and what the layer costs when it alone is swapped.
 
     Gradients (of q, k, v and the layer's input), effective keys and output scale are over softmax's on the same text.
-    One forward pass per layer and text. Below each table: the layers by damage, and half of them for --layers.
+    One forward pass per layer and text. Below the tables: the layers by damage, and half of them for --layers.
 
     Example: attnswap diagnose HuggingFaceTB/SmolLM2-135M-Instruct --attention relu --validation_file book.txt
     """
@@ -90,7 +93,9 @@ def diagnose(
                 restore(loaded)
             found.append(looked)
             title = f"{looked['label']}: {looked['attention']}, {looked['tokens']} tokens, softmax's perplexity "
-            tables.append(table_of(f"{title}{looked['perplexity']:.4g}", summary_rows(looked), **COLUMNS))
+            rows = summary_rows(looked)
+            tables.append(table_of(f"{title}{looked['perplexity']:.4g}", rows, **DAMAGE))
+            tables.append(table_of(f"{looked['label']}: what is lost as a distribution", rows, **DISTRIBUTION))
             order = looked["layers_by_damage"]
             half = ",".join(map(str, least_damaged(looked, (len(order) + 1) // 2)))
             tables.append(f"Least damage (KL) first: {', '.join(map(str, order))}\nHalf of them: --layers {half}\n")

@@ -59,7 +59,7 @@ def table_of(title: str, rows: Sequence[dict[str, Any]], **columns: str) -> Tabl
     """A table of rows: what each column is called here, and the key that it shows; ? where there is nothing."""
     table = Table(title=escape(title))
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
+        table.add_column(column.replace("_", " "), justify="right", overflow="fold")  # no digit is lost
     for row in rows:
         table.add_row(*(escape(_cell(row.get(key))) for key in columns.values()))
     return table
