@@ -67,7 +67,7 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
     model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
     blocks = read_text(args, accelerator, tokenizer)
     if not swapped_modules(model) or args.attention or args.layers or args.option:
-        swap_as_asked(model, args, args.attention or "hedgehog+window")
+        swap_as_asked(model, args, accelerator, args.attention or "hedgehog+window")
         calibrate(model, blocks[:2].long())
     trained, alone = model, args.linear_branch_alone
     if args.train == "new":

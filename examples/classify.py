@@ -85,7 +85,7 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
         raise UsageError(f"{args.train_file!r} has one label only: {labels[0]!r}")
     model, tokenizer = load_classifier(args.model_name_or_path, labels, dtype=args.dtype, device=accelerator.device)
     if args.attention:
-        swap_as_asked(model, args, args.attention)
+        swap_as_asked(model, args, accelerator, args.attention)
     groups = by_length(token_rows(train_texts, labels, tokenizer, args.max_length), args.per_device_train_batch_size)
     validation = token_rows(validation_texts, labels, tokenizer, args.max_length)
     loader = Batches(groups, 1, args.seed)

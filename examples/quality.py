@@ -6,7 +6,8 @@
 A run is a folder that convert.py wrote; its name is that of the row. All are measured on the same blocks of text, so
 differences are paired. What a stage is compared with:
 
-- distill: the original model, whose distribution it learns; softmax has nothing to learn there.
+- distill: the model that the run began with, whose distribution it learns; softmax has nothing to learn there. That is
+  the original, or the end of another run, named before: softmax fine-tuned on the text, say, whose tokens then count.
 - finetune: the run of softmax with the same finetune stage. Cross-entropy teaches the style of the text to every model,
   the original too; a comparison with the untrained one would call that a gain.
 
@@ -34,7 +35,7 @@ from hf_attnswap.files import write_whole
 from hf_attnswap.loading import load
 from hf_attnswap.patching import describe
 
-CONTROL, BESIDE = "softmax", "window"
+ORIGINAL, CONTROL, BESIDE = "original", "softmax", "window"
 # Of the arguments of a stage, those that make it no other training: what stands in the layers, and what is looked at.
 ASIDE = frozenset(
     "attention options layers new_parameters_learning_rate validation_file validation_steps max_validation_tokens "
@@ -61,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     recipes = {run.name: read(run) for run in args.runs}
     original = next(iter(recipes.values()))[0]["model_name_or_path"]
-    for name, stages in recipes.items():
-        if stages[0]["model_name_or_path"] != original:
-            raise UsageError(f"run {name!r} began with {stages[0]['model_name_or_path']!r}, others with {original!r}")
+    ends: dict[str, str] = {}  # of the runs so far, by the folder of the model
+    for run in args.runs:
+        begun = recipes[run.name][0]["model_name_or_path"]
+        if begun != original and begun not in ends:
+            raise UsageError(f"run {run.name!r} began with {begun!r}, which is neither {original!r} nor a run before it")
+        ends[str(last_model(run, recipes[run.name]))] = f"{run.name}/{recipes[run.name][-1]['stage']}"
     told = {
         "text": named(args.validation_file),
         "context": args.context_length,
@@ -85,9 +89,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    measure("original", original, {})
+    measure(ORIGINAL, original, {})
     for run in args.runs:
-        stages, so_far, seconds = recipes[run.name], 0, 0.0
+        stages = recipes[run.name]
+        begun = ends.get(stages[0]["model_name_or_path"], ORIGINAL)
+        so_far, seconds = (report["models"][begun].get(name, 0) for name in ("tokens", "seconds"))
         (args.output_dir / run.name).mkdir(parents=True, exist_ok=True)
         write_whole(
             args.output_dir / run.name / "recipe.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False).encode()
@@ -101,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if stage["stage"] == "align":
                 continue
             about = {"stages": stages[:number], "tokens": so_far, "seconds": round(seconds), "curve": curve}
+            about |= {} if begun == ORIGINAL else {"begun_with": begun}
             measure(f"{run.name}/{stage['stage']}", str(folder / "model"), about)
     compare(report["models"])
     write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
@@ -115,10 +122,14 @@ def read(run: Path) -> list[dict[str, Any]]:
         stages = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
     except FileNotFoundError:
         raise UsageError(f"{str(run)!r} is not a folder that convert.py wrote: it has no recipe.yaml") from None
-    last = run / f"{len(stages)}_{stages[-1]['stage']}" / "model"
+    last = last_model(run, stages)
     if not last.exists():
         raise UsageError(f"the run {str(run)!r} has not finished: {str(last)!r} is missing")
     return stages
+
+
+def last_model(run: Path, stages: list[dict[str, Any]]) -> Path:
+    return run / f"{len(stages)}_{stages[-1]['stage']}" / "model"
 
 
 def curve_of(folder: Path, before: int) -> list[dict[str, float]]:
@@ -145,10 +156,10 @@ def compare(models: dict[str, dict[str, Any]]) -> None:
     of = {key: Perplexity(0, tuple(model["nll"])) for key, model in models.items()}
     for key, model in models.items():
         model.pop("ratio", None), model.pop("beside_window", None)
-        if key == "original":
+        if key == ORIGINAL:
             continue
         distilled = model["stages"][-1]["stage"] == "distill"
-        control = "original" if distilled else alike(models, model, CONTROL, since=-1)
+        control = model.get("begun_with", ORIGINAL) if distilled else alike(models, model, CONTROL, since=-1)
         if control not in (None, key):
             model["ratio"] = ratio(of[key], of[control])
         beside = alike(models, model, BESIDE)
@@ -174,13 +185,14 @@ def markdown(report: dict[str, Any]) -> str:
     models = report["models"]
     same = "trained the same way (95 %)"
     rows = [
-        f"| run | stage | training tokens | minutes | perplexity | / softmax {same} | / `window` {same} |",
-        "|---|---|---|---|---|---|---|",
+        f"| run | began with | stage | training tokens | minutes | perplexity | / softmax {same} | / `window` {same} |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for key, model in models.items():
         run, _, stage = key.partition("/")
         trained = [f"{model.get('tokens', 0):,}", f"{model.get('seconds', 0) / 60:.0f}"]
-        cells = [run, stage or "-", *trained, f"{model['perplexity']:.2f}"]
+        begun = "-" if key == ORIGINAL else model.get("begun_with", ORIGINAL)
+        cells = [run, begun, stage or "-", *trained, f"{model['perplexity']:.2f}"]
         cells += [cell(model.get(name)) for name in ("ratio", "beside_window")]
         rows.append(f"| {' | '.join(cells)} |")
     few = any(model.get("ratio", {}).get("few") for model in models.values())
@@ -188,9 +200,9 @@ def markdown(report: dict[str, Any]) -> str:
         [
             "# Quality after conversion",
             "",
-            f"{report['original']}, perplexity on {models['original']['tokens_measured']:,} tokens of {report['text']} "
-            f"at context {report['context']}. After distill it is compared with the original, after finetune with "
-            "softmax fine-tuned alike; - where no run was trained so.",
+            f"{report['original']}, perplexity on {models[ORIGINAL]['tokens_measured']:,} tokens of {report['text']} "
+            f"at context {report['context']}. After distill it is compared with the model that the run began with, after "
+            "finetune with softmax fine-tuned alike; - where no run was trained so. The tokens are counted since the original.",
             "",
             *rows,
             "",

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from validation import log_validation
 
-from hf_attnswap import UsageError, swap
+from hf_attnswap import UsageError, restore, swap
 from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.files import whole_folder
 from hf_attnswap.loading import load
+from hf_attnswap.patching import describe, swapped_modules
 from hf_attnswap.token_cache import default_folder
 from hf_attnswap.tradeoff import parse_options
 from hf_attnswap.training.batches import Batches, batches, require_separate
@@ -38,14 +39,22 @@ def load_as_asked(args: argparse.Namespace, accelerator: Accelerator) -> tuple[P
     """The model to train, swapped if `--attention` says so, and its tokenizer."""
     model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
     if args.attention:
-        swap_as_asked(model, args, args.attention)
+        swap_as_asked(model, args, accelerator, args.attention)
     elif args.layers or args.option:
         raise UsageError("--layers and --option belong to --attention, which is missing")
     return model, tokenizer
 
 
-def swap_as_asked(model: PreTrainedModel, args: argparse.Namespace, attention: str | None) -> None:
-    """Swap the model to `attention`, with the layers and options of the arguments."""
+def swap_as_asked(
+    model: PreTrainedModel, args: argparse.Namespace, accelerator: Accelerator, attention: str | None
+) -> None:
+    """Swap the model to `attention`, with the layers and options of the arguments.
+
+    A conversion to `softmax`, the control that was trained, computes what the original did, and is swapped like one.
+    """
+    if {attention.name for attention in swapped_modules(model).values()} == {"softmax"}:
+        say(accelerator, f"{args.model_name_or_path} has {describe(model)}, which gives way to {attention}")
+        restore(model)
     layers = args.layers if args.layers is None or ":" in args.layers else args.layers.split(",")
     swap(model, attention, layers=layers, **parse_options(args.option or []))
 

@@ -42,17 +42,20 @@ def _new_parameters(arm: Arm) -> str:
 
 def quality(report: Report, arm: Arm) -> list[str]:
     """Perplexity with its interval, against softmax and the controls, then the table of them."""
-    lines, beside = [], _beside(report, arm)
-    softmax = "softmax that was not trained on such text" if arm["training"] else "softmax"
-    controls = {other["label"]: other for other in beside["arms"]}
+    lines, beside, tuned = [], _beside(report, arm), facts.tuned_softmax(report, arm)
+    controls = {other["label"]: other for other in beside["arms"] if other is not tuned}
+    softmax = f"softmax trained too, on {count(tuned['training_tokens'])} tokens" if tuned else "softmax"
     for entry in arm["perplexity"]:
-        if entry["ratio"]:
+        ratio, others = facts.ratio(report, arm, entry["context"]), entry["against"]
+        if ratio:
             lines.append(
                 f"- At context {count(entry['context'])}: perplexity {number(entry['perplexity'])}, "
-                f"{interval(entry['ratio'], 'value')} that of {softmax}, 95 % interval in parentheses, on "
+                f"{interval(ratio, 'value')} that of {softmax}, 95 % interval in parentheses, on "
                 f"{count(entry['tokens'])} tokens."
             )
-        for found in entry["against"]:
+        if tuned and entry["ratio"]:
+            others = [{"arm": "softmax", **entry["ratio"]}, *others]
+        for found in others:
             if found["arm"] in controls:
                 tokens = controls[found["arm"]]["training_tokens"]
                 trained = f"trained on {count(tokens)} tokens" if tokens else "not trained"
@@ -105,8 +108,8 @@ def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
         if task["value"] is not None
     ]
     for entry in arm["perplexity"]:
-        ratio, softmax = facts.fair_ratio(report, arm, entry["context"])
-        name = "softmax's" if softmax is facts.reference(report) else "that of softmax trained too"
+        ratio = facts.ratio(report, arm, entry["context"])
+        name = "that of softmax trained too" if facts.tuned_softmax(report, arm) else "softmax's"
         values = {"perplexity": entry["perplexity"], f"perplexity / {name}": (ratio or {}).get("value")}
         found += [
             {"metric_type": "perplexity", "metric_name": f"{name}, context {entry['context']}", "metric_value": value}

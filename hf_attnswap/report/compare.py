@@ -8,8 +8,8 @@ from rich.text import Text
 
 from . import facts
 from .facts import Report
-from .table import UNMEASURED, Rows, as_table, name
-from .text import count, interval, number, plain
+from .table import UNMEASURED, Rows, as_table, name, perplexity
+from .text import count, interval, plain
 
 
 def check_same(reports: Mapping[str, Report]) -> None:
@@ -40,18 +40,11 @@ def rows(reports: Mapping[str, Report]) -> Rows:
     for file, report in reports.items():
         for arm in report["arms"]:
             cells = [plain(file), name(arm), count(arm["training_tokens"])]
-            cells += [_perplexity(facts.perplexity_at(arm, context)) for context in contexts]
+            cells += [perplexity(report, arm, context) for context in contexts]
             entries = [facts.speed_at(arm, length) for length in lengths]
             cells += [_speedup(arm is facts.reference(report), entry) for entry in entries]
             table.append(cells)
     return table
-
-
-def _perplexity(entry: dict | None) -> str:
-    if not entry or entry["perplexity"] is None:
-        return UNMEASURED
-    value = number(entry["perplexity"])
-    return f"{value}; {interval(entry['ratio'], 'value')}" if entry["ratio"] else f"{value} (reference)"
 
 
 def _speedup(reference: bool, entry: dict | None) -> str:

@@ -23,16 +23,16 @@ def dial(report: Report) -> Picture:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for index, (shared, arms) in enumerate(groups):
-        points = [(arm["options"]["p"], facts.ratio(arm, context)) for arm in arms]
+        points = [(arm["options"]["p"], facts.ratio(report, arm, context)) for arm in arms]
         _line(axes, points, _STYLES[index % len(_STYLES)], _differing(shared, groups))
     every = [arm for _, arms in groups for arm in arms]
-    _axes(axes, sorted({arm["options"]["p"] for arm in every}), [facts.ratio(arm, context) for arm in every])
+    _axes(axes, sorted({arm["options"]["p"] for arm in every}), [facts.ratio(report, arm, context) for arm in every])
     axes.set_ylabel(f"perplexity / softmax's, context {count(context)}")
     if len(groups) > 1:
         axes.legend(frameon=False, fontsize=9)
     caption = f"Perplexity over softmax's at context {count(context)} for relu_power by its power p; "
     caption += "vertical bars are 95 % intervals."
-    over = [(plain(arm["label"]), facts.ratio(arm, context)["value"]) for arm in every]
+    over = [(plain(arm["label"]), facts.ratio(report, arm, context)["value"]) for arm in every]
     over = [f"{label} ({times(value)})" for label, value in over if value > CLIP]
     if over:
         caption += f" Clipped at {times(CLIP)}, drawn as hollow triangles: {listing(over)}."

@@ -9,7 +9,7 @@ Report = dict[str, Any]
 
 
 def reference(report: Report) -> Arm | None:
-    """The softmax arm that ratios and speed-ups refer to: the one not trained, where there are several."""
+    """The softmax arm that speed-ups and most ratios refer to: the one not trained, where there are several."""
     arms = [arm for arm in report["arms"] if arm["attention"] == "softmax"]
     return min(arms, key=lambda arm: (arm["alignment"] is not None, bool(arm["training"])), default=None)
 
@@ -48,30 +48,43 @@ def task_of(arm: Arm, key: tuple[str, str]) -> dict | None:
     return next((entry for entry in arm["tasks"] if (entry["task"], entry["metric"]) == key), None)
 
 
-def ratio(arm: Arm, context: int | None) -> dict | None:
-    """Perplexity of `arm` over softmax's at `context` with its interval; None where there is none."""
+def ratio(report: Report, arm: Arm, context: int | None) -> dict | None:
+    """Perplexity of `arm` over softmax's at `context` with its interval; None where there is none.
+
+    Softmax is `tuned_softmax(report, arm)`, else the reference.
+    """
     entry = perplexity_at(arm, context)
-    return entry["ratio"] if entry else None
+    return entry and _beside_softmax(report, arm, entry, "ratio")
+
+
+def task_difference(report: Report, arm: Arm, entry: dict) -> dict | None:
+    """A task of `arm` less softmax's with its interval; None where there is none. Which softmax: as in `ratio`."""
+    return _beside_softmax(report, arm, entry, "difference")
+
+
+def _beside_softmax(report: Report, arm: Arm, entry: dict, key: str) -> dict | None:
+    tuned = tuned_softmax(report, arm)
+    return _against(entry, tuned) if tuned else entry[key]
+
+
+def tuned_softmax(report: Report, arm: Arm) -> Arm | None:
+    """The trained softmax that the quality of `arm` is compared with: of a trained arm the one trained most, because text
+    teaches its style to every model. None where there is none: the arm is compared with the reference."""
+    if not arm["training"] or arm["attention"] == "softmax":
+        return None
+    arms = [other for other in report["arms"] if other["attention"] == "softmax" and other["training"]]
+    arms = [other for other in arms if any(_against(entry, other) for entry in [*arm["perplexity"], *arm["tasks"]])]
+    return max(arms, key=lambda other: other["training_tokens"], default=None)
 
 
 def against(arm: Arm, other: Arm, context: int | None) -> dict | None:
     """Perplexity of `arm` over that of `other` at `context`, compared block by block; None where it was not."""
     entry = perplexity_at(arm, context)
-    return next((found for found in (entry or {"against": []})["against"] if found["arm"] == other["label"]), None)
+    return entry and _against(entry, other)
 
 
-def trained_softmax(report: Report) -> Arm | None:
-    """The softmax arm that was trained; of several, the one trained most. None where there is none."""
-    arms = [arm for arm in report["arms"] if arm["attention"] == "softmax" and arm["training"]]
-    return max(arms, key=lambda arm: arm["training_tokens"], default=None)
-
-
-def fair_ratio(report: Report, arm: Arm, context: int | None) -> tuple[dict | None, Arm | None]:
-    """Perplexity of `arm` over softmax's, and that softmax: of a trained arm the one that was trained too, if there is
-    one, because text teaches its style to every model; else the one not trained."""
-    tuned = trained_softmax(report)
-    found = against(arm, tuned, context) if tuned and arm["training"] else None
-    return (found, tuned) if found else (ratio(arm, context), reference(report))
+def _against(entry: dict, other: Arm) -> dict | None:
+    return next((found for found in entry["against"] if found["arm"] == other["label"]), None)
 
 
 def headline_context(report: Report) -> int | None:
@@ -84,8 +97,8 @@ def headline_context(report: Report) -> int | None:
 def ranked(report: Report) -> list[Arm]:
     """The arms with a ratio at the headline context, the lowest first; controls left out."""
     context = headline_context(report)
-    found = [arm for arm in report["arms"] if ratio(arm, context) and not arm["control"]]
-    return sorted(found, key=lambda arm: ratio(arm, context)["value"])
+    found = [arm for arm in report["arms"] if ratio(report, arm, context) and not arm["control"]]
+    return sorted(found, key=lambda arm: ratio(report, arm, context)["value"])
 
 
 def speedups(arm: Arm, key: str) -> list[tuple[int, dict]]:
@@ -145,8 +158,8 @@ def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
         speeds = speedups(arm, key)
         if arm is reference(report):
             points.append((1.0, 1.0, arm))
-        elif ratio(arm, context) and speeds and arm["attention"] != "softmax":
-            points.append((speeds[-1][1]["median"], ratio(arm, context)["value"], arm))
+        elif ratio(report, arm, context) and speeds and arm["attention"] != "softmax":
+            points.append((speeds[-1][1]["median"], ratio(report, arm, context)["value"], arm))
     front, lowest = [], float("inf")
     for speed, value, arm in sorted(points, key=lambda point: (-point[0], point[1])):
         if value < lowest:
@@ -207,7 +220,7 @@ def dial(report: Report) -> list[tuple[dict[str, Any], list[Arm]]]:
     for arm in report["arms"]:
         power = arm["options"].get("p")
         usable = isinstance(power, int | float) and not isinstance(power, bool) and power > 0
-        measured = arm["status"] == "measured" and ratio(arm, context)
+        measured = arm["status"] == "measured" and ratio(report, arm, context)
         if arm["attention"] != "relu_power" or not usable or not measured:
             continue
         shared = {key: value for key, value in arm["options"].items() if key != "p"}

@@ -30,11 +30,9 @@ def short(report: Report) -> list[tuple[str, str]]:
 
 
 def _cost(report: Report, arm: Arm, context: int | None) -> str:
-    value, softmax = facts.fair_ratio(report, arm, context)
-    said = f"{interval(value, 'value')} with {_named(arm)}{_after(arm)}"
-    if softmax is facts.reference(report) or softmax is None:
-        return said
-    return f"{said} beside a softmax trained on {count(softmax['training_tokens'])} tokens"
+    tuned = facts.tuned_softmax(report, arm)
+    said = f"{interval(facts.ratio(report, arm, context), 'value')} with {_named(arm)}{_after(arm)}"
+    return f"{said} beside a softmax trained on {count(tuned['training_tokens'])} tokens" if tuned else said
 
 
 def _named(arm: Arm) -> str:
@@ -78,7 +76,7 @@ def _beside(report: Report, arm: Arm, context: int | None) -> str:
         (facts.window_control(report, arm), "the window alone"),
         (facts.without_attention(report), "no attention"),
     ):
-        value = control and facts.ratio(control, context)
+        value = control and facts.ratio(report, control, context)
         if value:
             against = facts.against(arm, control, context)
             verdict = f", {_named(arm)} is {_than(against['verdict'])}" if against else ""

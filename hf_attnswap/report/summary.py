@@ -34,11 +34,8 @@ def _perplexity(value: dict) -> str:
 
 def _kept(report: Report, arm: Arm, context: int | None) -> str:
     """Beside the softmax that it is fair to name."""
-    value, softmax = facts.fair_ratio(report, arm, context)
-    said = _perplexity(value)
-    if softmax is facts.reference(report) or softmax is None:
-        return said
-    return f"{said}, with a softmax that was trained too, on {count(softmax['training_tokens'])} tokens"
+    tuned, said = facts.tuned_softmax(report, arm), _perplexity(facts.ratio(report, arm, context))
+    return f"{said}, with a softmax that was trained too, on {count(tuned['training_tokens'])} tokens" if tuned else said
 
 
 def _quality(report: Report) -> str:
@@ -52,7 +49,7 @@ def _quality(report: Report) -> str:
     if not ranked:
         return f"{start} No arm other than controls has a perplexity there."
     best = ranked[0]
-    value, _ = facts.fair_ratio(report, best, context)
+    value = facts.ratio(report, best, context)
     said = [start, f"{_name(best)} keeps most quality: {_kept(report, best, context)}, {_training(best)}."]
     if value and value["verdict"] == "no measurable difference":
         said.append("That is no measurable difference from softmax.")
@@ -174,7 +171,7 @@ def _none(report: Report) -> str:
         where = "attention in these layers"
     if arm is None:
         return f"{what} is not among the arms, so how much this text needs attention is not known."
-    value = facts.ratio(arm, facts.headline_context(report))
+    value = facts.ratio(report, arm, facts.headline_context(report))
     if value is None:
         why = plain(arm["reason"] or "its perplexity was not measured")
         return f"{what} has no ratio to softmax ({why})."

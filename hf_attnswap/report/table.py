@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import facts, tasks
+from . import beside, facts, tasks
 from .facts import Arm, Report
 from .short import short
 from .summary import summary
@@ -43,7 +43,7 @@ def rows(report: Report) -> Rows:
     table = [[*header, "status"]]
     for arm in report["arms"]:
         cells = [name(arm), _cost(arm), count(arm["new_parameters"]), count(arm["training_tokens"])]
-        cells += [_perplexity(report, arm, context) for context in contexts or [None]]
+        cells += [perplexity(report, arm, context) for context in contexts or [None]]
         table.append([*cells, _status(arm)])
     return table
 
@@ -149,6 +149,7 @@ def details(report: Report) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{key} {value}" for key, value in report["versions"].items())),
         ("data", f"{data['text']}: {training} tokens for training, {evaluation} for evaluation"),
         ("intervals", "95 %, paired bootstrap over blocks of text; * from fewer than 500 of them"),
+        *([("trained arms", beside.note(report))] if beside.note(report) else []),
         ("checks", _checks(report)),
         ("speed", f"{_runs(report)}; lowest and highest run in parentheses; prefill is the time to first token"),
         ("seed", str(report["seed"])),
@@ -191,7 +192,8 @@ def _status(arm: Arm) -> str:
     return arm["status"] if arm["status"] == "measured" else f"{arm['status']}: {plain(arm['reason'])}"
 
 
-def _perplexity(report: Report, arm: Arm, context: int | None) -> str:
+def perplexity(report: Report, arm: Arm, context: int | None) -> str:
+    """Perplexity and its ratio to softmax's."""
     entry = facts.perplexity_at(arm, context)
     if entry is None:
         return UNMEASURED
@@ -200,7 +202,8 @@ def _perplexity(report: Report, arm: Arm, context: int | None) -> str:
     value = number(entry["perplexity"])
     if arm is facts.reference(report):
         return f"{value} (reference)"
-    return f"{value}; {interval(entry['ratio'], 'value')}" if entry["ratio"] else f"{value} (no ratio)"
+    ratio = beside.ratio(report, arm, context)
+    return f"{value}; {ratio}" if ratio else f"{value} (no ratio)"
 
 
 def _speed(report: Report, arm: Arm, entry: dict, columns: Sequence[tuple]) -> list[str]:
@@ -225,7 +228,7 @@ def _runs(report: Report) -> str:
 
 def two_lines(cell: str) -> str:
     """The cell with what closes in parentheses, an interval as a rule, on a line of its own."""
-    return re.sub(r" (\([^()]*\)\*?)$", r"\n\1", cell)
+    return re.sub(rf" (\([^()]*\)\*?{beside.MARK}?)$", r"\n\1", cell)
 
 
 def as_table(title: str, table: Rows, sections: bool) -> Table:

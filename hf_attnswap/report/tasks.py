@@ -1,6 +1,6 @@
 """Tasks in words and as a table: what likelihood hides."""
 
-from . import facts
+from . import beside, facts
 from .facts import Arm, Report
 from .text import count, listing, number, plain
 
@@ -21,8 +21,8 @@ def cell(report: Report, arm: Arm, key: tuple[str, str]) -> str:
     value = number(entry["value"])
     if arm is facts.reference(report):
         return f"{value} (reference)"
-    found = entry["difference"]
-    return f"{value}; {difference(found)}" if found else f"{value} (no interval)"
+    found = facts.task_difference(report, arm, entry)
+    return f"{value}; {difference(found)}{beside.mark(report, arm)}" if found else f"{value} (no interval)"
 
 
 def difference(found: dict) -> str:
@@ -41,15 +41,15 @@ def paragraph(report: Report) -> list[str]:
     """
     said: dict[str, list[str]] = {}
     for arm in report["arms"]:
-        found = [entry for entry in arm["tasks"] if entry["difference"]]
-        if arm["control"] or not found:
-            continue
-        words = _by_verdict([(_name(entry), entry["difference"]) for entry in found])
-        said.setdefault(words, []).append(plain(arm["label"]))
+        compared = [(_name(entry), facts.task_difference(report, arm, entry)) for entry in arm["tasks"]]
+        found = [(name, difference) for name, difference in compared if difference]
+        if found and not arm["control"]:
+            said.setdefault(_by_verdict(found), []).append(f"{plain(arm['label'])}{beside.mark(report, arm)}")
     if not said:
         return []
     told = "; ".join(f"{listing(arms)} {words}" for words, arms in said.items())
-    return [f"Tasks, against softmax on the same items: {told}."]
+    note = beside.note(report)
+    return [f"Tasks, against softmax on the same items: {told}.{f' {note}.' if note else ''}"]
 
 
 def against(arm: Arm, control: Arm) -> str:

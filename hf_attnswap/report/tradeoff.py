@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from . import facts
+from . import beside, facts
 from .drawing import CLIP, GRID, INK, Picture, ticks
 from .facts import Arm, Report
 from .text import count, listing, plain, times
@@ -25,9 +25,9 @@ _STEP = 1.16  # from one row of the clipped band to the next
 def tradeoff(report: Report) -> Picture:
     """The plot; one that says so where no arm has both a ratio and a speed-up."""
     context = facts.headline_context(report)
-    arms = [arm for arm in report["arms"] if facts.ratio(arm, context) and arm["attention"] != "softmax"]
+    arms = [arm for arm in report["arms"] if facts.ratio(report, arm, context) and arm["attention"] != "softmax"]
     arms = [arm for arm in arms if any(facts.speedups(arm, key) for key in _SPEEDS)]
-    arms.sort(key=lambda arm: facts.ratio(arm, context)["value"])
+    arms.sort(key=lambda arm: facts.ratio(report, arm, context)["value"])
     keys = [key for key in _SPEEDS if any(facts.speedups(arm, key) for arm in arms)]
     width = 10 if len(keys) < 3 else 13.5
     figure = Figure(figsize=(width, max(5.0, 2.2 + 0.27 * len(arms))))
@@ -35,7 +35,7 @@ def tradeoff(report: Report) -> Picture:
         words = "No arm has both a perplexity and a speed relative to softmax's."
         figure.text(0.5, 0.5, words, ha="center", fontsize=12)
         return Picture("tradeoff", _TITLE, words, figure)
-    values = [facts.ratio(arm, context) for arm in arms]
+    values = [facts.ratio(report, arm, context) for arm in arms]
     heights = _heights([value["value"] for value in values])
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     bottom = 1.05 / figure.get_figheight()
@@ -183,7 +183,7 @@ def _caption(report: Report, arms: Sequence[Arm], context: int | None) -> str:
         "marks are controls. The dotted line joins the arms that no other is both better and faster than at the "
         "longest length (the Pareto front)."
     ]
-    ratios = [(plain(arm["label"]), facts.ratio(arm, context)["value"]) for arm in arms]
+    ratios = [(plain(arm["label"]), facts.ratio(report, arm, context)["value"]) for arm in arms]
     clipped = [f"{label} ({times(ratio)})" for label, ratio in ratios if ratio > CLIP]
     if clipped:
         said.append(f"Clipped, drawn as triangles in the grey band above {CLIP:g}: {listing(clipped)}.")
@@ -191,4 +191,6 @@ def _caption(report: Report, arms: Sequence[Arm], context: int | None) -> str:
     if absent:
         names = listing([plain(arm["label"]) for arm in absent])
         said.append(f"Not drawn, for want of a ratio or a speed-up: {names}.")
+    if beside.note(report):
+        said.append(f"Trained arms stand {beside.note(report).removeprefix(f'{beside.MARK} ')}, the others beside softmax.")
     return " ".join(said)

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from hf_attnswap.report import facts, table
 from hf_attnswap.report.short import short
 from hf_attnswap.report.summary import summary
+from hf_attnswap.report.tradeoff import tradeoff
 
 Without = Callable[[dict[str, Any], str], dict[str, Any]]
 
@@ -234,8 +236,27 @@ def test_a_trained_arm_is_said_beside_the_softmax_that_was_trained_too(report: d
         "×1.750 (1.700–1.800) with hedgehog+window (O(n), trained on 51,200 tokens) beside a softmax trained on 4,096"
     )
     assert told in dict(short(report))["Costs"] and "×1.400" not in dict(short(report))["Costs"]
+    cells = {row[0]: row[4] for row in table.rows(report)}
+    assert cells["hedgehog+window"].endswith("×1.750 (1.700–1.800)†") and "†" not in cells["elu+window"]
+    assert ("trained arms", "† beside tuned, trained on 4,096 tokens") in table.details(report)
+    assert "Trained arms stand beside tuned" in tradeoff(report).caption
     said = paragraph(report, "Quality: ")
     assert (
         "1.750 times softmax's perplexity (95 % interval 1.700 to 1.800), with a softmax that was trained too" in said
     )
     assert "1.033 times softmax's perplexity (95 % interval 1.012 to 1.054), with no training" in said
+
+
+def test_trained_arms_are_ranked_by_the_softmax_that_was_trained_too(report: dict[str, Any]) -> None:
+    def order() -> list[str]:
+        return [one["label"] for one in facts.ranked(report) if one["label"].endswith("+window")]
+
+    assert order() == ["hedgehog+window", "elu+window", "t2r+window"]
+    hybrid, tuned = arm(report, "hedgehog+window"), copy.deepcopy(arm(report, "softmax"))
+    tuned.update(label="tuned", training=[{}], training_tokens=4096)
+    hybrid["training"] = [{}]
+    report["arms"].append(tuned)
+    for entry in hybrid["perplexity"]:
+        entry["against"].append(entry["ratio"] | {"arm": "tuned", "value": 1.95, "low": 1.9, "high": 2.0})
+    assert order() == ["elu+window", "hedgehog+window", "t2r+window"]
+    assert "elu+window" in dict(short(report))["Costs"]

@@ -1,0 +1,25 @@
+"""Ratios and differences as they are shown, marked where the softmax beside the arm was trained too."""
+
+from . import facts
+from .facts import Arm, Report
+from .text import count, interval, plain
+
+MARK = "†"
+
+
+def ratio(report: Report, arm: Arm, context: int | None) -> str:
+    """Perplexity over softmax's with its interval; empty where there is none."""
+    found = facts.ratio(report, arm, context)
+    return interval(found, "value") + mark(report, arm) if found else ""
+
+
+def mark(report: Report, arm: Arm) -> str:
+    """What marks the comparisons of `arm` with softmax; `note` says what it means."""
+    return MARK if facts.tuned_softmax(report, arm) else ""
+
+
+def note(report: Report) -> str:
+    """Which softmax the marked arms stand beside; empty where none is marked."""
+    found = (facts.tuned_softmax(report, arm) for arm in report["arms"])
+    tuned = next((softmax for softmax in found if softmax), None)
+    return f"{MARK} beside {plain(tuned['label'])}, trained on {count(tuned['training_tokens'])} tokens" if tuned else ""
