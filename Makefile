@@ -19,7 +19,7 @@ report: $(VENV)/.demo
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
 		$(foreach arm,$(filter-out identity relu_power:p=8,$(ARMS)),--arm $(arm)) --rounds 2 \
 		--context_length 512 --context_length 1024 --length 256 --length 1024 --length 2048 \
-		--train_length 256 --train_length 1024 --tasks needle,recall,writing --limit 4 --diagnose_tokens 128
+		--train_length 256 --train_length 1024 --tasks needle,recall,writing --limit 20 --diagnose_tokens 128
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile

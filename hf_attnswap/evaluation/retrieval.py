@@ -34,7 +34,8 @@ class Needle:
 def needles(
     tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], depths: Sequence[float], repeats: int = 1, seed: int = 0
 ) -> list[Needle]:
-    """`repeats` texts for every length and depth, each with a number of five digits of its own.
+    """`repeats` texts for every length and depth, by length and then with the depths in turn, each with a number of five
+    digits of its own.
 
     After the passkey task of Mohtashami and Jaggi, "Landmark attention", 2023.
 
@@ -44,8 +45,8 @@ def needles(
     numbers = random.Random(seed)
     made = []
     for length in lengths:
-        for depth in depths:
-            for _ in range(repeats):
+        for _ in range(repeats):
+            for depth in depths:
                 made.append(
                     Needle(length, depth, _hide(tokenizer, str(numbers.randint(10_000, 99_999)), length, depth))
                 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,8 +46,7 @@ def run_tasks(
     Args:
         names: `needle`, `recall`, paths of .jsonl files (see `choices`), or tasks of lm-eval.
         lengths: tokens of the texts of `needle` and `recall`.
-        limit: items per task, the first ones; per length and depth for `needle` (4 unless given), texts per length for
-            `recall` (16).
+        limit: items per task, the first ones; texts per length for `needle` (20 unless given) and `recall` (16).
         include_path: a folder of task files (yaml) for lm-eval.
 
     Raises:
@@ -57,7 +57,7 @@ def run_tasks(
     for name in names:
         progress(name)
         if name == "needle":
-            results += _needle(model, tokenizer, lengths, limit or 4, seed)
+            results += _needle(model, tokenizer, lengths, limit or 20, seed)
         elif name == "recall":
             results += _recall(model, tokenizer, lengths, limit or 16, seed)
         elif name.endswith(".jsonl"):
@@ -76,13 +76,13 @@ def run_tasks(
     return results
 
 
-def _needle(model, tokenizer, lengths, repeats: int, seed: int) -> list[Result]:
+def _needle(model, tokenizer, lengths, texts: int, seed: int) -> list[Result]:
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
     try:
         return [
             Result(f"needle at {length}", "found", tuple(map(float, found_needles(model, items))))
             for length in lengths
-            for items in [needles(tokenizer, [length], depths, repeats, seed)]
+            for items in [needles(tokenizer, [length], depths, ceil(texts / len(depths)), seed)[:texts]]
         ]
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -291,7 +291,27 @@ def read(path: str | Path) -> dict:
 
 
 def write(report: dict, path: str | Path) -> Path:
-    """Validate `report` and write it to `path` whole: on failure the file that was there stays."""
+    """Validate `report` and write it to `path` whole, numbers with six significant digits: on failure the file that was
+    there stays."""
     validate(report)
-    text = json.dumps(report, indent=2, allow_nan=False)
-    return write_whole(path, f"{text}\n".encode())
+    return write_whole(path, f"{_text(_rounded(report))}\n".encode())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _text(value: Any, margin: str = "\n") -> str:
+    """JSON with a line for each list or object that holds no other: of a layer and its heads there are many."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(item, dict | list) for item in items):
+        return json.dumps(value, allow_nan=False)
+    inner = f"{margin} "
+    if isinstance(value, list):
+        return f"[{inner}{f',{inner}'.join(_text(item, inner) for item in value)}{margin}]"
+    lines = [f"{json.dumps(key)}: {_text(item, inner)}" for key, item in value.items()]
+    return f"{{{inner}{f',{inner}'.join(lines)}{margin}}}"

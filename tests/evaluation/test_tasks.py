@@ -152,7 +152,7 @@ def test_generated_and_local_tasks_together(stories260k, files):
     )
     labels = [(r.task, r.metric, len(r.scores)) for r in results]
     assert labels == [
-        ("needle at 160", "found", 10), ("needle at 320", "found", 10),
+        ("needle at 160", "found", 2), ("needle at 320", "found", 2),
         ("recall of 30 pairs in 100 tokens", "recalled", 2), ("recall of 30 pairs in 120 tokens", "recalled", 2),
         ("pairs", "acc", 2), ("pairs", "acc_norm", 2), ("choices", "acc", 2), ("choices", "acc_norm", 2),
         ("words", "acc", 2), ("words", "perplexity", 2),
