@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for run in args.runs:
         begun = recipes[run.name][0]["model_name_or_path"]
         if begun != original and begun not in ends:
-            raise UsageError(f"run {run.name!r} began with {begun!r}, which is neither {original!r} nor a run before it")
+            raise UsageError(f"run {run.name!r} began with {begun!r}: neither {original!r} nor a run before it")
         ends[str(last_model(run, recipes[run.name]))] = f"{run.name}/{recipes[run.name][-1]['stage']}"
     told = {
         "text": named(args.validation_file),
@@ -201,8 +201,9 @@ def markdown(report: dict[str, Any]) -> str:
             "# Quality after conversion",
             "",
             f"{report['original']}, perplexity on {models[ORIGINAL]['tokens_measured']:,} tokens of {report['text']} "
-            f"at context {report['context']}. After distill it is compared with the model that the run began with, after "
-            "finetune with softmax fine-tuned alike; - where no run was trained so. The tokens are counted since the original.",
+            f"at context {report['context']}. After distill it is compared with the model that the run began with, "
+            "after finetune with softmax fine-tuned alike; - where no run was trained so. The tokens are counted since "
+            "the original.",
             "",
             *rows,
             "",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -72,28 +73,25 @@ def list_attentions(as_json: Json = False) -> None:
 
     entries = [_description(cls) for cls in available()]
     runs = ", ".join(f"{op} {backends_of(op)[0]}" for op in sorted(OPS))
-    table = Table(
-        title="Attention variants (control: for comparison)",
-        caption="Attention: all means causal, bidirectional and cross. Masks: any includes a bias, a soft cap and "
-        "sinks; padding, packed refuses all others. State: kept between generated tokens; constant does not grow. "
-        f"None takes attention dropout. Backends that run: {runs} (HF_ATTNSWAP_BACKEND puts another in front).",
+    formulas = Table("name", "computes", "options", "source", title="What they compute")
+    traits = Table("name", "cost", "attention", "masks", "state", "learns", title="What they take, keep and learn")
+    traits.caption = (
+        "Controls are for comparison. Attention: all means causal, bidirectional, cross. Masks: any includes a bias, "
+        "a soft cap and sinks; padding, packed refuses all others. State: kept between generated tokens; constant does "
+        "not grow. "
+        f"None takes attention dropout. Backends that run: {runs} (HF_ATTNSWAP_BACKEND puts another in front)."
     )
-    for column in ("name", "computes", "cost", "attention", "masks", "state", "learns", "options", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for e in entries:
-        cells = (
-            e["name"] + ("\n(control)" if e["control"] else ""),
-            e["formula"],
-            e["cost"],
-            "all" if len(e["kinds"]) == 3 else ", ".join(e["kinds"]),
-            e["masks"],
-            e["state"],
-            ", ".join(e["parameters"]),
-            ", ".join(f"{n}={o['default']}" for n, o in e["options"].items()),
-            e["source"],
-        )
-        table.add_row(*map(escape, cells))
-    show(as_json, entries, table)
+        options = ", ".join(f"{n}={o['default']}" for n, o in e["options"].items())
+        what = (e["name"] + ("\n(control)" if e["control"] else ""), e["formula"], options, e["source"])
+        kinds = "all" if len(e["kinds"]) == 3 else ", ".join(e["kinds"])
+        formulas.add_row(*map(escape, what))
+        traits.add_row(*map(escape, (e["name"], e["cost"], kinds, e["masks"], e["state"], ", ".join(e["parameters"]))))
+    for table in (formulas, traits):
+        table.box, table.pad_edge = SIMPLE_HEAD, False
+        for column in table.columns:
+            column.overflow, column.no_wrap = "fold", column.header == "name"
+    show(as_json, entries, formulas, traits)
 
 
 def _description(cls: type) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Needle:
 def needles(
     tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], depths: Sequence[float], repeats: int = 1, seed: int = 0
 ) -> list[Needle]:
-    """`repeats` texts for every length and depth, by length and then with the depths in turn, each with a number of five
-    digits of its own.
+    """`repeats` texts for every length and depth, each with a number of five digits of its own. Within a length the
+    depths come in turn.
 
     After the passkey task of Mohtashami and Jaggi, "Landmark attention", 2023.
 

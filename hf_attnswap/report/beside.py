@@ -22,4 +22,6 @@ def note(report: Report) -> str:
     """Which softmax the marked arms stand beside; empty where none is marked."""
     found = (facts.tuned_softmax(report, arm) for arm in report["arms"])
     tuned = next((softmax for softmax in found if softmax), None)
-    return f"{MARK} beside {plain(tuned['label'])}, trained on {count(tuned['training_tokens'])} tokens" if tuned else ""
+    if tuned is None:
+        return ""
+    return f"{MARK} beside {plain(tuned['label'])}, trained on {count(tuned['training_tokens'])} tokens"

@@ -68,8 +68,8 @@ def _beside_softmax(report: Report, arm: Arm, entry: dict, key: str) -> dict | N
 
 
 def tuned_softmax(report: Report, arm: Arm) -> Arm | None:
-    """The trained softmax that the quality of `arm` is compared with: of a trained arm the one trained most, because text
-    teaches its style to every model. None where there is none: the arm is compared with the reference."""
+    """The trained softmax that the quality of `arm` is compared with: of a trained arm the one trained most, because
+    text teaches its style to every model. None where there is none: the arm is compared with the reference."""
     if not arm["training"] or arm["attention"] == "softmax":
         return None
     arms = [other for other in report["arms"] if other["attention"] == "softmax" and other["training"]]

@@ -35,7 +35,9 @@ def _perplexity(value: dict) -> str:
 def _kept(report: Report, arm: Arm, context: int | None) -> str:
     """Beside the softmax that it is fair to name."""
     tuned, said = facts.tuned_softmax(report, arm), _perplexity(facts.ratio(report, arm, context))
-    return f"{said}, with a softmax that was trained too, on {count(tuned['training_tokens'])} tokens" if tuned else said
+    if tuned is None:
+        return said
+    return f"{said}, with a softmax that was trained too, on {count(tuned['training_tokens'])} tokens"
 
 
 def _quality(report: Report) -> str:

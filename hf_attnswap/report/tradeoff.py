@@ -191,6 +191,7 @@ def _caption(report: Report, arms: Sequence[Arm], context: int | None) -> str:
     if absent:
         names = listing([plain(arm["label"]) for arm in absent])
         said.append(f"Not drawn, for want of a ratio or a speed-up: {names}.")
-    if beside.note(report):
-        said.append(f"Trained arms stand {beside.note(report).removeprefix(f'{beside.MARK} ')}, the others beside softmax.")
+    note = beside.note(report).removeprefix(f"{beside.MARK} ")
+    if note:
+        said.append(f"Trained arms stand {note}, the others beside softmax.")
     return " ".join(said)

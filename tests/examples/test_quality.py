@@ -134,7 +134,8 @@ def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_pa
     assert "ratio" in models["longer/distill"] and "ratio" in models["window/finetune"]  # the original; softmax
     assert "beside_window" not in models["longer/distill"]
     assert not {"ratio", "beside_window"} & models["longer/finetune"].keys()
-    assert "| - | - |" in (tmp_path / "table" / "quality.md").read_text().split("longer | original | finetune")[1].split("\n")[0]
+    table = (tmp_path / "table" / "quality.md").read_text()
+    assert "| - | - |" in table.split("longer | original | finetune")[1].split("\n")[0]
 
 
 def test_a_run_that_began_with_another_is_compared_with_that(convert, script, held_out, tmp_path):
