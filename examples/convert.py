@@ -3,7 +3,8 @@
 The keys of a recipe are the arguments of the stages' scripts, without the dashes: those at the top hold for every stage
 that knows them, those of a stage for it alone. `options` are those of the variant. Without `stages`, the recipe of the
 variant's family is taken, which shares `max_train_tokens` out. Each stage begins with the model of the one before it;
-the command that runs it alone is printed.
+the command that runs it alone is printed. After stages with `attention: softmax`, which train the original, a stage may
+name another attention: what it swaps, and what teaches from there on, is the model as trained so far.
 
     model_name_or_path: HuggingFaceTB/SmolLM2-135M
     attention: hedgehog+window
@@ -70,12 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = read_recipe(args.recipe)
     accelerator = build_accelerator()
     keep(accelerator, stages, args.output_dir / "recipe.yaml")
-    model, original = stages[0][1]["model_name_or_path"], True
+    model = teacher = stages[0][1]["model_name_or_path"]
+    original = True  # whether the model with softmax switched on is the teacher still
     for number, (name, given) in enumerate(stages, start=1):
         folder = args.output_dir / f"{number}_{name}"
         given = {**given, "model_name_or_path": model}
+        if given.get("attention"):
+            teacher, original = model, True
         if name == "distill" and not original:
-            given.setdefault("teacher_name_or_path", stages[0][1]["model_name_or_path"])
+            given.setdefault("teacher_name_or_path", teacher)
         original = original and name == "align" and given.get("train") != "attention"
         model = str(folder / "model")
         if Path(model).exists():

@@ -6,8 +6,8 @@
 A run is a folder that convert.py wrote; its name is that of the row. All are measured on the same blocks of text, so
 differences are paired. What a stage is compared with:
 
-- distill: the model that the run began with, whose distribution it learns; softmax has nothing to learn there. That is
-  the original, or the end of another run, named before: softmax fine-tuned on the text, say, whose tokens then count.
+- distill: its teacher, whose distribution it learns; softmax has nothing to learn there. That is the original, or
+  softmax as the stages before the swap have trained it.
 - finetune: the run of softmax with the same finetune stage. Cross-entropy teaches the style of the text to every model,
   the original too; a comparison with the untrained one would call that a gain.
 
@@ -62,12 +62,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     recipes = {run.name: read(run) for run in args.runs}
     original = next(iter(recipes.values()))[0]["model_name_or_path"]
-    ends: dict[str, str] = {}  # of the runs so far, by the folder of the model
-    for run in args.runs:
-        begun = recipes[run.name][0]["model_name_or_path"]
-        if begun != original and begun not in ends:
-            raise UsageError(f"run {run.name!r} began with {begun!r}: neither {original!r} nor a run before it")
-        ends[str(last_model(run, recipes[run.name]))] = f"{run.name}/{recipes[run.name][-1]['stage']}"
+    for name, stages in recipes.items():
+        if stages[0]["model_name_or_path"] != original:
+            raise UsageError(f"run {name!r} began with {stages[0]['model_name_or_path']!r}, others with {original!r}")
     told = {
         "text": named(args.validation_file),
         "context": args.context_length,
@@ -91,9 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     measure(ORIGINAL, original, {})
     for run in args.runs:
-        stages = recipes[run.name]
-        begun = ends.get(stages[0]["model_name_or_path"], ORIGINAL)
-        so_far, seconds = (report["models"][begun].get(name, 0) for name in ("tokens", "seconds"))
+        stages, so_far, seconds = recipes[run.name], 0, 0.0
         (args.output_dir / run.name).mkdir(parents=True, exist_ok=True)
         write_whole(
             args.output_dir / run.name / "recipe.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False).encode()
@@ -107,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if stage["stage"] == "align":
                 continue
             about = {"stages": stages[:number], "tokens": so_far, "seconds": round(seconds), "curve": curve}
-            about |= {} if begun == ORIGINAL else {"begun_with": begun}
             measure(f"{run.name}/{stage['stage']}", str(folder / "model"), about)
     compare(report["models"])
     write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
@@ -122,14 +116,10 @@ def read(run: Path) -> list[dict[str, Any]]:
         stages = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
     except FileNotFoundError:
         raise UsageError(f"{str(run)!r} is not a folder that convert.py wrote: it has no recipe.yaml") from None
-    last = last_model(run, stages)
+    last = run / f"{len(stages)}_{stages[-1]['stage']}" / "model"
     if not last.exists():
         raise UsageError(f"the run {str(run)!r} has not finished: {str(last)!r} is missing")
     return stages
-
-
-def last_model(run: Path, stages: list[dict[str, Any]]) -> Path:
-    return run / f"{len(stages)}_{stages[-1]['stage']}" / "model"
 
 
 def curve_of(folder: Path, before: int) -> list[dict[str, float]]:
@@ -158,17 +148,30 @@ def compare(models: dict[str, dict[str, Any]]) -> None:
         model.pop("ratio", None), model.pop("beside_window", None)
         if key == ORIGINAL:
             continue
-        distilled = model["stages"][-1]["stage"] == "distill"
-        control = model.get("begun_with", ORIGINAL) if distilled else alike(models, model, CONTROL, since=-1)
-        if control not in (None, key):
+        stages = model["stages"]
+        control = alike(models, stages, CONTROL, since=-1)
+        if stages[-1]["stage"] == "distill":
+            control = teacher(key, stages)
+        if control in of and control != key:
             model["ratio"] = ratio(of[key], of[control])
-        beside = alike(models, model, BESIDE)
-        if model["stages"][0]["attention"] != CONTROL and beside not in (None, key):
+        beside = alike(models, stages, BESIDE)
+        if attention(stages) != CONTROL and beside in of and beside != key:
             model["beside_window"] = ratio(of[key], of[beside])
 
 
-def alike(models: dict[str, dict[str, Any]], model: dict[str, Any], attention: str, since: int = 0) -> str | None:
-    """The key of the model with `attention` whose stages were those of `model`, from number `since` on."""
+def attention(stages: list[dict[str, Any]]) -> str:
+    """What the last of the stages trains."""
+    return [stage["attention"] for stage in stages if "attention" in stage][-1]
+
+
+def teacher(key: str, stages: list[dict[str, Any]]) -> str:
+    """The key of the model that the last swap was made of."""
+    swapped = max(number for number, stage in enumerate(stages) if "attention" in stage)
+    return f"{key.split('/')[0]}/{stages[swapped - 1]['stage']}" if swapped else ORIGINAL
+
+
+def alike(models: dict[str, Any], ours: list[dict[str, Any]], name: str, since: int = 0) -> str | None:
+    """The key of the model with attention `name` whose stages were `ours`, from number `since` on."""
 
     def training(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = [stage for stage in stages if stage["stage"] != "align"][since:]
@@ -176,7 +179,7 @@ def alike(models: dict[str, dict[str, Any]], model: dict[str, Any], attention: s
 
     for key, other in models.items():
         stages = other.get("stages")
-        if stages and stages[0]["attention"] == attention and training(stages) == training(model["stages"]):
+        if stages and attention(stages) == name and training(stages) == training(ours):
             return key
     return None
 
@@ -185,14 +188,13 @@ def markdown(report: dict[str, Any]) -> str:
     models = report["models"]
     same = "trained the same way (95 %)"
     rows = [
-        f"| run | began with | stage | training tokens | minutes | perplexity | / softmax {same} | / `window` {same} |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| run | stage | training tokens | minutes | perplexity | / softmax {same} | / `window` {same} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, model in models.items():
         run, _, stage = key.partition("/")
         trained = [f"{model.get('tokens', 0):,}", f"{model.get('seconds', 0) / 60:.0f}"]
-        begun = "-" if key == ORIGINAL else model.get("begun_with", ORIGINAL)
-        cells = [run, begun, stage or "-", *trained, f"{model['perplexity']:.2f}"]
+        cells = [run, stage or "-", *trained, f"{model['perplexity']:.2f}"]
         cells += [cell(model.get(name)) for name in ("ratio", "beside_window")]
         rows.append(f"| {' | '.join(cells)} |")
     few = any(model.get("ratio", {}).get("few") for model in models.values())
@@ -201,9 +203,8 @@ def markdown(report: dict[str, Any]) -> str:
             "# Quality after conversion",
             "",
             f"{report['original']}, perplexity on {models[ORIGINAL]['tokens_measured']:,} tokens of {report['text']} "
-            f"at context {report['context']}. After distill it is compared with the model that the run began with, "
-            "after finetune with softmax fine-tuned alike; - where no run was trained so. The tokens are counted since "
-            "the original.",
+            f"at context {report['context']}. After distill it is compared with its teacher (the original, or what "
+            "the finetune before made of it), after finetune with softmax fine-tuned alike; - where no run was.",
             "",
             *rows,
             "",

@@ -132,8 +132,8 @@ def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any] |
         return None
     shared = {key: arm["training"][0]["arguments"][key] for key in _SHARED if key in arm["training"][0]["arguments"]}
     stages = [
-        {"stage": stage["stage"]} | {key: value for key, value in stage["arguments"].items() if key not in _SHARED}
-        for stage in arm["training"]
+        {"stage": stage["stage"]} | {key: v for key, v in stage["arguments"].items() if number or key not in _SHARED}
+        for number, stage in enumerate(arm["training"])
     ]
     name = report["model"]["name"]
     name = name if base_model is None or name.endswith(".gguf") else base_model

@@ -27,12 +27,12 @@ def held_out(tmp_path, text):
 def convert(script, checkpoint, text, held_out, tmp_path):
     """`convert("window")` is the folder of a finished run of a recipe for that variant."""
 
-    def run(attention, name=None, steps=3, model=checkpoint, **options):
+    def run(attention, name=None, steps=3, stages=({"stage": "distill"}, {"stage": "finetune"}), **options):
         recipe = {
-            "model_name_or_path": str(model), "attention": attention, "options": options, "train_file": text,
+            "model_name_or_path": checkpoint, "attention": attention, "options": options, "train_file": text,
             "validation_file": held_out, "validation_steps": 2, "max_validation_tokens": 4 * BLOCK,
             "block_size": BLOCK, "max_train_steps": steps, "learning_rate": 1e-2,
-            "stages": [{"stage": "distill"}, {"stage": "finetune"}],
+            "stages": list(stages),
         }  # fmt: skip
         path = tmp_path / f"{name or attention}.yaml"
         path.write_text(yaml.safe_dump(recipe))
@@ -135,23 +135,24 @@ def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_pa
     assert "beside_window" not in models["longer/distill"]
     assert not {"ratio", "beside_window"} & models["longer/finetune"].keys()
     table = (tmp_path / "table" / "quality.md").read_text()
-    assert "| - | - |" in table.split("longer | original | finetune")[1].split("\n")[0]
+    assert "| - | - |" in table.split("longer | finetune")[1].split("\n")[0]
 
 
-def test_a_run_that_began_with_another_is_compared_with_that(convert, script, held_out, tmp_path):
-    softmax = convert("softmax")
-    tuned = convert("relu_norm", "tuned", model=softmax / "2_finetune" / "model")
-    rest = ["--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens", str(2 * BLOCK)]
-    quality = script("quality")
-    models = quality.main([str(softmax), str(tuned), *rest, "--output_dir", str(tmp_path / "table")])["models"]
-    nll = [models[key]["nll"] for key in ("tuned/distill", "softmax/finetune")]
-    factor = math.exp(sum(a - b for a, b in zip(*nll, strict=True)) / 2)
-    assert models["tuned/distill"]["ratio"]["value"] == pytest.approx(factor)
-    assert models["tuned/distill"]["tokens"] == models["softmax/finetune"]["tokens"] + 3 * BLOCK
-    assert "ratio" not in models["tuned/finetune"]  # no softmax was fine-tuned twice
-    assert "| tuned | softmax/finetune | distill |" in (tmp_path / "table" / "quality.md").read_text()
-    with pytest.raises(UsageError, match="run 'softmax' began with .* which is neither"):
-        quality.main([str(tuned), str(softmax), *rest, "--output_dir", str(tmp_path / "turned")])
+def test_softmax_that_was_trained_before_the_swap_is_the_teacher(convert, script, held_out, tmp_path):
+    def stages(attention):
+        return [{"stage": "finetune"}, {"stage": "distill", "attention": attention}]
+
+    runs = [convert("softmax", name, stages=stages(name)) for name in ("window", "relu_norm")]
+    command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
+               str(2 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
+    models = script("quality").main(command)["models"]
+    assert models["relu_norm/finetune"]["attention"].startswith("softmax")
+    assert models["relu_norm/distill"]["attention"].startswith("relu_norm")
+    for key, control in {"ratio": "relu_norm/finetune", "beside_window": "window/distill"}.items():
+        nll = [models[name]["nll"] for name in ("relu_norm/distill", control)]
+        factor = math.exp(sum(a - b for a, b in zip(*nll, strict=True)) / 2)
+        assert models["relu_norm/distill"][key]["value"] == pytest.approx(factor)
+    assert models["relu_norm/distill"]["tokens"] == 6 * BLOCK
 
 
 def test_what_is_no_finished_run_is_refused(script, tmp_path, held_out):
