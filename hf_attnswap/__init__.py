@@ -11,7 +11,8 @@ from .attentions import get as _get
 from .attentions import names as _names
 from .config import SwapConfig
 from .errors import UsageError
-from .patching import AttentionModule, inspect, restore, swap
+from .finding import AttentionModule, inspect
+from .patching import restore, swap
 from .publish import portable as _portable
 from .publish import push as _push
 from .version import __version__

@@ -10,18 +10,8 @@ from transformers.integrations import accelerate as integration
 from .config import plans_from_dict, select
 from .dispatch import GUARD, NAME
 from .errors import UsageError
-from .patching import (
-    AttentionModule,
-    Group,
-    attach,
-    build_variant,
-    counted,
-    detach,
-    inspect,
-    mark_swapped,
-    model_parts,
-    swapped_modules,
-)
+from .finding import AttentionModule, Group, counted, inspect, model_parts
+from .patching import attach, build_variant, detach, mark_swapped, swapped_modules
 
 
 def hook_into_transformers() -> None:

@@ -8,8 +8,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..cache import cache_nbytes
 from ..dispatch import NAME, attend
+from ..finding import head_shape, inspect
 from ..masks import Mask
-from ..patching import head_shape, inspect
 from .attention import random_inputs
 from .measure import peak_memory_mib, seconds
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..patching import describe, inspect
+from ..finding import inspect
+from ..patching import describe
 from .damage import by_damage, layer_damage
 from .distribution import distribution_facts
 from .gradients import LayerGradients, gradient_flow

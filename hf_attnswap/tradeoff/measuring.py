@@ -28,7 +28,8 @@ from ..evaluation.checks import check_swap
 from ..evaluation.diagnose import diagnose
 from ..evaluation.perplexity import count_units, perplexity
 from ..files import write_whole
-from ..patching import inspect, restore, swapped_modules
+from ..finding import inspect
+from ..patching import restore, swapped_modules
 from ..training.align import aligning, alignment_loss, calibrate, trainable_parameters
 from ..training.batches import batches
 from ..training.loop import train
