@@ -64,6 +64,15 @@ def text(tmp_path_factory) -> str:
 
 
 @pytest.fixture
+def arguments(checkpoint, text, tmp_path):
+    """The command line of a short run; later options win."""
+    given = dict(
+        model_name_or_path=checkpoint, train_file=text, output_dir=tmp_path / "out", block_size=32, max_train_steps=4
+    )
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
 def script():
     """`script("finetune")` is that example as a module; `.main([...])` runs it in this process."""
     sys.path.insert(0, str(EXAMPLES))
