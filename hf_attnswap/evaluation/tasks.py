@@ -54,13 +54,14 @@ def run_tasks(
     """
     check_tasks(names)
     results: list[Result] = []
-    for name in names:
+    others = [name for name in names if name not in GENERATED and not name.endswith(".jsonl")]
+    for name in (name for name in names if name not in others):
         progress(name)
         if name == "needle":
             results += _needle(model, tokenizer, lengths, limit or 20, seed)
         elif name == "recall":
             results += _recall(model, tokenizer, lengths, limit or 16, seed)
-        elif name.endswith(".jsonl"):
+        else:
             items = read_items(name, limit)
             scores = score_choices(model, tokenizer, items, batch_size)
             results.append(Result(Path(name).stem, "acc", tuple(scores.acc)))
@@ -69,7 +70,6 @@ def run_tasks(
             if scores.log_likelihood:
                 told = tuple(scores.log_likelihood)
                 results.append(Result(Path(name).stem, "perplexity", told, False, perplexity))
-    others = [name for name in names if name not in GENERATED and not name.endswith(".jsonl")]
     if others:
         progress(", ".join(others))
         results += harness_tasks(model, tokenizer, others, limit, include_path, batch_size, seed)

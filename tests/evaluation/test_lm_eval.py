@@ -118,6 +118,16 @@ def test_numbers_are_those_of_lm_eval(stories260k, folder, attention):
     assert theirs["their_cola", "f1"].value == pytest.approx(f1_score(true, said))
 
 
+def test_the_task_of_the_examples_is_one(stories260k, folder, monkeypatch):
+    """Its file is named from the root of the repository."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    model, tokenizer = load(stories260k)
+    ours = run_tasks(model, tokenizer, [str(SHARED / FILES["arc"])], limit=4)
+    theirs = run_tasks(model, tokenizer, ["arc_easy_local"], limit=4, include_path="examples/tasks")
+    assert [(r.task, r.metric) for r in theirs] == [("arc_easy_local", "acc"), ("arc_easy_local", "acc_norm")]
+    assert [r.scores for r in theirs] == [r.scores for r in ours]
+
+
 @pytest.mark.parametrize("attention", (None, "hedgehog+window"))
 def test_log_likelihoods_are_those_of_lm_eval(stories260k, folder, attention):
     """Item by item, not only where the best choice is the same."""
