@@ -127,7 +127,7 @@ def _labels(axes: Axes, arms: Sequence[Arm], values: Sequence[dict], heights: Se
     entries = [("softmax", 1.0, INK)]
     for arm, value, height in zip(arms, values, heights, strict=True):
         label = plain(arm["label"])
-        label = label if len(label) <= 30 else f"{label[:29]}…"
+        label = label if len(label) <= 25 else f"{label[:24]}…"
         entries.append((f"{label} {times(value['value'])}", height, _CLASSES[arm["cost_class"]][0]))
     entries.sort(key=lambda entry: entry[1])
     low, high = (log10(limit) for limit in axes.get_ylim())
