@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_attnswap.report import facts, table
+from hf_attnswap.report import facts, table, tasks
 from hf_attnswap.report.short import short
 from hf_attnswap.report.summary import summary
 from hf_attnswap.report.tradeoff import tradeoff
@@ -260,3 +260,15 @@ def test_trained_arms_are_ranked_by_the_softmax_that_was_trained_too(report: dic
         entry["against"].append(entry["ratio"] | {"arm": "tuned", "value": 1.95, "low": 1.9, "high": 2.0})
     assert order() == ["elu+window", "hedgehog+window", "t2r+window"]
     assert "elu+window" in dict(short(report))["Costs"]
+
+
+def test_tasks_of_trained_arms_are_compared_with_that_softmax_too(full: dict[str, Any]) -> None:
+    hybrid, tuned = arm(full, "hedgehog+window"), copy.deepcopy(arm(full, "softmax"))
+    tuned.update(label="tuned", training=[{}], training_tokens=4096)
+    hybrid["training"] = [{}]
+    full["arms"].append(tuned)
+    entry = hybrid["tasks"][0]
+    before = tasks.cell(full, hybrid, (entry["task"], entry["metric"]))
+    entry["against"].append(entry["difference"] | {"arm": "tuned", "value": 0.125, "low": 0.11, "high": 0.15})
+    after = tasks.cell(full, hybrid, (entry["task"], entry["metric"]))
+    assert "†" not in before and "+0.125 (+0.110 to +0.150)" in after and after.endswith("†")
