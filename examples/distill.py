@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--hidden_weight",
         type=float,
         default=0.0,
-        help="of the error of each layer's hidden states, beside the divergence (default: %(default)s)",
+        help="of the cosine distance of each layer's hidden states, beside the divergence (default: %(default)s)",
     )
     add_whole_model_arguments(parser)
     add_lora_arguments(parser)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 from ..ops.heads import compute_dtype
-from .align import normalised_error
 from .batches import model_inputs
 from .teacher import as_original
 
@@ -32,7 +31,8 @@ def distillation_loss(
     hidden_weight: float = 0.0,
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Tensor:
-    """`KL(teacher || model) T^2`, the mean over tokens, plus `hidden_weight` times the error of the hidden states.
+    """`KL(teacher || model) T^2` plus `hidden_weight` times `1 - cos(teacher, model)` of the hidden states, both the
+    mean over tokens.
 
     Args:
         model: the model that trains, as Accelerate prepared it or not.
@@ -40,7 +40,9 @@ def distillation_loss(
             LoRA and the variants train, the unwrapped `model` itself: one copy of its weights is then in memory.
         batch: token blocks `[B, n]`, or what the model takes by name.
         temperature: T divides both logits (Hinton 2015).
-        hidden_weight: of `align.normalised_error` between the outputs of equal layers, the mean over layers.
+        hidden_weight: of the cosine distance (DistilBERT, Sanh 2019) between the outputs of equal layers, the mean over
+            layers. It has no scale: in many models the first token is a hundred times as long as the others (massive
+            activations, Sun 2024), and would be all that a squared error sees.
         tokens_at_once: for so many tokens logits exist at a time, about five tensors `[tokens_at_once, vocabulary]`.
 
     Raises:
@@ -68,11 +70,11 @@ def distillation_loss(
         tokens_at_once=tokens_at_once,
     )
     if hidden_weight:
-        errors = [
-            normalised_error(ours[:, None], theirs[:, None], valid)
+        distances = [
+            1 - F.cosine_similarity(_tokens(ours, valid).float(), _tokens(theirs, valid).float(), dim=-1).mean()
             for ours, theirs in zip(found[1:], target.hidden_states[1:], strict=True)
         ]
-        loss = loss + hidden_weight * torch.stack(errors).mean()
+        loss = loss + hidden_weight * torch.stack(distances).mean()
     return loss
 
 

@@ -226,18 +226,18 @@ def test_logits_that_are_changed_after_the_head_are_refused():
 
 
 def test_hidden_states_of_equal_layers():
-    """Nothing for the same model; the error of a constant guess is one."""
+    """Nothing for the same model; every token's angle counts the same, however long its hidden state is."""
     teacher = frozen(tiny())
     assert distillation_loss(tiny(), teacher, TEXT, hidden_weight=1.0).item() == pytest.approx(0, abs=1e-5)
     model = student()
     without, with_hidden = (distillation_loss(model, teacher, TEXT, hidden_weight=w).item() for w in (0.0, 2.0))
     with torch.no_grad():
         ours, theirs = (m(input_ids=TEXT, output_hidden_states=True).hidden_states[1:] for m in (model, teacher))
-    errors = [
-        ((a - b).square().sum((1, 2)) / (b - b.mean((1, 2), keepdim=True)).square().sum((1, 2))).mean()
+    cosines = [
+        ((a / a.norm(dim=-1, keepdim=True)) * (b / b.norm(dim=-1, keepdim=True))).sum(-1)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    assert with_hidden - without == pytest.approx(2 * torch.stack(errors).mean().item(), rel=1e-4)
+    assert with_hidden - without == pytest.approx(2 * (1 - torch.stack(cosines).mean()).item(), rel=1e-4)
 
 
 def test_padding_counts_for_nothing():
