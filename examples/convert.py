@@ -47,18 +47,23 @@ SCRIPTS = {"align": align_attention, "distill": distill, "finetune": finetune}
 # What convert itself says to each stage.
 OURS = ("output_dir", "resume_from_checkpoint", "help")
 
-# Shares of the tokens, and what the papers train with. LoLCATs (Zhang 2024): alignment of the maps with AdamW at 1e-2,
-# on as many tokens as what follows. RADLADS (Goldstein 2025): alignment of whole attention modules on a cosine from
-# 1e-3 to 1e-5, then the divergence of the logits with all weights, on a few times as many tokens; here without the
-# embeddings, and at a rate for fewer tokens.
-_DISTILL = {
-    "stage": "distill", "share": 0.75, "learning_rate": distill.DEFAULT_LEARNING_RATE, "freeze_embeddings": True,
-}  # fmt: skip
+# What the papers train with, and how the tokens of a run are shared out. LoLCATs (Zhang 2024): alignment of the maps
+# with AdamW at 1e-2. RADLADS (Goldstein 2025): alignment of whole attention modules on a cosine from 1e-3 to 1e-5, then
+# the divergence of the logits with all weights, on a few times as many tokens; here without the embeddings, and at a
+# rate for fewer tokens. Variants with maps take both alignments, and a higher rate for the maps than for the weights
+# around them: on few tokens the second alignment gains more than a distillation as long (examples/results/README.md).
+_MAPS = {"stage": "align", "learning_rate": align_attention.DEFAULT_LEARNING_RATE}
 _MODULES = {
-    "stage": "align", "share": 0.25, "train": "attention",
+    "stage": "align", "train": "attention",
     "learning_rate": align_attention.DEFAULT_PROJECTIONS_LEARNING_RATE, "final_learning_rate": 1e-5,
 }  # fmt: skip
-_MAPS = {"stage": "align", "share": 0.25, "learning_rate": align_attention.DEFAULT_LEARNING_RATE}
+_DISTILL = {"stage": "distill", "learning_rate": distill.DEFAULT_LEARNING_RATE, "freeze_embeddings": True}
+_WITHOUT_MAPS = [(0.25, _MODULES), (0.75, _DISTILL)]
+_WITH_MAPS = [
+    (0.05, _MAPS),
+    (0.35, {**_MODULES, "learning_rate": 2e-3, "new_parameters_learning_rate": 1e-2}),
+    (0.6, {**_DISTILL, "new_parameters_learning_rate": 5e-4}),
+]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -198,13 +203,10 @@ def family_stages(shared: dict[str, Any]) -> list[dict[str, Any]]:
         learns = next(variant(attentions.Heads(1, 1, 8), **options).parameters(), None) is not None
     except ValueError as error:
         raise UsageError(str(error)) from None
-    first = _MAPS if learns and variant.cost_class == "linear" else _MODULES
+    plan = _WITH_MAPS if learns and variant.cost_class == "linear" else _WITHOUT_MAPS
+    stages = [{**stage, "max_train_tokens": int(tokens * share)} for share, stage in plan]
     if "gain" in variant.options():
-        first = {**first, "options": {"gain": True, **options}}
-    stages = []
-    for stage in (first, _DISTILL):
-        stages.append({key: value for key, value in stage.items() if key != "share"})
-        stages[-1]["max_train_tokens"] = int(tokens * stage["share"])
+        stages[0]["options"] = {"gain": True, **options}
     return stages
 
 

@@ -111,22 +111,28 @@ def test_softmax_trained_first_is_what_is_converted_and_what_teaches(script, rec
     assert told == [("finetune", "softmax"), ("align", "hedgehog+window"), ("distill", None)]
 
 
+@pytest.mark.parametrize("attention, options", [("hedgehog", None), ("hedgehog+window", {"window": 8})])
+def test_maps_are_aligned_first_then_the_modules_around_them(script, recipe, tmp_path, attention, options):
+    recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
+    (one, maps), (two, modules), (three, distill) = script("convert").read_recipe(tmp_path / "recipe.yaml")
+    assert (one, two, three) == ("align", "align", "distill")
+    assert [stage["max_train_tokens"] for stage in (maps, modules, distill)] == [200, 1400, 2400]
+    assert (maps["attention"], maps.get("options"), maps["learning_rate"]) == (attention, options, 1e-2)
+    assert "train" not in maps and modules["train"] == "attention"
+    assert not {"attention", "options"} & {*modules, *distill}
+
+
 @pytest.mark.parametrize(
-    "attention, options, first",
-    [
-        ("hedgehog", None, {"learning_rate": 1e-2}),
-        ("hedgehog+window", {"window": 8}, {"learning_rate": 1e-2, "options": {"window": 8}}),
-        ("elu", None, {"train": "attention", "learning_rate": 1e-3, "final_learning_rate": 1e-5}),
-        ("relu_power", {"p": 8}, {"train": "attention", "options": {"gain": True, "p": 8}}),
-    ],
+    "attention, options, taken", [("elu", None, None), ("relu_power", {"p": 8}, {"gain": True, "p": 8})]
 )
-def test_a_family_has_its_own_stages(script, recipe, tmp_path, attention, options, first):
-    command = recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
+def test_without_maps_the_modules_are_aligned(script, recipe, tmp_path, attention, options, taken):
+    recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
     (one, align), (two, distill) = script("convert").read_recipe(tmp_path / "recipe.yaml")
-    assert (one, two) == ("align", "distill") and command
-    assert first.items() <= align.items() and align.get("train") == first.get("train")
+    assert (one, two) == ("align", "distill")
+    assert (align["train"], align["learning_rate"], align["final_learning_rate"]) == ("attention", 1e-3, 1e-5)
     assert (align["max_train_tokens"], distill["max_train_tokens"]) == (1000, 3000)
-    assert distill["learning_rate"] == 1e-4 and "options" not in distill and "attention" not in distill
+    assert align.get("options") == taken
+    assert distill["learning_rate"] == 1e-4 and not {"attention", "options"} & distill.keys()
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
