@@ -129,7 +129,7 @@ def read_recipe(path: Path) -> list[Stage]:
         stages = family_stages(shared)
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise UsageError(f"stages in recipe {str(path)!r} is {stages!r}; expected a list such as [{{stage: align}}]")
-    found = []
+    found, swapped = [], "softmax"
     for number, stage in enumerate(stages, start=1):
         name = stage.get("stage")
         if name not in SCRIPTS:
@@ -146,6 +146,13 @@ def read_recipe(path: Path) -> list[Stage]:
         taken = {key: value for key, value in shared.items() if key in known[name] and key not in hidden}
         found.append((name, {**taken, **own}))
         check_arguments(f"stage {number} ({name}) of recipe {str(path)!r}", name, found[-1][1])
+        attention = found[-1][1].get("attention")
+        if attention and swapped != "softmax":
+            raise UsageError(
+                f"stage {number} ({name}) of recipe {str(path)!r} swaps to {attention!r} what is {swapped!r} already: "
+                "name one attention, after stages with softmax if any"
+            )
+        swapped = attention or swapped
     return found
 
 

@@ -149,6 +149,12 @@ def test_the_recipes_here_are_recipes(script, path):
         (dict(stages=[{"stage": "distill", "temprature": 2}]), "Did you mean 'temperature'"),
         (dict(stages=[{"stage": "align", "learning_rate": "fast"}]), r"stage 1 \(align\).*invalid float value: 'fast'"),
         (dict(stages=[]), r"stages in recipe .* is \[\]"),
+        (
+            dict(
+                attention="elu", options=None, stages=[{"stage": "distill"}, {"stage": "distill", "attention": "relu"}]
+            ),
+            r"stage 2 \(distill\) .* swaps to 'relu' what is 'elu' already",
+        ),
         (dict(attention=None), "has no attention"),
         (dict(train_file=None), "one of the arguments --train_file --dataset_name is required"),
         (dict(stages=None), "needs max_train_tokens, which is None"),
