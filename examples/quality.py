@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if stage["stage"] == "align":
                 continue
             about = {"stages": stages[:number], "tokens": so_far, "seconds": round(seconds), "curve": curve}
-            measure(f"{run.name}/{stage['stage']}", str(folder / "model"), about)
+            measure(f"{run.name}/{label(stages[:number])}", str(folder / "model"), about)
     compare(report["models"])
     write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
     write_whole(args.output_dir / "quality.md", markdown(report).encode())
@@ -167,7 +167,14 @@ def attention(stages: list[dict[str, Any]]) -> str:
 def teacher(key: str, stages: list[dict[str, Any]]) -> str:
     """The key of the model that the last swap was made of."""
     swapped = max(number for number, stage in enumerate(stages) if "attention" in stage)
-    return f"{key.split('/')[0]}/{stages[swapped - 1]['stage']}" if swapped else ORIGINAL
+    return f"{key.split('/')[0]}/{label(stages[:swapped])}" if swapped else ORIGINAL
+
+
+def label(stages: list[dict[str, Any]]) -> str:
+    """What the last of the stages is called: `distill`, and `distill 2` where it is the second."""
+    name = stages[-1]["stage"]
+    count = sum(stage["stage"] == name for stage in stages)
+    return name if count == 1 else f"{name} {count}"
 
 
 def alike(models: dict[str, Any], ours: list[dict[str, Any]], name: str, since: int = 0) -> str | None:

@@ -140,7 +140,7 @@ def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_pa
 
 def test_softmax_that_was_trained_before_the_swap_is_the_teacher(convert, script, held_out, tmp_path):
     def stages(attention):
-        return [{"stage": "finetune"}, {"stage": "distill", "attention": attention}]
+        return [{"stage": "finetune"}, {"stage": "distill", "attention": attention}, {"stage": "distill"}]
 
     runs = [convert("softmax", name, stages=stages(name)) for name in ("window", "relu_norm")]
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
@@ -148,11 +148,12 @@ def test_softmax_that_was_trained_before_the_swap_is_the_teacher(convert, script
     models = script("quality").main(command)["models"]
     assert models["relu_norm/finetune"]["attention"].startswith("softmax")
     assert models["relu_norm/distill"]["attention"].startswith("relu_norm")
-    for key, control in {"ratio": "relu_norm/finetune", "beside_window": "window/distill"}.items():
-        nll = [models[name]["nll"] for name in ("relu_norm/distill", control)]
-        factor = math.exp(sum(a - b for a, b in zip(*nll, strict=True)) / 2)
-        assert models["relu_norm/distill"][key]["value"] == pytest.approx(factor)
-    assert models["relu_norm/distill"]["tokens"] == 6 * BLOCK
+    for stage in ("distill", "distill 2"):
+        found = models[f"relu_norm/{stage}"]
+        for key, control in {"ratio": "relu_norm/finetune", "beside_window": f"window/{stage}"}.items():
+            factor = math.exp(sum(a - b for a, b in zip(found["nll"], models[control]["nll"], strict=True)) / 2)
+            assert found[key]["value"] == pytest.approx(factor)
+    assert [models[f"relu_norm/{stage}"]["tokens"] for stage in ("distill", "distill 2")] == [6 * BLOCK, 9 * BLOCK]
 
 
 def test_what_is_no_finished_run_is_refused(script, tmp_path, held_out):
