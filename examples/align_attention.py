@@ -21,8 +21,8 @@ from training_run import read_text, run, save, swap_as_asked
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.loading import load
-from hf_attnswap.patching import describe, swapped_modules
+from hf_attnswap.integration.swapping import describe, swapped_modules
+from hf_attnswap.sources.models import load
 from hf_attnswap.training.align import (
     DEFAULT_LEARNING_RATE,
     DEFAULT_PROJECTIONS_LEARNING_RATE,

@@ -26,11 +26,11 @@ from training_run import run_steps, save, swap_as_asked
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_attnswap import UsageError
-from hf_attnswap.data import TextSource
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.files import write_whole
-from hf_attnswap.loading import load_classifier
-from hf_attnswap.patching import describe, swapped_modules
+from hf_attnswap.integration.swapping import describe, swapped_modules
+from hf_attnswap.sources.files import write_whole
+from hf_attnswap.sources.models import load_classifier
+from hf_attnswap.sources.texts import TextSource
 from hf_attnswap.training.align import aligning, alignment_loss, calibrate, trainable_parameters
 from hf_attnswap.training.batches import Batches
 from hf_attnswap.training.checkpoints import find_checkpoint

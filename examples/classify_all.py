@@ -30,12 +30,12 @@ from transformers import PreTrainedModel
 
 from hf_attnswap import UsageError, attentions, swap
 from hf_attnswap.benchmark.reading import reading
-from hf_attnswap.dispatch import NAME
+from hf_attnswap.config import NAME
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.files import write_whole
-from hf_attnswap.loading import load_classifier
-from hf_attnswap.patching import swapped_modules
+from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.report import classification
+from hf_attnswap.sources.files import write_whole
+from hf_attnswap.sources.models import load_classifier
 from hf_attnswap.tradeoff import Arm, describe_model, machine, parse_options, versions
 
 DEFAULT_ARMS = "softmax none relu_norm relu_power sigmoid identity elu hedgehog t2r".split()

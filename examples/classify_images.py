@@ -31,8 +31,8 @@ from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.classification import f1, matthews
 from hf_attnswap.evaluation.result import Result
-from hf_attnswap.files import require_empty, write_whole
-from hf_attnswap.patching import describe
+from hf_attnswap.integration.swapping import describe
+from hf_attnswap.sources.files import require_empty, write_whole
 from hf_attnswap.tradeoff import Arm, machine, versions
 from hf_attnswap.tradeoff.arms import build
 from hf_attnswap.training.batches import Batches

@@ -36,7 +36,7 @@ from launch import build_accelerator, say, start
 from hf_attnswap import UsageError, attentions
 from hf_attnswap.attentions.base import suggestion
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.files import write_whole
+from hf_attnswap.sources.files import write_whole
 
 OUTPUT = """\
 output_dir:
@@ -51,7 +51,7 @@ OURS = ("output_dir", "resume_from_checkpoint", "help")
 # with AdamW at 1e-2. RADLADS (Goldstein 2025): alignment of whole attention modules on a cosine from 1e-3 to 1e-5, then
 # the divergence of the logits with all weights, on a few times as many tokens; here without the embeddings, and at a
 # rate for fewer tokens. Variants with maps take both alignments, and a higher rate for the maps than for the weights
-# around them: on few tokens the second alignment gains more than a distillation as long (examples/results/README.md).
+# around them: on few tokens the second alignment gains more than a distillation as long (benchmarks/results/README.md).
 _MAPS = {"stage": "align", "learning_rate": align_attention.DEFAULT_LEARNING_RATE}
 _MODULES = {
     "stage": "align", "train": "attention",

@@ -30,9 +30,10 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 import hf_attnswap
-from hf_attnswap.dispatch import NAME, attnswap_attention
+from hf_attnswap.config import NAME
 from hf_attnswap.errors import UsageError, one_line_errors
-from hf_attnswap.files import write_whole
+from hf_attnswap.integration.attention import attnswap_attention
+from hf_attnswap.sources.files import write_whole
 
 FAMILIES = ("decoder-only", "encoder", "encoder-decoder", "vision", "audio", "multimodal")
 VERDICTS = {

@@ -25,8 +25,8 @@ from validation import read_validation
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.loading import load
-from hf_attnswap.patching import describe, swapped_modules
+from hf_attnswap.integration.swapping import describe, swapped_modules
+from hf_attnswap.sources.models import load
 from hf_attnswap.training.distill import DEFAULT_LEARNING_RATE, distillation_loss
 from hf_attnswap.training.recompute import recompute_layers
 from hf_attnswap.training.teacher import frozen

@@ -20,7 +20,7 @@ from training_run import freeze_as_asked, load_as_asked, read_text, run, save
 from validation import read_validation
 
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.patching import describe
+from hf_attnswap.integration.swapping import describe
 from hf_attnswap.training.loop import next_token_loss
 from hf_attnswap.training.recompute import recompute_layers
 

@@ -11,9 +11,9 @@ import datasets
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import hf_attnswap
-from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.loading import load
+from hf_attnswap.sources.models import load
+from hf_attnswap.sources.texts import TextSource, token_blocks
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from hf_attnswap import UsageError
-from hf_attnswap.files import require_empty
+from hf_attnswap.sources.files import require_empty
 
 
 def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) -> Accelerator:

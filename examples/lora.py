@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_attnswap import UsageError, inspect
-from hf_attnswap.patching import swapped_modules
+from hf_attnswap.integration.swapping import swapped_modules
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:

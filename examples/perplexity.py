@@ -20,11 +20,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from validation import own_blocks, shared_perplexity
 
-from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.files import write_whole
-from hf_attnswap.loading import load
-from hf_attnswap.patching import describe
+from hf_attnswap.integration.swapping import describe
+from hf_attnswap.sources.files import write_whole
+from hf_attnswap.sources.models import load
+from hf_attnswap.sources.texts import TextSource, token_blocks
 
 
 def main(argv: Sequence[str] | None = None) -> None:

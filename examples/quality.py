@@ -28,12 +28,12 @@ from benchmarks.figures import heading, named
 from torch import Tensor
 
 from hf_attnswap import UsageError
-from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.perplexity import Perplexity, perplexity, ratio
-from hf_attnswap.files import write_whole
-from hf_attnswap.loading import load
-from hf_attnswap.patching import describe
+from hf_attnswap.integration.swapping import describe
+from hf_attnswap.sources.files import write_whole
+from hf_attnswap.sources.models import load
+from hf_attnswap.sources.texts import TextSource, token_blocks
 
 ORIGINAL, CONTROL, BESIDE = "original", "softmax", "window"
 # Of the arguments of a stage, those that make it no other training: what stands in the layers, and what is looked at.

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from validation import log_validation
 
 from hf_attnswap import UsageError, restore, swap
-from hf_attnswap.data import TextSource, token_blocks
-from hf_attnswap.files import whole_folder
-from hf_attnswap.loading import load
-from hf_attnswap.patching import describe, swapped_modules
-from hf_attnswap.token_cache import default_folder
+from hf_attnswap.integration.swapping import describe, swapped_modules
+from hf_attnswap.sources.files import whole_folder
+from hf_attnswap.sources.models import load
+from hf_attnswap.sources.texts import TextSource, token_blocks
+from hf_attnswap.sources.tokens import default_folder
 from hf_attnswap.tradeoff import parse_options
 from hf_attnswap.training.batches import Batches, batches, require_separate
 from hf_attnswap.training.checkpoints import find_checkpoint

@@ -12,10 +12,10 @@ from launch import say
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.evaluation.perplexity import Perplexity, perplexity
-from hf_attnswap.files import write_whole
-from hf_attnswap.token_cache import default_folder
+from hf_attnswap.sources.files import write_whole
+from hf_attnswap.sources.texts import TextSource, token_blocks
+from hf_attnswap.sources.tokens import default_folder
 
 
 def read_validation(

@@ -8,6 +8,13 @@ from . import attentions
 from .attentions.base import KINDS
 from .errors import UsageError
 
+NAME = "attnswap"
+# The name that stands in config.json: where this package is not imported, transformers' error quotes it.
+GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
+# The entries of config.json that hold it. Users and programs override the first one; the second is checked for every
+# model, with experts or without.
+GUARDED = ("attn_implementation", "experts_implementation")
+
 FORMAT_VERSION = 2
 
 # For each layer index: a variant and all its options.
@@ -120,13 +127,9 @@ def plans_from_dict(saved: Any) -> dict[str, Plan]:
         UsageError: a newer format, or something that this package did not write.
     """
     version = saved.get("format_version") if isinstance(saved, Mapping) else None
-    if type(version) is not int or version < 1:
-        raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}")
-    if version > FORMAT_VERSION:
-        raise UsageError(
-            f"attnswap in config.json has format_version {version}, this release reads up to {FORMAT_VERSION}: "
-            "upgrade hf_attnswap"
-        )
+    if type(version) is not int or version != FORMAT_VERSION:
+        newer = ": upgrade hf_attnswap" if type(version) is int and version > FORMAT_VERSION else ""
+        raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}{newer}")
     plans: dict[str, Plan] = {}
     try:
         if not isinstance(saved["kept"], str):
@@ -134,7 +137,7 @@ def plans_from_dict(saved: Any) -> dict[str, Plan]:
         if saved["swapped"] == []:
             raise ValueError("no layer is swapped")
         for group in saved["swapped"] or ():
-            kind = group.get("kind", "causal")  # format 1 knew no other
+            kind = group["kind"]
             if kind not in KINDS:
                 raise ValueError(f"kind is {kind!r}")
             cls = _get(group["attention"])

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from hf_attnswap import UsageError, swap
 from hf_attnswap.benchmark.generation import Run, decode, filled_cache, run
 from hf_attnswap.benchmark.measure import interleaved, ratios
-from hf_attnswap.cache import cache_nbytes
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.files import require_empty, whole_folder
-from hf_attnswap.loading import load
+from hf_attnswap.integration.cache import cache_nbytes
+from hf_attnswap.sources.files import require_empty, whole_folder
+from hf_attnswap.sources.models import load
 from hf_attnswap.tradeoff import Arm, share_weights
 
 ARMS = ["elu", "hedgehog+window"]

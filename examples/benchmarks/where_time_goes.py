@@ -20,7 +20,7 @@ from hf_attnswap import attentions
 from hf_attnswap.attentions import Heads
 from hf_attnswap.benchmark.attention import Variant, forward, forward_backward, random_inputs
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.loading import find_dtype
+from hf_attnswap.sources.models import find_dtype
 from hf_attnswap.tradeoff import Arm
 
 HEADS = Heads(9, 3, 64)  # of SmolLM2-135M

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ..cache import cache_nbytes
-from ..dispatch import NAME, attend
-from ..finding import head_shape, inspect
+from ..config import NAME
+from ..integration.attention import attend
+from ..integration.cache import cache_nbytes
+from ..integration.finding import head_shape, inspect
 from ..masks import Mask
 from .attention import random_inputs
 from .measure import peak_memory_mib, seconds

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..intervals import t_quantile
+from ..statistics import t_quantile
 
 
 @dataclass(frozen=True)

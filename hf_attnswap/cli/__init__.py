@@ -122,7 +122,7 @@ def inspect_model(model: Model, as_json: Json = False, trust_remote_code: TrustR
     Example: attnswap inspect HuggingFaceTB/SmolLM2-135M-Instruct
     """
     from .. import inspect
-    from ..loading import architecture
+    from ..sources.models import architecture
 
     found = inspect(architecture(model, trust_remote_code))
     table = Table(title=model)
@@ -157,9 +157,9 @@ def convert(
     Example: attnswap convert HuggingFaceTB/SmolLM2-135M --attention relu_power --option p=16 --output_dir relu16
     """
     from .. import SwapConfig
-    from ..files import require_empty, whole_folder
-    from ..loading import load_any
-    from ..patching import describe, swap
+    from ..integration.swapping import describe, swap
+    from ..sources.files import require_empty, whole_folder
+    from ..sources.models import load_any
     from ..tradeoff import parse_options
 
     require_empty(output_dir)

@@ -35,9 +35,9 @@ def bench(
     from ..attentions import get
     from ..benchmark.attention import bench as measure
     from ..benchmark.attention import random_inputs, scaling, sdpa_kernel
-    from ..finding import head_shape
-    from ..loading import architecture, find_device, find_dtype
+    from ..integration.finding import head_shape
     from ..ops.backends import told, watch
+    from ..sources.models import architecture, find_device, find_dtype
 
     if threads:
         torch.set_num_threads(threads)

@@ -66,13 +66,13 @@ def diagnose(
 
     Example: attnswap diagnose HuggingFaceTB/SmolLM2-135M-Instruct --attention relu --validation_file book.txt
     """
-    from ..data import token_blocks
     from ..evaluation.damage import least_damaged
     from ..evaluation.diagnose import diagnose as look
     from ..evaluation.diagnose import summary_rows
-    from ..files import write_whole
-    from ..loading import load
-    from ..patching import restore, swap, swapped_modules
+    from ..integration.swapping import restore, swap, swapped_modules
+    from ..sources.files import write_whole
+    from ..sources.models import load
+    from ..sources.texts import token_blocks
     from ..tradeoff import Arm
 
     arms = [Arm.parse(text) for text in attention or []]

@@ -98,12 +98,12 @@ def _measure(
     name, against, progress, *, is_control, source, contexts, max_eval_tokens, stride, names, loading, **told
 ) -> dict:
     """All that is asked of one model; what it says of the control needs `against`, which this gave for that one."""
-    from ..data import token_blocks
     from ..evaluation.generating import agreement, continuations
     from ..evaluation.perplexity import count_units, perplexity, sliding_perplexity
     from ..evaluation.tasks import run_tasks
-    from ..loading import load
-    from ..patching import describe
+    from ..integration.swapping import describe
+    from ..sources.models import load
+    from ..sources.texts import token_blocks
 
     model, tokenizer = load(name, **loading)
     found: dict[str, Any] = {"model": name, "attention": describe(model), "perplexity": [], "agreement": None}

@@ -48,7 +48,7 @@ def show(as_json: bool, content: Any, *renderables: Any) -> None:
 
 
 def text_source(file, dataset_name, dataset_config_name, split, column):
-    from ..data import TextSource
+    from ..sources.texts import TextSource
 
     if (file is None) == (dataset_name is None):
         raise UsageError("give text: either a file or --dataset_name")

@@ -86,7 +86,7 @@ def tradeoff(
     Example: attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct --train_file book.txt --output_dir report
     """
     from .. import report
-    from ..loading import load
+    from ..sources.models import load
     from ..tradeoff import DEFAULT_ARMS, Arm, Settings, measure, with_controls
     from ..training.align import DEFAULT_LEARNING_RATE
 

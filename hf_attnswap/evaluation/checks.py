@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..observing import answering, softmax
+from ..integration.observing import answering, softmax
 
 TOKENS, PADDING, STEPS = 48, 5, 6  # of the text, before it in a batch, and written one by one
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..observing import answering, own, softmax
-from ..patching import swapped_modules
+from ..integration.observing import answering, own, softmax
+from ..integration.swapping import swapped_modules
 
 
 @dataclass(frozen=True)

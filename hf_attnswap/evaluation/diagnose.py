@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..finding import inspect
-from ..patching import describe
+from ..integration.finding import inspect
+from ..integration.swapping import describe
 from .damage import by_damage, layer_damage
 from .distribution import distribution_facts
 from .gradients import LayerGradients, gradient_flow

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attentions import Attention
+from ..integration.observing import SOFTMAX, allowed_keys, answering
 from ..masks import Mask
-from ..observing import SOFTMAX, allowed_keys, answering
 from .perplexity import octaves
 
 FACTS = ("row_sum", "row_sum_spread", "negative", "entropy", "effective_keys", "sparsity", "distance")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attentions import Attention, ScoreAttention
+from ..integration.observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
+from ..integration.swapping import swapped_modules
 from ..masks import Mask
-from ..observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
-from ..patching import swapped_modules
 
 FLAT = 0.01  # a weight that changes by less than this part of itself per unit of its score is saturated
 

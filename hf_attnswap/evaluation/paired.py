@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..intervals import expanded_tail
+from ..statistics import expanded_tail
 
 FEW = 500  # with fewer items than this an interval is shown, and marked
 VERDICTS = ("better", "no measurable difference", "worse")

@@ -7,32 +7,15 @@ Rabe & Staats 2021). O(n^2 d) time for full rows, O(n w d) for a window of w key
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..masks import Tile
 from .heads import cast_like, compute_dtype
 
 # Elements of one tile of scores: with a few temporaries of that size a tile stays in a core's cache.
 TILE_ELEMENTS = 1 << 20
-
-
-class Tile(NamedTuple):
-    """Query rows, the slice of keys that they may see, and which of those.
-
-    All rows see the first `free` of the columns; `allowed` is about the others, bool, broadcastable to
-    `[B, H, t, s - free]`, or None where `attend` knows it.
-    """
-
-    rows: slice
-    columns: slice
-    allowed: Tensor | None
-    free: int = 0
-
-    def count(self) -> Tensor:
-        """How many keys each row may attend to, broadcastable to `[B, H, t, 1]`."""
-        return (self.allowed.sum(-1, keepdim=True) + self.free).clamp(min=1)
 
 
 # Given query `[B, H, t, D]`, key `[B, Hkv, s, D]`, value `[B, Hkv, s, Dv]` and bias (or None) of a tile, the tile, and

@@ -10,8 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .. import attentions
 from ..attentions.base import KINDS
-from ..config import plans_from_dict
-from ..dispatch import NAME
+from ..config import NAME, plans_from_dict
 from ..errors import UsageError
 from ..report import classification, schema
 from ..report.facts import Arm, Report, swapped_layers

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from ..conversions import find
-from ..files import write_whole
+from ..sources.conversions import find
+from ..sources.files import write_whole
 from . import card
 from .origin import find_origin, read_config
 

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HTTPError
 
-from ..dispatch import NAME
+from ..config import NAME
 from ..errors import UsageError
 
 

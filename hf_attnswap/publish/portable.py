@@ -8,6 +8,7 @@ model. It gives the same numbers up to rounding, at the cost of softmax or more.
 import ast
 import copy
 import functools
+import importlib.util
 import inspect as python_inspect
 import json
 import sys
@@ -20,11 +21,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..attentions import LinearAttention
 from ..attentions.hybrid import Hybrid, hybrid_of
-from ..dispatch import GUARD
+from ..config import GUARD
 from ..errors import UsageError
-from ..files import write_whole
-from ..patching import swapped_modules
-from ..version import __version__
+from ..integration.swapping import swapped_modules
+from ..sources.files import write_whole
 
 FILE = "modeling_attnswap.py"
 # The families that it was tested on.
@@ -62,11 +62,8 @@ def add(folder: str | Path) -> Path:
     return path
 
 
-def hook_into_transformers() -> None:
-    """Give `save_pretrained` the argument `portable`; done once, when the package is imported."""
-    original = PreTrainedModel.save_pretrained
-    if original.__module__ == __name__:
-        return
+def with_portable(original):
+    """Wrap `PreTrainedModel.save_pretrained`: it takes the argument `portable`."""
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, portable: bool = False, **kwargs):
@@ -81,8 +78,7 @@ def hook_into_transformers() -> None:
         if portable:
             add(save_directory)
 
-    save_pretrained.__module__ = __name__
-    PreTrainedModel.save_pretrained = save_pretrained
+    return save_pretrained
 
 
 def _source(model: PreTrainedModel, architecture: str) -> str:
@@ -98,6 +94,8 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
         modules[path] = (cls.name, variant.option_values(), *vars(variant.heads).values())
         roots += [linear] if linear is cls else [linear, hybrid_of]
         made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
+    from .. import __version__  # the package itself is still being imported when this file is
+
     runtime = Path(__file__).with_name("portable_runtime.txt").read_text(encoding="utf-8")
     imports, definitions = _Shaken(roots).text()
     table = "".join(f"    {name!r}: {entry!r},\n" for name, entry in modules.items())
@@ -163,7 +161,8 @@ class _Shaken:
         for node in self._tree(module).body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 if name in _bound(node):
-                    source = f"{module.rsplit('.', node.level)[0]}.{node.module}"
+                    package = sys.modules[module].__spec__.parent
+                    source = importlib.util.resolve_name(f"{'.' * node.level}{node.module}", package)
                     self.uses.setdefault(module, []).append(source)
                     self._need(source, name)
                     return

@@ -19,10 +19,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from ..conversions import find
-from ..dispatch import NAME
+from ..config import NAME
 from ..errors import UsageError
-from ..patching import swapped_modules
+from ..integration.swapping import swapped_modules
+from ..sources.conversions import find
 from . import card
 from .origin import find_origin, read_config
 
@@ -169,11 +169,8 @@ def _check_weights(folder: Path) -> None:
         raise UsageError(f"{folder} has no {missing[0]}: its weights are not whole")
 
 
-def hook_into_transformers() -> None:
-    """Make `push_to_hub` of a swapped model write this package's card; done once, when the package is imported."""
-    original = PreTrainedModel.push_to_hub
-    if original.__module__ == __name__:
-        return
+def with_card(original):
+    """Wrap `PreTrainedModel.push_to_hub`: a swapped model is pushed by `push_model`, with this package's card."""
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
         if not swapped_modules(self):
@@ -181,7 +178,7 @@ def hook_into_transformers() -> None:
         return push_model(self, repo_id, max_shard_size=max_shard_size, **kwargs)
 
     push_to_hub.__doc__ = f"{original.__doc__}\n\nOf a swapped model: see `hf_attnswap.publish.push.push_model`."
-    PreTrainedModel.push_to_hub = push_to_hub
+    return push_to_hub
 
 
 def push_model(

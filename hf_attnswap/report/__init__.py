@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..files import write_whole
+from ..sources.files import write_whole
 from .schema import read, validate, write
 from .table import show
 

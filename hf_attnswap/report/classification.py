@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..sources.files import write_whole
 from . import shape
 from .facts import Report
 from .markdown import escape, markdown_table

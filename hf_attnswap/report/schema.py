@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..sources.files import write_whole
 from . import shape
 from .shape import (
     AMOUNT,

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from .. import attentions
 from ..config import SwapConfig
-from ..conversions import Conversion, find
 from ..errors import UsageError
-from ..loading import load
-from ..patching import swap
+from ..integration.swapping import swap
+from ..sources.conversions import Conversion, find
+from ..sources.models import load
 from ..training.align import DEFAULT_LEARNING_RATE
 
 DEFAULT_ARMS = "softmax none window relu_norm relu_power identity elu hedgehog hedgehog+window".split()

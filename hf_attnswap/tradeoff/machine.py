@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..version import __version__
+from .. import __version__
 
 
 def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:

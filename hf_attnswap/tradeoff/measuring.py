@@ -21,15 +21,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import TextSource, token_blocks
-from ..dispatch import NAME
+from ..config import NAME
 from ..errors import UsageError
 from ..evaluation.checks import check_swap
 from ..evaluation.diagnose import diagnose
 from ..evaluation.perplexity import count_units, perplexity
-from ..files import write_whole
-from ..finding import inspect
-from ..patching import restore, swapped_modules
+from ..integration.finding import inspect
+from ..integration.swapping import restore, swapped_modules
+from ..sources.files import write_whole
+from ..sources.texts import TextSource, token_blocks
 from ..training.align import aligning, alignment_loss, calibrate, trainable_parameters
 from ..training.batches import batches
 from ..training.loop import train

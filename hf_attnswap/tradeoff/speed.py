@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..benchmark.generation import run
 from ..benchmark.measure import seconds
-from ..files import write_whole
+from ..sources.files import write_whole
 from .arms import Settings
 
 # By length, a dict per round: what each arm took, or its error.

@@ -18,8 +18,8 @@ from ..evaluation.generating import agreement, continuations
 from ..evaluation.paired import Difference, resampled
 from ..evaluation.result import Result
 from ..evaluation.tasks import check_tasks, run_tasks
-from ..files import write_whole
-from ..intervals import expanded_tail
+from ..sources.files import write_whole
+from ..statistics import expanded_tail
 from .arms import Settings
 
 WRITING = "writing"  # a task of ours, beside those of `evaluation.tasks`

@@ -20,9 +20,9 @@ from transformers import Cache
 from ..attentions import Attention, Heads, get
 from ..attentions.hybrid import Hybrid
 from ..errors import UsageError
+from ..integration.swapping import swapped_modules
 from ..masks import Mask
 from ..ops.heads import compute_dtype
-from ..patching import swapped_modules
 from .batches import model_inputs
 from .teacher import frozen, softmax_flows_on
 

@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..files import write_whole
-from ..patching import swapped_modules
+from ..integration.swapping import swapped_modules
+from ..sources.files import write_whole
 from .batches import Batches, model_inputs, next_tokens
 from .checkpoints import checkpoint_what_trains, find_checkpoint, resume, save_checkpoint
 from .watch import first_not_finite, spike

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attentions import Attention
+from ..integration.observing import answering, softmax
+from ..integration.swapping import swapped_modules
 from ..masks import Mask
-from ..observing import answering, softmax
-from ..patching import swapped_modules
 
 Observe = Callable[[str, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float], None]
 

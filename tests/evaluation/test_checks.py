@@ -5,11 +5,12 @@ import torch
 from tiny_models import randomise, tiny, tokens
 
 import hf_attnswap
-from hf_attnswap import dispatch, tradeoff
+from hf_attnswap import tradeoff
 from hf_attnswap.attentions import registry
 from hf_attnswap.attentions.elu import Elu
 from hf_attnswap.attentions.relu import Relu
 from hf_attnswap.evaluation.checks import check_swap
+from hf_attnswap.integration import attention as attention_function
 from hf_attnswap.masks import Mask
 
 TEXT = tokens(64, batch=1)
@@ -79,14 +80,14 @@ def test_a_broken_variant_is_caught(broken, cls, how, caught_by):
 
 @pytest.mark.parametrize("change", ("scale", "mask"))
 def test_a_broken_seam_is_caught(monkeypatch, change):
-    attend = dispatch.attend
+    attend = attention_function.attend
 
     def wrong(attention, query, key, value, mask, scaling, layer=None):
         if change == "scale":
             return attend(attention, query, key, value, mask, 2 * scaling, layer)
         return attend(attention, query, key, value, Mask(query.shape[2], key.shape[2], causal=False), scaling, layer)
 
-    monkeypatch.setattr(dispatch, "attend", wrong)
+    monkeypatch.setattr(attention_function, "attend", wrong)
     assert "seam" in failures("relu_norm")
 
 
@@ -109,7 +110,7 @@ def test_what_raises_is_a_failure_with_its_reason(broken):
 def test_the_report_shows_no_number_of_a_broken_swap(broken, cls, how, caught_by, tmp_path):
     from test_tradeoff import Letters, settings
 
-    from hf_attnswap.data import TextSource
+    from hf_attnswap.sources.texts import TextSource
 
     path = tmp_path / "text.txt"
     path.write_text("The cat sat on the mat, and then it went out into the rain. " * 30)

@@ -15,8 +15,8 @@ from hf_attnswap.evaluation.damage import by_damage, layer_damage, least_damaged
 from hf_attnswap.evaluation.diagnose import diagnose
 from hf_attnswap.evaluation.distribution import distribution_facts, weight_facts
 from hf_attnswap.evaluation.gradients import dead_and_saturated, gradient_flow
+from hf_attnswap.integration.observing import answering, softmax
 from hf_attnswap.masks import Mask
-from hf_attnswap.observing import answering, softmax
 
 HEADS = Heads(1, 1, 2)
 EVERY = ("softmax", "relu", "relu_norm", "relu_power", "sigmoid", "elu", "hedgehog", "elu+window", "window", "delta")
@@ -68,7 +68,7 @@ def test_a_layer_beside_softmax_by_hand():
     model = hf_attnswap.swap(tiny(), "softmax", layers=[0])
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.zero_()
-    (attention,) = hf_attnswap.patching.swapped_modules(model).values()
+    (attention,) = hf_attnswap.integration.swapping.swapped_modules(model).values()
     attention.__class__ = Fixed
     attention.given([[2.0, 0, 0, 0], [1, -1, 0, 0], [0.5, 0.5, 0.5, 0], [0, 0, 0, 0]])
     seen = []
@@ -121,7 +121,7 @@ def test_distributions_tell_the_variants_apart():
 
 def test_wrong_scale_shows_in_the_output_by_position():
     doubled = hf_attnswap.swap(tiny(), "softmax")
-    for attention in hf_attnswap.patching.swapped_modules(doubled).values():
+    for attention in hf_attnswap.integration.swapping.swapped_modules(doubled).values():
         attention.forward = lambda *a, f=attention.forward: 2 * f(*a)
     assert distribution_facts(doubled, tokens(64))[1].output_scale[3][2] == pytest.approx(2)
 
@@ -210,7 +210,7 @@ def test_damage_of_one_layer_is_that_of_swapping_it_alone():
             assert row.kl == pytest.approx(kl.mean().item(), rel=1e-3) and row.kl > 0
             assert row.kl_error == pytest.approx((kl.std() / 3**0.5).item(), rel=1e-3)
             assert row.perplexity == pytest.approx(math.exp(loss.item()), rel=1e-4)
-    assert not any("observer" in vars(a) for a in hf_attnswap.patching.swapped_modules(swapped).values())
+    assert not any("observer" in vars(a) for a in hf_attnswap.integration.swapping.swapped_modules(swapped).values())
 
 
 def test_a_swap_that_changes_nothing_does_no_damage():
@@ -245,7 +245,7 @@ def test_layers_in_the_order_of_their_damage_are_data_for_a_swap():
     assert sorted(order) == [0, 1, 2] and [kl[i] for i in order] == sorted(kl.values())
     assert least_damaged(found, 2) == sorted(order[:2])
     best = hf_attnswap.swap(tiny(), "none", layers=least_damaged(found, 1))
-    assert list(hf_attnswap.patching.swapped_modules(best)) == [f"model.layers.{order[0]}.self_attn"]
+    assert list(hf_attnswap.integration.swapping.swapped_modules(best)) == [f"model.layers.{order[0]}.self_attn"]
     with pytest.raises(UsageError, match="count is 4; expected 1 to 3"):
         least_damaged(found, 4)
     with pytest.raises(UsageError, match="no layers_by_damage"):

@@ -14,7 +14,7 @@ from hf_attnswap import UsageError
 from hf_attnswap.evaluation.choices import read_items
 from hf_attnswap.evaluation.perplexity import count_units, perplexity, sliding_perplexity
 from hf_attnswap.evaluation.tasks import run_tasks
-from hf_attnswap.loading import load
+from hf_attnswap.sources.models import load
 
 pytestmark = [
     pytest.mark.long,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_attnswap.evaluation.paired import FEW, VERDICTS, paired_bootstrap
-from hf_attnswap.intervals import t_quantile
+from hf_attnswap.statistics import t_quantile
 
 
 @pytest.mark.parametrize(

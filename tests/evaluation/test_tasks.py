@@ -10,7 +10,7 @@ from hf_attnswap import UsageError
 from hf_attnswap.evaluation.choices import Item, read_items, score_choices
 from hf_attnswap.evaluation.result import Result, perplexity
 from hf_attnswap.evaluation.tasks import check_tasks, run_tasks
-from hf_attnswap.loading import load
+from hf_attnswap.sources.models import load
 
 CHOICES = [
     {"prompt": "Once upon a time, there was a little", "choices": ["girl", "of", "house in the big"], "answer": 0},

@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_attnswap
 from hf_attnswap import UsageError
-from hf_attnswap.data import TextSource
 from hf_attnswap.report import classification
+from hf_attnswap.sources.texts import TextSource
 from hf_attnswap.training import loop
 
 SWAP = ["--attention", "hedgehog", "--align_steps", "4"]
@@ -281,7 +281,7 @@ def test_two_processes_train_as_one_that_accumulates(process, script, arguments,
 
 @pytest.mark.long
 def test_hedgehog_recovers_the_accuracy_of_a_real_encoder(script, minilm, sst2, tmp_path):
-    """A fraction of the run in examples/results/sst2.md."""
+    """A fraction of the run in benchmarks/results/sst2.md."""
     given = dict(
         model_name_or_path=minilm, train_file=sst2 / "train.tsv", validation_file=sst2 / "test.tsv",
         text_column="sentence", max_length=64, max_train_samples=2048, learning_rate=2e-4, align_steps=150,

@@ -9,10 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import hf_attnswap
-from hf_attnswap import UsageError, cli, conversions, report
-from hf_attnswap.loading import load
+from hf_attnswap import UsageError, cli, report
+from hf_attnswap.integration.swapping import describe
 from hf_attnswap.publish import measured
+from hf_attnswap.sources import conversions
+from hf_attnswap.sources.models import load
 from hf_attnswap.training import loop
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -56,7 +57,7 @@ def test_stages_follow_each_other_and_run_alone_with_what_is_printed(script, rec
     script("convert").main(recipe())
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"recipe.yaml", "1_align", "2_distill", "3_finetune"}
-    assert hf_attnswap.patching.describe(load(str(out / "3_finetune" / "model"))[0]) == "hedgehog+window in 3 layers"
+    assert describe(load(str(out / "3_finetune" / "model"))[0]) == "hedgehog+window in 3 layers"
     assert [len(read_log(out / name)) for name in ("1_align", "2_distill", "3_finetune")] == [3, 3, 4]
     lines = capsys.readouterr().err.splitlines()
     command = next(line.split(": ")[1].split() for line in lines if line.startswith("2_distill: distill.py"))

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_attnswap
 from hf_attnswap import UsageError
-from hf_attnswap.data import TextSource, token_blocks
 from hf_attnswap.evaluation.perplexity import perplexity
-from hf_attnswap.loading import load
+from hf_attnswap.sources.models import load
+from hf_attnswap.sources.texts import TextSource, token_blocks
 from hf_attnswap.training import loop
 from hf_attnswap.training.align import calibrate
 

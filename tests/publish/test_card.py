@@ -12,7 +12,7 @@ from hf_attnswap import UsageError, report
 from hf_attnswap.publish import card
 from hf_attnswap.report.text import number
 
-DEMO = Path(__file__).parents[2] / "examples" / "results" / "demo" / "report.json"
+DEMO = Path(__file__).parents[2] / "benchmarks" / "results" / "demo" / "report.json"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 

@@ -9,7 +9,7 @@ from tiny_models import randomise, tiny, tiny_encoder, tokens
 
 from hf_attnswap import UsageError, restore, swap
 from hf_attnswap.attentions import get
-from hf_attnswap.patching import swapped_modules
+from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.training.align import (
     DEFAULT_LEARNING_RATE,
     aligning,

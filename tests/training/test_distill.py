@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_attnswap import UsageError, swap
-from hf_attnswap.patching import swapped_modules
+from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.training.batches import batches
 from hf_attnswap.training.distill import chunked_kl, distillation_loss
 from hf_attnswap.training.loop import train

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_attnswap.evaluation.classification import accuracy
+from ...classification import accuracy
 
 
 class Accuracy(evaluate.Metric):

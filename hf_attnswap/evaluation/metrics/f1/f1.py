@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_attnswap.evaluation.classification import f1
+from ...classification import f1
 
 
 class F1(evaluate.Metric):

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from hf_attnswap.evaluation.classification import matthews
+from ...classification import matthews
 
 
 class Matthews(evaluate.Metric):

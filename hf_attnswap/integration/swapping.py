@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from . import attentions
-from .attentions import Attention, Heads
+from .. import attentions
+from ..attentions import Attention, Heads
+from ..config import GUARD, GUARDED, NAME, SwapConfig, plans_to_dict
+from ..errors import UsageError
 from .cache import state_layer
-from .config import SwapConfig, plans_to_dict
-from .dispatch import ANY_MASK, GUARD, GUARDED, NAME
-from .errors import UsageError
 from .finding import AttentionModule, attention_modules, heads_of, model_parts, part_of, reads_mask, swappable
+from .read_mask import ANY_MASK
 
 
 def swap(

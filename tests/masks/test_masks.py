@@ -4,9 +4,9 @@ import pytest
 import torch
 from attention_cases import Largest, build, inputs
 
-from hf_attnswap.dispatch import attnswap_mask
+from hf_attnswap.integration.mask_function import attnswap_mask
 from hf_attnswap.masks import Mask, Packed, find_segments, from_segments, parse, split
-from hf_attnswap.packing import unpack_rows
+from hf_attnswap.masks.packing import unpack_rows
 
 N = 12
 CAUSAL = torch.ones(1, 1, N, N, dtype=torch.bool).tril()

@@ -1,31 +1,17 @@
-"""The seam: one attention function and one mask function, which transformers finds by name."""
+"""The attention function: what transformers calls, by its name, for every attention module of a swapped model."""
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    causal_mask_function,
-    sdpa_mask,
-)
 from transformers.utils.output_capturing import _active_collector
 
-from .attentions import Attention, Heads
-from .attentions.softmax import Softmax
-from .masks import Mask, Packed, find_segments, from_segments, parse
-from .packing import unpack_rows
-
-NAME = "attnswap"
-# The name that stands in config.json: where this package is not imported, transformers' error quotes it.
-GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
-# The entries of config.json that hold it. Users and programs override the first one; the second is checked for every
-# model, with experts or without.
-GUARDED = ("attn_implementation", "experts_implementation")
+from ..attentions import Attention, Heads
+from ..attentions.softmax import Softmax
+from ..config import NAME
+from ..masks import Mask, Packed, unpack_rows
+from .read_mask import ANY_MASK, read_mask
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
 # sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss,
@@ -102,65 +88,6 @@ def attnswap_attention(
     except NotImplementedError as error:
         raise NotImplementedError(f"{where}: {error}") from error
     return out.transpose(1, 2).contiguous(), weights
-
-
-def read_mask(module, attention: Attention, query, key, attention_mask, layer, kwargs) -> Mask | Packed:
-    """All that a call says of what may attend to what, in one form; NotImplementedError where the variant cannot."""
-    # Without a mask SDPA goes by is_causal, and eager attention lets every row attend to everything.
-    causal = kwargs.get("is_causal")
-    if (getattr(module.config, NAME, None) or {}).get("kept") == "eager" or attention.kind == "cross":
-        causal = False
-    elif causal is None:
-        causal = getattr(module, "is_causal", True)
-    if attention.kind == "causal" and query.shape[2] == 1:
-        causal = True  # of one row a mask does not tell, nor does the module of a decoder that goes by its mask alone
-    seen = layer.seen if attention.stateful and layer is not None else key.shape[2]
-    mask = parse(attention_mask, query.shape[2], seen, bool(causal))
-    if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):
-        if attention_mask is not None:
-            raise NotImplementedError("cu_seq_lens_q packs several texts, and attention_mask says nothing of them")
-        mask = _from_lengths(kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key, causal)
-    bias, softcap, sinks = kwargs.get("position_bias"), kwargs.get("softcap"), kwargs.get("s_aux")
-    sinks = kwargs.get("sinks") if sinks is None else sinks
-    if bias is not None and not attention.any_mask and not torch.compiler.is_compiling() and not bias.any():
-        bias = None  # T5 passes zeros where it has no bias
-    if bias is not None or softcap is not None or sinks is not None:
-        if isinstance(mask, Packed):
-            raise NotImplementedError("packed texts together with a bias, a soft cap or sinks are not supported")
-        if sinks is not None and sinks.dim() != 1:
-            raise NotImplementedError(f"its sinks have shape {tuple(sinks.shape)}; expected one score per head")
-        if bias is not None:
-            bias = bias if mask.bias is None else bias + mask.bias
-        mask = replace(mask, bias=bias if bias is not None else mask.bias, softcap=softcap, sinks=sinks)
-    if isinstance(mask, Mask) and not mask.plain and not attention.any_mask:
-        raise NotImplementedError(
-            f"cannot honour {mask}: it takes causal or bidirectional masks with padding, and packed texts; "
-            f"{ANY_MASK} take any{UNDER_COMPILE if mask.dense is not None else ''}"
-        )
-    kind = attention.kind if not mask.causal and attention.kind != "causal" else None
-    kind = kind or ("causal" if mask.causal else "bidirectional")
-    if kind not in attention.kinds:
-        raise NotImplementedError(f"it is for {' and '.join(attention.kinds)} attention, and this mask is {kind}")
-    return mask
-
-
-# Without an attention_mask and without a cache, transformers looks for packed texts and makes a matrix of it.
-UNDER_COMPILE = " (torch.compile cannot look into masks: there, pass attention_mask, ones where nothing is padded)"
-ANY_MASK = "relu, relu_norm, relu_power, sigmoid and the other variants on the scores"
-
-
-def _from_lengths(ends_q: Tensor, ends_k: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Packed:
-    """Segments from the cumulative lengths of packed texts, `[texts + 1]`."""
-    length = query.shape[2]
-    if ends_k is not None and not torch.equal(ends_q, ends_k):
-        raise NotImplementedError("cu_seq_lens_q and cu_seq_lens_k differ, which packed texts do not")
-    if query.shape[0] != 1 or key.shape[2] != length or int(ends_q[-1]) != length:
-        raise NotImplementedError(
-            f"cu_seq_lens_q ends at {int(ends_q[-1])}, but there are {query.shape[0]} rows of {length} queries and "
-            f"{key.shape[2]} keys; expected one row of that length"
-        )
-    position = torch.arange(length, device=query.device)
-    return Packed(torch.bucketize(position, ends_q[1:].to(query.device), right=True, out_int32=True)[None] + 1, causal)
 
 
 def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling, layer=None) -> Tensor:
@@ -272,69 +199,3 @@ def _kept(module, query, key, value, attention_mask, scaling, dropout, kwargs) -
         mask = Mask(query.shape[2], key.shape[2], dense=_segments_matrix(mask))
     out = _SOFTMAX(query, key, value, mask, scaling, dropout=dropout)
     return out, _SOFTMAX.weights(query, key, mask, scaling) if _wanted(kwargs) else None
-
-
-def attnswap_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs,
-) -> Tensor | None:
-    """What transformers calls to make the mask of a model with swapped layers.
-
-    Returns:
-        None where the module's `is_causal` says all (a whole text or one token, nothing padded); bool `[B, S]` for
-        causal attention with padding; int32 `[B, S]` for packed texts (0: padding); bool `[B, 1, T, S]` for anything
-        else (one row, expanded, where all tokens attend to all others). What the model had before, where other modules
-        read the masks too.
-    """
-    columns = slice(kv_offset, kv_offset + kv_length)
-    saved = getattr(kwargs.get("config"), NAME, None) or {}
-    if saved.get("matrix_masks"):
-        make = AttentionMaskInterface()[saved["kept"] if saved["kept"] in ("sdpa", "eager") else "sdpa"]
-        return make(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
-    if mask_function is bidirectional_mask_function:
-        if attention_mask is None:
-            valid = torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-        else:
-            valid = attention_mask[:, None, None, columns].bool()
-        # As for SDPA, which then goes by the module's is_causal: some models rely on that.
-        skip = kwargs.get("allow_is_bidirectional_skip")
-        if attention_mask is not None:
-            skip = skip and not torch.compiler.is_compiling() and valid.all()
-        return None if skip else valid.expand(-1, -1, q_length, -1)
-    grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
-    if not kwargs.get("allow_is_causal_skip", True) and mask_function is causal_mask_function:
-        grows = False  # the model wants a matrix, to add to it
-    if grows and mask_function is causal_mask_function:
-        whole = q_length in (1, kv_length) and saved.get("kept") != "eager"
-        if attention_mask is None:
-            if whole:
-                return None
-            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
-        valid = attention_mask[:, columns].bool()
-        # torch.compile sees no entries, so it keeps the mask.
-        return None if whole and not torch.compiler.is_compiling() and valid.all() else valid
-    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-
-    def rows(start: int, stop: int) -> Tensor:
-        return sdpa_mask(
-            batch_size, stop - start, kv_length, q_offset + start, kv_offset, mask_function, attention_mask, **kwargs
-        )
-
-    if grows and q_offset == 0 and not torch.compiler.is_compiling():
-        segments = find_segments(rows, kv_length)
-        if segments is not None:
-            return segments if isinstance(from_segments(segments), Packed) else segments > 0
-    return rows(0, q_length)
-
-
-def register() -> None:
-    """Make the names known to transformers; done once, when the package is imported."""
-    for name in (NAME, GUARD):
-        AttentionInterface.register(name, attnswap_attention)
-        AttentionMaskInterface.register(name, attnswap_mask)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_attnswap import UsageError, swap
-from hf_attnswap.data import TextSource, token_blocks
+from hf_attnswap.sources.texts import TextSource, token_blocks
 from hf_attnswap.training.batches import batches, model_inputs, next_tokens, require_separate
 from hf_attnswap.training.distill import distillation_loss
 from hf_attnswap.training.loop import next_token_loss

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .attentions import Attention, Heads
-from .dispatch import NAME
-from .errors import UsageError
+from ..attentions import Attention, Heads
+from ..config import NAME
+from ..errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from .attentions import Attention, Heads, get
-from .errors import UsageError
-from .masks import Mask
-from .patching import swapped_modules
+from ..attentions import Attention, Heads, get
+from ..errors import UsageError
+from ..masks import Mask
+from .swapping import swapped_modules
 
 SOFTMAX = get("softmax")(Heads(1, 1, 1))
 

@@ -1,16 +1,14 @@
 """What a call or a config asks for that cannot be done raises, with the layer and the reason."""
 
-import json
 import re
 
 import pytest
 import torch
 from tiny_models import tiny, tokens
-from transformers import AutoModelForCausalLM
 
 import hf_attnswap
 from hf_attnswap import UsageError
-from hf_attnswap.dispatch import attnswap_attention
+from hf_attnswap.integration.attention import attnswap_attention
 
 ENDS = torch.tensor([0, 5, 12], dtype=torch.int32)
 PACKED = torch.cat([torch.arange(5), torch.arange(7)])[None]
@@ -67,19 +65,6 @@ def test_modules_that_no_variant_can_stand_in_for(attribute, says):
     setattr(model.model.layers[1].self_attn, attribute, torch.nn.Linear(2, 2))
     with pytest.raises(UsageError, match=re.escape("model.layers.1.self_attn") + f".*{says}"):
         hf_attnswap.swap(model, "relu")
-
-
-def test_the_first_format_is_still_read(tmp_path):
-    model = hf_attnswap.swap(tiny(), "elu", layers=[0, 2])
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    config["attnswap"]["format_version"] = 1
-    for group in config["attnswap"]["swapped"]:
-        del group["kind"]
-    path.write_text(json.dumps(config))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again(tokens(12)).logits, model(tokens(12)).logits)
 
 
 def test_a_missing_mask_is_what_it_is_to_the_implementation_that_the_model_had():

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -15,7 +14,8 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from . import attentions
+from .. import attentions
+from ..config import NAME
 
 Replay = Callable[[dict[str, Tensor], int], object]
 
@@ -175,30 +175,26 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
-def _in_static_cache(max_cache_len: int, **kwargs) -> StateLayer:
+def in_static_cache(max_cache_len: int, **kwargs) -> StateLayer:
     """A state has one size anyway."""
     return StateLayer()
 
 
-def make_state_layers_up_front() -> None:
-    """Let transformers build caches with a `StateLayer` where the config has a stateful variant, so that what such a
-    layer cannot do is refused before the first token; done once, when the package is imported."""
-    original = cache_utils.get_layer_types_and_kwargs
-    if hasattr(original, "__wrapped__"):
-        return
+def with_state_layers(original):
+    """Wrap transformers' `get_layer_types_and_kwargs`: caches begin with a `StateLayer` where the config has a stateful
+    variant, so that what such a layer cannot do is refused before the first token."""
 
     @functools.wraps(original)
-    def with_state_layers(config):
+    def layer_types_and_kwargs(config):
         types, arguments = original(config)
         # An encoder-decoder builds the cache of its cross-attention from the same config: those layers come later.
         if getattr(config, "is_encoder_decoder", False):
             return types, arguments
-        for group in (getattr(config, "attnswap", None) or {}).get("swapped") or ():
+        for group in (getattr(config, NAME, None) or {}).get("swapped") or ():
             if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
                 for index in group["layers"]:
                     if types[index] in ("full_attention", "sliding_attention"):  # others keep more than keys and values
                         types[index], arguments[index] = StateLayer._layer_type, {}
         return types, arguments
 
-    cache_utils.get_layer_types_and_kwargs = with_state_layers
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = _in_static_cache
+    return layer_types_and_kwargs

@@ -1,80 +1,16 @@
 """A saved conversion comes back whole: variants are built from config.json, and weights that do not fit are refused."""
 
-import functools
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
-from transformers.integrations import accelerate as integration
+from transformers import PreTrainedModel, modeling_utils
 
-from .config import plans_from_dict, select
-from .dispatch import GUARD, NAME
-from .errors import UsageError
+from ..config import GUARD, NAME, plans_from_dict, select
+from ..errors import UsageError
 from .finding import AttentionModule, Group, counted, inspect, model_parts
-from .patching import attach, build_variant, detach, mark_swapped, swapped_modules
+from .swapping import attach, build_variant, detach, mark_swapped, swapped_modules
 
 
-def hook_into_transformers() -> None:
-    """Make `from_pretrained` build conversions whole; done once, when the package is imported."""
-    if hasattr(PreTrainedModel.post_init, "__wrapped__"):
-        return
-    post_init, initialize = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
-    finalize, dispatch = PreTrainedModel._finalize_model_loading, integration.dispatch_model
-
-    @functools.wraps(post_init)
-    def post_init_with_variants(self):
-        _inject(self)
-        post_init(self)
-
-    @functools.wraps(initialize)
-    def initialize_with_variants(self, module, *args, **kwargs):
-        if type(module).__module__.startswith(f"{__package__}.") and not getattr(module, "_is_hf_initialized", False):
-            if hasattr(module, "reset_parameters"):
-                with torch.no_grad():
-                    module.reset_parameters()
-            module._is_hf_initialized = True
-            return
-        initialize(self, module, *args, **kwargs)
-
-    @functools.wraps(finalize)
-    def finalize_checked(model, load_config, info):
-        _check_variants(model, load_config, info)
-        info = finalize(model, load_config, info)
-        _check_nothing_missing(model, load_config, info)
-        return info
-
-    @functools.wraps(dispatch)
-    def dispatch_with_variants(model, *args, preload_module_classes=None, **kwargs):
-        # Offloaded weights come in with a call of their own module, and a variant calls its maps by other methods.
-        own = {type(variant).__name__ for variant in swapped_modules(model).values()}
-        return dispatch(model, *args, preload_module_classes=[*(preload_module_classes or ()), *own], **kwargs)
-
-    _read_guards()
-    PreTrainedModel.post_init = post_init_with_variants
-    PreTrainedModel._initialize_weights = initialize_with_variants
-    PreTrainedModel._finalize_model_loading = staticmethod(finalize_checked)
-    integration.dispatch_model = dispatch_with_variants
-
-
-def _read_guards() -> None:
-    """Take the guards in a conversion's config.json for what they mean here."""
-    experts, adjust = PreTrainedConfig._experts_implementation, PreTrainedModel._check_and_adjust_attn_implementation
-
-    def set_experts(config, value):
-        experts.fset(config, None if value == GUARD else value)
-
-    @functools.wraps(adjust)
-    def adjust_with_guard(self, attn_implementation, *args, **kwargs):
-        # None asks for nothing: some programs pass it to leave the choice to the model.
-        if attn_implementation is None and getattr(self.config, NAME, None) is not None:
-            attn_implementation = GUARD
-        return adjust(self, attn_implementation, *args, **kwargs)
-
-    PreTrainedConfig._experts_implementation = property(experts.fget, set_experts)
-    PreTrainedModel._check_and_adjust_attn_implementation = adjust_with_guard
-
-
-def _inject(model: PreTrainedModel) -> None:
+def build_variants(model: PreTrainedModel) -> None:
     """Put the variants that a loaded config asks for on a model that is being built.
 
     Parts are built first, and the model around them may count their modules otherwise: the outermost is right.
@@ -114,7 +50,7 @@ def _inject(model: PreTrainedModel) -> None:
     mark_swapped(model, saved)
 
 
-def _check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
+def check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
     """UsageError where the weights of a checkpoint and its config.json disagree on what is swapped."""
     inside = f".{NAME}."
     wrong = {key: "is not among the weights" for key in info.missing_keys if inside in key}
@@ -129,7 +65,7 @@ def _check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadStat
     _refuse(load_config, wrong)
 
 
-def _check_nothing_missing(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
+def check_nothing_missing(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
     """UsageError where a conversion, loaded as the class that it was saved with, would have new random weights."""
     if swapped_modules(model) and type(model).__name__ in (model.config.architectures or ()):
         _refuse(load_config, {key: "is not among the weights" for key in info.missing_keys})

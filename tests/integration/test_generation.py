@@ -23,7 +23,7 @@ from transformers import DynamicCache, set_seed
 
 import hf_attnswap
 from hf_attnswap.benchmark.generation import decode
-from hf_attnswap.cache import cache_nbytes
+from hf_attnswap.integration.cache import cache_nbytes
 
 
 @every_family

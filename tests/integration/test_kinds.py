@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
 import hf_attnswap
 from hf_attnswap import UsageError, attentions
-from hf_attnswap.patching import describe, swapped_modules
+from hf_attnswap.integration.swapping import describe, swapped_modules
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.3)
 TEXT = dict(vocab_size=64, pad_token_id=0, **SMALL)

@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-from .config import plans_from_dict
-from .dispatch import NAME
-from .errors import UsageError
+from ..config import NAME, plans_from_dict
+from ..errors import UsageError
 
 RECIPE, LOG = "recipe.yaml", "training_log.jsonl"  # what examples/convert.py leaves, and its stages
 # Arguments of a stage that say where it ran, not what it did.

@@ -27,6 +27,7 @@ from transformers import (
 import hf_attnswap
 from hf_attnswap import cli
 from hf_attnswap.evaluation.perplexity import perplexity
+from hf_attnswap.integration.swapping import describe
 
 COMMANDS = typer.main.get_command(cli.app).commands
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,\n"
@@ -386,7 +387,7 @@ def test_diagnose(attnswap, files, tmp_path):
     assert "…" not in table and max(map(len, table.splitlines())) <= 80
     (chosen,) = re.findall(r"Half of them: (--layers [0-9,]+)", table)
     assert attnswap(*arguments("convert {llama} --attention relu --output_dir {out} " + chosen, files)).code == 0
-    assert hf_attnswap.patching.describe(AutoModelForCausalLM.from_pretrained(files["out"])) == "relu in 2 layers"
+    assert describe(AutoModelForCausalLM.from_pretrained(files["out"])) == "relu in 2 layers"
 
 
 def test_evaluate_beside_a_control_on_the_same_items(attnswap, files, tmp_path):

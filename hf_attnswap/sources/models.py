@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 def load(

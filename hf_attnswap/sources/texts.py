@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .errors import UsageError
-from .token_cache import cached, fingerprint
+from ..errors import UsageError
+from .tokens import cached, fingerprint
 
 # What `datasets` calls the readers of these files, and what they are told.
 _PARAGRAPHS = ("text", {"sample_by": "paragraph"})

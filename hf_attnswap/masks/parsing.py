@@ -1,108 +1,13 @@
-"""What a row may attend to, in O(n) memory wherever that is possible.
+"""Bring every mask that a model passes to its attention to the one form that variants take."""
 
-Inside a variant there is one kind of mask: causal or not, with some keys switched off (`Mask.valid`), or, for variants
-that take it, an explicit matrix (`Mask.dense`). All that arrives from a model is brought to that form here.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .ops.rows import Tile
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which of S keys each of T rows may attend to, and what changes its scores besides `scaling * q . k`.
-
-    Causal: row i may attend to key j where `j <= i + key_length - query_length` and `valid[j]`. Otherwise
-    (bidirectional, or cross-attention): to every key where `valid[j]`.
-
-    Attributes:
-        query_length, key_length: T and S. In causal attention the queries are the last T of the S positions.
-        valid: bool `[B, S]`, or None where every key counts.
-        dense: bool `[B, 1 or H, T, S]`, the whole truth where it is not None.
-        causal: whether keys after the row are forbidden.
-        bias: added to the scores, float `[1 or B, 1 or H, T, S]`.
-        softcap: c in `c tanh(s / c)`, applied to the scores before the bias.
-        sinks: `[H]`, the score of one more key whose value is zero.
-    """
-
-    query_length: int
-    key_length: int
-    valid: Tensor | None = None
-    dense: Tensor | None = None
-    causal: bool = True
-    bias: Tensor | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    @property
-    def offset(self) -> int:
-        """Position of the first query among the keys."""
-        return self.key_length - self.query_length
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is only causality and padding, so that nothing has to be known of single scores."""
-        return self.dense is None and self.bias is None and self.softcap is None and self.sinks is None
-
-    def allowed(self, rows: slice, columns: slice, device: torch.device | None = None) -> Tensor:
-        """bool, broadcastable to `[B, H, t, s]`, for these rows and columns."""
-        if self.dense is not None:
-            return self.dense[:, :, rows, columns]
-        j = torch.arange(columns.start, columns.stop, device=device)
-        if self.causal:
-            i = torch.arange(rows.start, rows.stop, device=device) + self.offset
-            allowed = (j[None, :] <= i[:, None])[None, None]
-        else:
-            allowed = torch.ones_like(j, dtype=torch.bool)[None, None, None]
-        return allowed if self.valid is None else allowed & self.valid[:, None, None, columns]
-
-    def matrix(self, device: torch.device | None = None) -> Tensor:
-        """bool, broadcastable to `[B, H, T, S]`: O(n^2), for references and for softmax itself."""
-        return self.allowed(slice(0, self.query_length), slice(0, self.key_length), device)
-
-    def tiles(self, size: int, device: torch.device | None = None) -> Iterator[Tile]:
-        """Tiles of `size` rows with the columns that causality leaves them."""
-        triangle = self.causal and self.dense is None
-        for start in range(0, self.query_length, size):
-            rows = slice(start, min(start + size, self.query_length))
-            columns = slice(0, self.offset + rows.stop if triangle else self.key_length)
-            free = 0
-            if self.dense is None and self.valid is None:
-                free = self.offset + rows.start if self.causal else self.key_length
-            yield Tile(rows, columns, self.allowed(rows, slice(free, columns.stop), device), free)
-
-    def new_tokens(self) -> Tensor | None:
-        """`valid` of the T queries themselves, bool `[B, T]`; None where all are, or where keys say nothing of them."""
-        if self.valid is None or not self.causal and self.offset:
-            return None
-        return self.valid[:, self.offset :]
-
-    def __str__(self) -> str:
-        if self.bias is not None:
-            return f"a bias of shape {tuple(self.bias.shape)} on the scores"
-        if self.softcap is not None:
-            return f"a soft cap of {self.softcap} on the scores"
-        if self.sinks is not None:
-            return "learned sinks beside the scores"
-        if self.dense is not None:
-            return f"an explicit {tuple(self.dense.shape)} mask that is neither causal nor bidirectional with padding"
-        direction = "causal" if self.causal else "bidirectional"
-        return f"a {direction} mask" if self.valid is None else f"a {direction} mask with padding"
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Several texts in one row: `segments` int `[B, T]`, 0 for padding, equal numbers for one text."""
-
-    segments: Tensor
-    causal: bool = True
-
+from .mask import Mask, Packed
 
 _parsed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 

@@ -283,11 +283,11 @@ def group(**changed):
 @pytest.mark.parametrize(
     ("entry", "says"),
     (
-        (group() | {"format_version": 3}, "format_version 3, this release reads up to 2: upgrade hf_attnswap"),
+        (group() | {"format_version": 3}, "format_version 3; expected 2: upgrade hf_attnswap"),
         (group() | {"format_version": "1"}, "format_version '1'"),
         (group() | {"format_version": True}, "format_version True"),
         (group() | {"format_version": 0}, "format_version 0"),
-        ({"format_version": 1}, "damaged"),
+        ({"format_version": 1}, "format_version 1; expected 2"),
         (group() | {"kept": None}, "damaged"),
         (group() | {"swapped": 3}, "damaged"),
         (group() | {"swapped": [3]}, "damaged"),
@@ -338,7 +338,7 @@ def test_fewer_layers_than_the_plan_raises(saved):
 
 @pytest.mark.long
 def test_gguf_model_can_be_swapped_and_saved(smollm2, tmp_path):
-    from hf_attnswap.loading import load
+    from hf_attnswap.sources.models import load
 
     model, tokenizer = load(smollm2)
     hf_attnswap.swap(model, "hedgehog+window", layers="::10", window=8)

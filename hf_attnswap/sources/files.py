@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:

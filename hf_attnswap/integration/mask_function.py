@@ -1,0 +1,74 @@
+"""The mask function: what transformers calls, by its name, to make the masks of a swapped model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+
+from ..config import NAME
+from ..masks import Packed, find_segments, from_segments
+
+
+def attnswap_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """What transformers calls to make the mask of a model with swapped layers.
+
+    Returns:
+        None where the module's `is_causal` says all (a whole text or one token, nothing padded); bool `[B, S]` for
+        causal attention with padding; int32 `[B, S]` for packed texts (0: padding); bool `[B, 1, T, S]` for anything
+        else (one row, expanded, where all tokens attend to all others). What the model had before, where other modules
+        read the masks too.
+    """
+    columns = slice(kv_offset, kv_offset + kv_length)
+    saved = getattr(kwargs.get("config"), NAME, None) or {}
+    if saved.get("matrix_masks"):
+        make = AttentionMaskInterface()[saved["kept"] if saved["kept"] in ("sdpa", "eager") else "sdpa"]
+        return make(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
+    if mask_function is bidirectional_mask_function:
+        if attention_mask is None:
+            valid = torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+        else:
+            valid = attention_mask[:, None, None, columns].bool()
+        # As for SDPA, which then goes by the module's is_causal: some models rely on that.
+        skip = kwargs.get("allow_is_bidirectional_skip")
+        if attention_mask is not None:
+            skip = skip and not torch.compiler.is_compiling() and valid.all()
+        return None if skip else valid.expand(-1, -1, q_length, -1)
+    grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
+    if not kwargs.get("allow_is_causal_skip", True) and mask_function is causal_mask_function:
+        grows = False  # the model wants a matrix, to add to it
+    if grows and mask_function is causal_mask_function:
+        whole = q_length in (1, kv_length) and saved.get("kept") != "eager"
+        if attention_mask is None:
+            if whole:
+                return None
+            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
+        valid = attention_mask[:, columns].bool()
+        # torch.compile sees no entries, so it keeps the mask.
+        return None if whole and not torch.compiler.is_compiling() and valid.all() else valid
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+
+    def rows(start: int, stop: int) -> Tensor:
+        return sdpa_mask(
+            batch_size, stop - start, kv_length, q_offset + start, kv_offset, mask_function, attention_mask, **kwargs
+        )
+
+    if grows and q_offset == 0 and not torch.compiler.is_compiling():
+        segments = find_segments(rows, kv_length)
+        if segments is not None:
+            return segments if isinstance(from_segments(segments), Packed) else segments > 0
+    return rows(0, q_length)

@@ -1,0 +1,7 @@
+"""What a row may attend to: the mask of a variant, how it is read off a tensor, and texts packed into one row."""
+
+from .mask import Mask, Packed, Tile
+from .packing import unpack_rows
+from .parsing import find_segments, from_segments, parse, split
+
+__all__ = ["Mask", "Packed", "Tile", "find_segments", "from_segments", "parse", "split", "unpack_rows"]

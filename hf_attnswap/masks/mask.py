@@ -1,0 +1,119 @@
+"""What a row may attend to, in O(n) memory wherever that is possible.
+
+A variant knows one kind of mask: causal or not, with some keys switched off (`Mask.valid`), or, where the variant takes
+it, an explicit matrix (`Mask.dense`). Several texts in one row are `Packed`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """Query rows, the slice of keys that they may see, and which of those.
+
+    All rows see the first `free` of the columns; `allowed` is about the others, bool, broadcastable to
+    `[B, H, t, s - free]`, or None where `attend` knows it.
+    """
+
+    rows: slice
+    columns: slice
+    allowed: Tensor | None
+    free: int = 0
+
+    def count(self) -> Tensor:
+        """How many keys each row may attend to, broadcastable to `[B, H, t, 1]`."""
+        return (self.allowed.sum(-1, keepdim=True) + self.free).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which of S keys each of T rows may attend to, and what changes its scores besides `scaling * q . k`.
+
+    Causal: row i may attend to key j where `j <= i + key_length - query_length` and `valid[j]`. Otherwise
+    (bidirectional, or cross-attention): to every key where `valid[j]`.
+
+    Attributes:
+        query_length, key_length: T and S. In causal attention the queries are the last T of the S positions.
+        valid: bool `[B, S]`, or None where every key counts.
+        dense: bool `[B, 1 or H, T, S]`, the whole truth where it is not None.
+        causal: whether keys after the row are forbidden.
+        bias: added to the scores, float `[1 or B, 1 or H, T, S]`.
+        softcap: c in `c tanh(s / c)`, applied to the scores before the bias.
+        sinks: `[H]`, the score of one more key whose value is zero.
+    """
+
+    query_length: int
+    key_length: int
+    valid: Tensor | None = None
+    dense: Tensor | None = None
+    causal: bool = True
+    bias: Tensor | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query among the keys."""
+        return self.key_length - self.query_length
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is only causality and padding, so that nothing has to be known of single scores."""
+        return self.dense is None and self.bias is None and self.softcap is None and self.sinks is None
+
+    def allowed(self, rows: slice, columns: slice, device: torch.device | None = None) -> Tensor:
+        """bool, broadcastable to `[B, H, t, s]`, for these rows and columns."""
+        if self.dense is not None:
+            return self.dense[:, :, rows, columns]
+        j = torch.arange(columns.start, columns.stop, device=device)
+        if self.causal:
+            i = torch.arange(rows.start, rows.stop, device=device) + self.offset
+            allowed = (j[None, :] <= i[:, None])[None, None]
+        else:
+            allowed = torch.ones_like(j, dtype=torch.bool)[None, None, None]
+        return allowed if self.valid is None else allowed & self.valid[:, None, None, columns]
+
+    def matrix(self, device: torch.device | None = None) -> Tensor:
+        """bool, broadcastable to `[B, H, T, S]`: O(n^2), for references and for softmax itself."""
+        return self.allowed(slice(0, self.query_length), slice(0, self.key_length), device)
+
+    def tiles(self, size: int, device: torch.device | None = None) -> Iterator[Tile]:
+        """Tiles of `size` rows with the columns that causality leaves them."""
+        triangle = self.causal and self.dense is None
+        for start in range(0, self.query_length, size):
+            rows = slice(start, min(start + size, self.query_length))
+            columns = slice(0, self.offset + rows.stop if triangle else self.key_length)
+            free = 0
+            if self.dense is None and self.valid is None:
+                free = self.offset + rows.start if self.causal else self.key_length
+            yield Tile(rows, columns, self.allowed(rows, slice(free, columns.stop), device), free)
+
+    def new_tokens(self) -> Tensor | None:
+        """`valid` of the T queries themselves, bool `[B, T]`; None where all are, or where keys say nothing of them."""
+        if self.valid is None or not self.causal and self.offset:
+            return None
+        return self.valid[:, self.offset :]
+
+    def __str__(self) -> str:
+        if self.bias is not None:
+            return f"a bias of shape {tuple(self.bias.shape)} on the scores"
+        if self.softcap is not None:
+            return f"a soft cap of {self.softcap} on the scores"
+        if self.sinks is not None:
+            return "learned sinks beside the scores"
+        if self.dense is not None:
+            return f"an explicit {tuple(self.dense.shape)} mask that is neither causal nor bidirectional with padding"
+        direction = "causal" if self.causal else "bidirectional"
+        return f"a {direction} mask" if self.valid is None else f"a {direction} mask with padding"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several texts in one row: `segments` int `[B, T]`, 0 for padding, equal numbers for one text."""
+
+    segments: Tensor
+    causal: bool = True

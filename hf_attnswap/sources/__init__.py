@@ -1,0 +1,1 @@
+"""Where models, texts and tokens come from, and how files appear whole."""
