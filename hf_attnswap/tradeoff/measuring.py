@@ -26,6 +26,7 @@ from ..errors import UsageError
 from ..evaluation.checks import check_swap
 from ..evaluation.diagnose import diagnose
 from ..evaluation.perplexity import count_units, perplexity
+from ..evaluation.tasks import check_tasks, text_tokens
 from ..integration.finding import inspect
 from ..integration.swapping import restore, swapped_modules
 from ..sources.files import write_whole
@@ -37,7 +38,7 @@ from .arms import Arm, Settings, build, share_weights
 from .machine import describe_model, machine, versions
 from .rows import row
 from .speed import Rounds, measure_speed
-from .tasks import PROMPT_TOKENS, WRITING, check, measure_tasks, written_by
+from .task_runs import measure_tasks
 
 FORMAT = 4  # of the files in `measured`
 Progress = Callable[[str], None]
@@ -64,7 +65,7 @@ def measure(
         UsageError: unknown arms, too little text, or an `output_dir` that holds something else.
     """
     arms = [Arm.parse(text) for text in dict.fromkeys(("softmax", *settings.arms))]
-    check(settings.tasks)
+    check_tasks(settings.tasks)
     train_blocks, eval_tokens = _texts(tokenizer, training_text, evaluation_text, settings)
     measured = _open(output_dir, settings, arms, model_name, training_text, evaluation_text)
     results = {
@@ -99,7 +100,7 @@ def _texts(tokenizer, training_text, evaluation_text, settings: Settings) -> tup
     for length in set(settings.train_lengths) - set(settings.lengths):
         raise UsageError(f"train_lengths has {length}, which is none of the lengths {list(settings.lengths)}")
     longest = max(*(2 * length for length in settings.context_lengths), *settings.lengths, settings.block_size)
-    longest = max(longest, PROMPT_TOKENS if WRITING in settings.tasks else 0)
+    longest = max(longest, text_tokens(settings.tasks))
     blocks = token_blocks(training_text, tokenizer, settings.block_size)
     if evaluation_text is None:
         held_out = math.ceil(len(blocks) / 5)
@@ -194,11 +195,10 @@ def _quality(
             result["nll"][str(context)] = found.nll
             result["by_position"][str(context)] = found.by_position
         if settings.tasks:
-            writing = WRITING in settings.tasks
-            written = written_by(model, eval_tokens, folder / "written.json") if writing else None
             result["tasks"] = measure_tasks(
-                swapped, tokenizer, eval_tokens, settings, written, lambda line: progress(f"{arm.label}: {line}")
-            )
+                swapped, model, tokenizer, eval_tokens, settings, folder / "answers.json",
+                lambda line: progress(f"{arm.label}: {line}"),
+            )  # fmt: skip
         if settings.diagnose_tokens and result["swapped"]:
             text = eval_tokens.reshape(-1)[: settings.diagnose_tokens][None]
             result["diagnostics"] = diagnose(swapped, text, lambda line: progress(f"{arm.label}: {line}"))

@@ -9,7 +9,7 @@ from ..benchmark.measure import Spread, speedup
 from ..evaluation.paired import FEW
 from ..evaluation.perplexity import Perplexity, Units, ratio
 from .arms import Arm
-from .tasks import difference
+from .task_runs import difference
 
 COST_CLASSES = ("constant", "linear", "quadratic")
 

@@ -1,4 +1,4 @@
-"""What likelihood hides: tasks of an arm, and what it writes by itself beside what softmax writes.
+"""Run the tasks of an arm: what likelihood hides.
 
 Of every metric its value for each of a fixed set of resamples of the items is kept. They are the same items for all
 arms, so the difference of two arms in each resample gives the interval of a paired bootstrap, for any metric.
@@ -6,7 +6,7 @@ arms, so the difference of two arms in each resample gives the interval of a pai
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,64 +14,43 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.generating import agreement, continuations
 from ..evaluation.paired import Difference, resampled
 from ..evaluation.result import Result
-from ..evaluation.tasks import check_tasks, run_tasks
+from ..evaluation.tasks import TaskInputs, answers_of, run_tasks
 from ..sources.files import write_whole
 from ..statistics import expanded_tail
 from .arms import Settings
 
-WRITING = "writing"  # a task of ours, beside those of `evaluation.tasks`
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 64, 64
 RESAMPLES = 1000
-
-
-def check(names: Sequence[str]) -> None:
-    """UsageError for a task that cannot be run here."""
-    check_tasks([name for name in names if name != WRITING])
 
 
 def measure_tasks(
     model: PreTrainedModel,
+    original: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tokens: Tensor,
     settings: Settings,
-    written: Tensor | None,
+    path: Path,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A dict per metric: task, metric, value, standard error, items, and its value for each resample.
+    """Run the tasks on an arm and return a dict per metric: task, metric, value, standard error, items, and its value
+    for each resample.
 
     Args:
-        tokens: the text that `writing` goes on from. written: what softmax writes there; None without `writing`.
+        original: the model of softmax, whose answers the tasks may ask for.
+        tokens: held-out text.
+        path: the file that keeps the answers of the original, for all arms.
     """
-    names = [name for name in settings.tasks if name != WRITING]
-    results = run_tasks(
-        model, tokenizer, names, lengths=settings.context_lengths, limit=settings.task_limit,
-        include_path=settings.include_path, seed=settings.seed, progress=progress,
-    )  # fmt: skip
-    if written is not None:
-        progress(WRITING)
-        found = agreement(model, prompts(tokens), written)
-        results += [
-            Result(WRITING, "tokens as softmax's", tuple(found.same)),
-            Result(WRITING, "agreement when told softmax's", tuple(found.told)),
-            Result(WRITING, "repetition", tuple(found.repetition), higher_is_better=False),
-        ]
-    return [_described(result) for result in results]
-
-
-def prompts(tokens: Tensor) -> Tensor:
-    """The starts that are continued, `[N, PROMPT_TOKENS]`."""
-    stream = tokens.reshape(-1)[: PROMPTS * PROMPT_TOKENS]
-    return stream[: len(stream) // PROMPT_TOKENS * PROMPT_TOKENS].view(-1, PROMPT_TOKENS)
-
-
-def written_by(model: PreTrainedModel, tokens: Tensor, path: Path) -> Tensor:
-    """What `model` writes after the prompts, greedily, `[N, NEW_TOKENS]`; kept in the file `path`."""
+    inputs = TaskInputs(settings.context_lengths, settings.task_limit, seed=settings.seed, tokens=tokens)
     if not path.is_file():
-        write_whole(path, json.dumps(continuations(model, prompts(tokens), NEW_TOKENS).tolist()).encode())
-    return torch.tensor(json.loads(path.read_text()))
+        progress("answers of softmax to the tasks")
+        write_whole(path, json.dumps(answers_of(original, tokenizer, settings.tasks, inputs)).encode())
+    answers = json.loads(path.read_text())
+    results = run_tasks(
+        model, tokenizer, settings.tasks, inputs, answers=answers, include_path=settings.include_path,
+        progress=progress,
+    )  # fmt: skip
+    return [_described(result) for result in results]
 
 
 def _described(result: Result) -> dict[str, Any]:
