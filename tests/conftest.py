@@ -45,7 +45,7 @@ def tiny_llama(**overrides):
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
         pad_token_id=0,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(LlamaConfig(**settings | overrides)).eval()
+    return AutoModelForCausalLM.from_config(LlamaConfig(**settings | overrides)).to(DEVICE).eval()
 
 
 @pytest.fixture
