@@ -200,7 +200,7 @@ def swapped_runs(
     variants = {name: module.attnswap for name, module in model.named_modules() if hasattr(module, NAME)}
     ran: set[str] = set()
     for name, module in variants.items():
-        module.observer = lambda attention, *call, name=name: ran.add(name) or attention(*call)
+        module.register_forward_hook(lambda *call, name=name: ran.add(name))
     keywords = collections.defaultdict(set)
 
     def recording(module, query, key, value, attention_mask, **kwargs):

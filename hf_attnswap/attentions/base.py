@@ -2,6 +2,8 @@
 
 import difflib
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,6 +95,7 @@ class Attention(nn.Module):
     ops: ClassVar[tuple[str, ...]] = ()
     kind: str = "causal"
     place: str = "attention"
+    _answer: "Answer | None" = None
 
     def __init__(self, heads: Heads, **options: Any):
         super().__init__()
@@ -163,11 +166,30 @@ class Attention(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    @contextmanager
+    def answered_by(self, answer: "Answer") -> Iterator[None]:
+        """Let `answer` give the results of this layer while the context is open; see `integration.observing`."""
+        before, self._answer = self._answer, answer
+        try:
+            yield
+        finally:
+            self._answer = before
+
+    def answer(self, query, key, value, mask, scaling, state=None) -> Tensor:
+        """Return what the layer gives to a call: the result of `forward`, or of what `answered_by` put in its place."""
+        if self._answer is not None:
+            return self._answer(self, query, key, value, mask, scaling)
+        return self(query, key, value, mask, scaling, state)
+
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         """Set parameters from what the layer sees, before training; shapes as in `forward`. Most variants need none."""
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}={v!r}" for n, v in self.option_values().items())
+
+
+# (the variant, query, key, value, mask, scaling) -> what its layer gives, `[B, H, T, Dv]`
+Answer = Callable[[Attention, Tensor, Tensor, Tensor, Mask, float], Tensor]
 
 
 def suggestion(name: str, known) -> str:

@@ -66,7 +66,7 @@ def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
     """
     cache = DynamicCache(config=model.config)
     for entry in inspect(model):
-        heads, module = head_shape(model, [entry]), model.get_submodule(entry.name)
+        heads, module = head_shape(model, [entry]), entry.module
         query, key, value = random_inputs(heads, length, dtype=model.dtype, device=model.device)
         cache.update(key, value, module.layer_idx)
         variant = getattr(module, NAME, None)

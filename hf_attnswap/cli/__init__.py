@@ -132,7 +132,9 @@ def inspect_model(model: Model, as_json: Json = False, trust_remote_code: TrustR
         can = f"no: {m.reason}" if m.reason else "yes"
         table.add_row(m.name, m.class_name, m.part, m.kind, str(m.layer), m.swapped or "softmax", can)
     show(
-        as_json, [vars(m) for m in found], table if found else f"{model} has no attention module that could be swapped"
+        as_json,
+        [m.as_dict() for m in found],
+        table if found else f"{model} has no attention module that could be swapped",
     )
 
 

@@ -1,7 +1,6 @@
 """The attention function: what transformers calls, by its name, for every attention module of a swapped model."""
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,6 @@ _REFUSED = {
     "indices": "the keys that sparse attention has chosen",
     "block_indices": "the blocks that sparse attention has chosen",
 }
-
-Observer = Callable[..., Tensor]
 
 
 def attnswap_attention(
@@ -117,17 +114,10 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
 
         def one(query, key, value, valid):
             mask_of_texts = Mask(query.shape[2], key.shape[2], None if mask.causal else valid, causal=mask.causal)
-            return _observed(attention, query, key, value, mask_of_texts, scaling, None)
+            return attention.answer(query, key, value, mask_of_texts, scaling)
 
         return unpack_rows(one, query, key, value, mask.segments)
-    return _observed(attention, query, key, value, mask, scaling, layer.state if stateful else None)
-
-
-def _observed(attention, query, key, value, mask, scaling, state):
-    observer: Observer | None = getattr(attention, "observer", None)
-    if observer is not None:
-        return observer(attention, query, key, value, mask, scaling, state)
-    return attention(query, key, value, mask, scaling, state)
+    return attention.answer(query, key, value, mask, scaling, layer.state if stateful else None)
 
 
 def _wanted(kwargs: dict) -> bool:

@@ -1,7 +1,8 @@
 """See what the swapped layers of a model are called with, and choose what they answer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -37,19 +38,10 @@ def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
     if not modules:
         raise UsageError("the model is not swapped: there is nothing to look at")
 
-    def observer(name: str):
-        def call(attention, query, key, value, mask, scaling, state):
-            return answer(name, attention, query, key, value, mask, scaling)
-
-        return call
-
-    try:
+    with ExitStack() as stack:
         for name, attention in modules.items():
-            attention.observer = observer(name)
+            stack.enter_context(attention.answered_by(partial(answer, name)))
         yield
-    finally:
-        for attention in modules.values():
-            attention.__dict__.pop("observer", None)
 
 
 def allowed_keys(mask: Mask, weights: Tensor) -> Tensor:

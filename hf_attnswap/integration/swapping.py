@@ -12,8 +12,11 @@ from ..attentions import Attention, Heads
 from ..config import GUARD, GUARDED, NAME, SwapConfig, plans_to_dict
 from ..errors import UsageError
 from .cache import state_layer
-from .finding import AttentionModule, attention_modules, heads_of, model_parts, part_of, reads_mask, swappable
+from .finding import AttentionModule, inspect, swappable
+from .heads import heads_of
+from .parts import model_parts, part_of
 from .read_mask import ANY_MASK
+from .sources import reads_mask
 
 
 def swap(
@@ -58,7 +61,8 @@ def swap(
             "the config has output_attentions=True, which transformers allows with 'eager' alone: unset it, and pass "
             "output_attentions=True with the call instead"
         )
-    groups = swappable(model, config.kinds)
+    entries = inspect(model)
+    groups = swappable(model, entries, config.kinds)
     plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
     built = [
         (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], *choice))
@@ -66,7 +70,7 @@ def swap(
         for index, choice in plan.items()
     ]
     for entry, index, (_, kind), new in built:
-        attach(model.get_submodule(entry.name), new, kind, index)
+        attach(entry.module, new, kind, index)
     # A model where other modules read the masks too goes on making those that they know.
     others_read_masks = any(
         reads_mask(m.__class__) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
@@ -80,7 +84,7 @@ def swap(
     origin = model.config.name_or_path
     if origin and not Path(origin).exists():
         saved[""]["base"] = origin
-    mark_swapped(model, saved)
+    mark_swapped(model, saved, entries)
     return model
 
 
@@ -92,12 +96,12 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not getattr(model.config, NAME, None):
         raise UsageError("the model is not swapped, there is nothing to restore")
-    for _, module in attention_modules(model):
+    configs = {id(config): config for config in model_parts(model).values()}
+    for module in list(model.modules()):
         detach(module)
-    holders = {
-        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
-    }
-    for config in (holders | {id(config): config for config in model_parts(model).values()}).values():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):  # some hold copies
+            configs[id(module.config)] = module.config
+    for config in configs.values():
         saved = config.__dict__.pop(NAME, None)
         for guarded in GUARDED:
             config.__dict__.pop(guarded, None)
@@ -124,7 +128,7 @@ def swapped_modules(model: nn.Module) -> dict[str, Attention]:
 
 def build_variant(model: nn.Module, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]) -> Attention:
     """The variant for a module; UsageError where it cannot do what the module needs."""
-    cls, module = attentions.get(name), model.get_submodule(entry.name)
+    cls, module = attentions.get(name), entry.module
     where = f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name})"
     if kind not in cls.kinds:
         raise UsageError(f"{where} is {kind} attention, and {name} is for {' and '.join(cls.kinds)} attention only")
@@ -182,7 +186,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     return args, kwargs
 
 
-def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> None:
+def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]], entries: Sequence[AttentionModule]) -> None:
     """Say in the config of every part what is swapped there, and route its attention here where anything is.
 
     The guard is written to config.json, where it makes transformers refuse to load the checkpoint without this package,
@@ -200,6 +204,6 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> No
         config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
     for guarded in GUARDED:
         setattr(model.config, guarded, GUARD)
-    for _, module in attention_modules(model):
-        if not hasattr(module, NAME):
-            module._attnswap_kept = True
+    for entry in entries:
+        if not hasattr(entry.module, NAME):
+            entry.module._attnswap_kept = True

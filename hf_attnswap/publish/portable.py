@@ -32,7 +32,7 @@ FAMILIES = ("llama", "mistral", "qwen2")
 # The fast forms, which no definition needs.
 _LEFT_OUT = {
     "forward", "_fast", "_attend", "_by_tiles", "_one_row", "_fits_blocks", "_blocked", "calibrate", "tiles",
-    "new_tokens", "_divide",
+    "new_tokens", "_divide", "answer", "answered_by",
 }  # fmt: skip
 
 
@@ -161,7 +161,7 @@ class _Shaken:
         for node in self._tree(module).body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 if name in _bound(node):
-                    package = sys.modules[module].__spec__.parent
+                    package = sys.modules[module].__package__
                     source = importlib.util.resolve_name(f"{'.' * node.level}{node.module}", package)
                     self.uses.setdefault(module, []).append(source)
                     self._need(source, name)

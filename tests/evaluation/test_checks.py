@@ -108,7 +108,7 @@ def test_what_raises_is_a_failure_with_its_reason(broken):
 
 @pytest.mark.parametrize(("cls", "how", "caught_by"), BROKEN)
 def test_the_report_shows_no_number_of_a_broken_swap(broken, cls, how, caught_by, tmp_path):
-    from test_tradeoff import Letters, settings
+    from tradeoff.test_tradeoff import Letters, settings
 
     from hf_attnswap.sources.texts import TextSource
 
