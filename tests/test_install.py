@@ -1,6 +1,9 @@
-"""An editable install: the package is found from any folder, also from the one that holds the clone."""
+"""The package as it is installed: found from any folder, and with all that it imports."""
 
+import ast
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 
 import hf_attnswap
 
@@ -36,3 +40,27 @@ def test_the_folder_of_the_clone_does_not_hide_the_package(tmp_path):
         [sys.executable, "-c", FIND, str(site)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.stdout.strip() == str(clone / "hf_attnswap" / "__init__.py"), run.stderr
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ("demo", "finetune", "eval")
+    listed = {e: {_name(line) for line in project["optional-dependencies"][e]} for e in extras}
+    declared = {_name(line) for line in project["dependencies"]}
+    distributions = importlib.metadata.packages_distributions()
+    imported = set()
+    for path in (ROOT / "hf_attnswap").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    imported -= {"hf_attnswap", *sys.stdlib_module_names}
+    needed = {_name(distributions.get(name, [name])[0]) for name in imported}
+    assert needed <= declared.union(*listed.values()), "imported, and not declared"
+    assert declared <= needed, "declared, and not imported"
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower().replace("_", "-")

@@ -41,7 +41,7 @@ def attnswap_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls for every attention module of a model that has swapped layers.
+    """Compute the attention of one module of a model that has swapped layers; transformers calls this function.
 
     Args:
         module: the attention module; its `attnswap` is the variant, absent where the layer keeps softmax.
@@ -88,7 +88,7 @@ def attnswap_attention(
 
 
 def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling, layer=None) -> Tensor:
-    """One variant on one call's tensors; `[B, H, T, Dv]`.
+    """Run one variant on the tensors of one call, and return its result `[B, H, T, Dv]`.
 
     Args:
         layer: the `StateLayer` of a generating call, whose `state` the variant reads and fills.

@@ -19,7 +19,7 @@ from .sources import calls_it_causal, dispatches
 
 @dataclass(frozen=True)
 class AttentionModule:
-    """What `inspect` says of one attention module.
+    """Describe one attention module, as `inspect` finds it.
 
     Attributes:
         name: its path in the model. class_name: its class. kind: "causal", "bidirectional" or "cross".

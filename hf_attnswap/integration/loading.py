@@ -52,7 +52,7 @@ def build_variants(model: PreTrainedModel) -> None:
 
 
 def check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
-    """UsageError where the weights of a checkpoint and its config.json disagree on what is swapped."""
+    """Raise UsageError where the weights of a checkpoint and its config.json disagree on what is swapped."""
     inside = f".{NAME}."
     wrong = {key: "is not among the weights" for key in info.missing_keys if inside in key}
     for key, found, expected in info.mismatched_keys:
@@ -67,7 +67,7 @@ def check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadState
 
 
 def check_nothing_missing(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
-    """UsageError where a conversion, loaded as the class that it was saved with, would have new random weights."""
+    """Raise UsageError where a conversion, loaded as the class that it was saved with, would have random weights."""
     if swapped_modules(model) and type(model).__name__ in (model.config.architectures or ()):
         _refuse(load_config, {key: "is not among the weights" for key in info.missing_keys})
 

@@ -25,7 +25,7 @@ def attnswap_mask(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """What transformers calls to make the mask of a model with swapped layers.
+    """Make the mask of a model that has swapped layers; transformers calls this function.
 
     Returns:
         None where the module's `is_causal` says all (a whole text or one token, nothing padded); bool `[B, S]` for

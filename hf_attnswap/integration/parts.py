@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def model_parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
-    """The model's config ("") and, by their path in it, the configs of its parts."""
+    """Return the config of a model under "", and the configs of its parts under their paths in it."""
     found = {"": model.config}
 
     def walk(prefix: str, config: PreTrainedConfig) -> None:
@@ -20,7 +20,10 @@ def model_parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
 
 
 def part_of(model: PreTrainedModel, name: str, module: nn.Module, parts: dict[str, PreTrainedConfig]) -> str | None:
-    """Models copy their configs as they build their parts, so the object alone does not tell."""
+    """Return the part of the model that a module belongs to; None where it belongs to none, or several are alike.
+
+    Models copy their configs as they build their parts, so the object alone does not tell.
+    """
     path, owner = name, module
     while True:
         config = getattr(owner, "config", None)

@@ -15,7 +15,11 @@ ANY_MASK = "relu, relu_norm, relu_power, sigmoid and the other variants on the s
 
 
 def read_mask(module, attention: Attention, query, key, attention_mask, layer, kwargs) -> Mask | Packed:
-    """All that a call says of what may attend to what, in one form; NotImplementedError where the variant cannot."""
+    """Return all that a call says of which row may attend to which key.
+
+    Raises:
+        NotImplementedError: the variant cannot honour that.
+    """
     # Without a mask SDPA goes by is_causal, and eager attention lets every row attend to everything.
     causal = kwargs.get("is_causal")
     if (getattr(module.config, NAME, None) or {}).get("kept") == "eager" or attention.kind == "cross":

@@ -89,7 +89,7 @@ def swap(
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Softmax again: take every variant off, in place, and give back the model that was.
+    """Take every variant off, in place, and return the model with the softmax that it had.
 
     Raises:
         UsageError: the model is not swapped.
@@ -111,7 +111,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def describe(model: PreTrainedModel) -> str:
-    """One line: which attention in how many layers, such as "hedgehog+window in 30 layers"."""
+    """Return in one line which attention stands in how many layers, such as "hedgehog+window in 30 layers"."""
     counts: dict[str, int] = {}
     for attention in swapped_modules(model).values():
         kind = "" if attention.kind == "causal" else f"{attention.kind} "
@@ -120,14 +120,14 @@ def describe(model: PreTrainedModel) -> str:
 
 
 def swapped_modules(model: nn.Module) -> dict[str, Attention]:
-    """The variants of a swapped model, by the path of the module they stand on."""
+    """Return the variants of a swapped model, by the path of the module that each stands on."""
     return {
         name: getattr(m, NAME) for name, m in model.named_modules() if isinstance(getattr(m, NAME, None), Attention)
     }
 
 
 def build_variant(model: nn.Module, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]) -> Attention:
-    """The variant for a module; UsageError where it cannot do what the module needs."""
+    """Make the variant for a module; UsageError where the variant cannot do what the module needs."""
     cls, module = attentions.get(name), entry.module
     where = f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name})"
     if kind not in cls.kinds:
@@ -156,6 +156,7 @@ _SCORE_TERMS = {
 
 
 def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
+    """Put a variant on an attention module, and see to it that every call brings the state of its layer."""
     new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
     new.layer = index
     module.add_module(NAME, new)
@@ -163,6 +164,7 @@ def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
 
 
 def detach(module: nn.Module) -> None:
+    """Take the variant off an attention module, where there is one."""
     module.__dict__.pop("_attnswap_kept", None)
     if hasattr(module, NAME):
         module._attnswap_hook.remove()

@@ -57,7 +57,7 @@ def _parse(attention_mask: Tensor, query_length: int, key_length: int, causal: b
 
 
 def split(attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A 4D mask, bool or additive, as what it allows (bool) and what it adds to the scores (None: nothing).
+    """Split a 4D mask, bool or additive, into what it allows (bool) and what it adds to the scores (None: nothing).
 
     In an additive mask, 0 allows, a very negative number forbids, and all between is a bias.
     """
@@ -111,7 +111,7 @@ def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
 
 
 def from_segments(segments: Tensor, causal: bool = True) -> Mask | Packed:
-    """int `[B, n]` (0: padding) as a plain mask where every row holds one text, else as `Packed`."""
+    """Return segments, int `[B, n]` (0: padding), as a plain mask where every row holds one text, else as `Packed`."""
     length, valid = segments.shape[1], segments > 0
     first = torch.where(valid, segments, segments.max() + 1).amin(1, keepdim=True)
     if (valid & (segments != first)).any():
@@ -122,7 +122,7 @@ def from_segments(segments: Tensor, causal: bool = True) -> Mask | Packed:
 def find_segments(
     rows_of_matrix: Callable[[int, int], Tensor], length: int, causal: bool = True, block: int = 256
 ) -> Tensor | None:
-    """The texts packed into rows, read off a mask by blocks of rows: O(n) memory, one look at n^2 entries.
+    """Read the texts packed into rows off a mask, by blocks of rows: O(n) memory, one look at n^2 entries.
 
     Args:
         rows_of_matrix: `(start, stop) -> bool [B, 1, stop - start, length]`.

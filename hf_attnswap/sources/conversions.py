@@ -19,7 +19,7 @@ _ELSEWHERE = frozenset(
 
 @dataclass(frozen=True)
 class Conversion:
-    """A model that was saved, converted or not.
+    """Describe a model that was saved, converted or not.
 
     Attributes:
         name: of the folder that was named.
@@ -37,7 +37,7 @@ class Conversion:
 
 
 def find(path: str | Path) -> Conversion:
-    """What lies in `path`: a folder that `save_pretrained` wrote, or the output folder of examples/convert.py.
+    """Return what lies in `path`: a folder that `save_pretrained` wrote, or the output folder of examples/convert.py.
 
     Raises:
         UsageError: neither, a conversion that is not finished, or a damaged config.json.
