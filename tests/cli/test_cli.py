@@ -110,6 +110,7 @@ CONVERT = "convert {llama} --output_dir {out} "
 EVALUATE = "evaluate {llama} --validation_file {text} "
 TRADEOFF = "tradeoff {llama} --output_dir {full} --train_file {text} "
 WRONG = {
+    "ls hedghog": "Unknown attention 'hedghog'. Did you mean 'hedgehog'?",
     CONVERT + "--attention hedghog": "Unknown attention 'hedghog'. Did you mean 'hedgehog'?",
     CONVERT + "--attention ''": "Unknown attention ''",
     CONVERT + "--attention window --option windw=8": "window has no option 'windw'. Did you mean 'window'?",
@@ -266,6 +267,24 @@ def test_ls(attnswap):
         }
     window = next(entry for entry in entries if entry["name"] == "window")
     assert window["options"]["window"]["default"] == 64
+
+
+def test_ls_takes_one_line_of_80_columns_per_variant(attnswap, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = attnswap("ls").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.split()[:1] == [name] for line in lines for name in NAMES) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ls_tells_all_about_one(attnswap, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    entry = json.loads(attnswap("ls", name, "--json").out)
+    told = attnswap("ls", name).out
+    for key in ("name", "says", "formula", "cost", "source"):
+        assert entry[key] in told
+    for key in ("options", "parameters"):
+        assert all(word in told for word in entry[key])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
