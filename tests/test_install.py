@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-
 import hf_attnswap
 
 ROOT = Path(hf_attnswap.__file__).parents[1]

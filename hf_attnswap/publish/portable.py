@@ -12,6 +12,7 @@ import importlib.util
 import inspect as python_inspect
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,6 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
         modules[path] = (cls.name, variant.option_values(), *vars(variant.heads).values())
         roots += [linear] if linear is cls else [linear, hybrid_of]
         made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
-    from .. import __version__  # the package itself is still being imported when this file is
-
     runtime = Path(__file__).with_name("portable_runtime.txt").read_text(encoding="utf-8")
     imports, definitions = _Shaken(roots).text()
     table = "".join(f"    {name!r}: {entry!r},\n" for name, entry in modules.items())
@@ -104,8 +103,8 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
         [
             f'"""{architecture} with swapped attention, without hf_attnswap: the definitions, O(n^2).',
             "",
-            f"Written by hf_attnswap {__version__} from its own source, which also has the fast forms: pip install",
-            'hf_attnswap. Apache-2.0.\n"""',
+            f"Written by hf_attnswap {version('hf_attnswap')} from its own source, which also has the fast forms: pip",
+            'install hf_attnswap. Apache-2.0.\n"""',
             "",
             "import sys",
             imports,
