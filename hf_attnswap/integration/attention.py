@@ -21,7 +21,9 @@ _HARMLESS = frozenset(
     "deterministic tokenizer".split()
 )
 # Keywords that `read_mask` turns into a part of the mask, which the variant honours or refuses.
-_HONOURED = frozenset("position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split())
+_HONOURED = frozenset(
+    "position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx".split()
+)
 # Keywords that change the result and that nothing here honours.
 _REFUSED = {
     "head_mask": "a mask over heads",

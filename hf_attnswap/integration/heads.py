@@ -41,7 +41,7 @@ def heads_of(module: nn.Module) -> Heads | None:
     )
     for name, count in (("q_proj", heads), ("k_proj", kv_heads)):
         projection = getattr(module, name, None)
-        if isinstance(projection, nn.Linear) and projection.out_features != count * head_dim:
+        if isinstance(projection, nn.Linear) and projection.out_features % (count * head_dim):
             return None
     if not head_dim or heads % kv_heads:
         return None

@@ -1,5 +1,6 @@
 """Put variants on the attention modules of a model, and take them off again."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def swap(
     origin = model.config.name_or_path
     if origin and not Path(origin).exists():
         saved[""]["base"] = origin
+    _own_configs(model)
     mark_swapped(model, saved, entries)
     return model
 
@@ -126,7 +128,9 @@ def swapped_modules(model: nn.Module) -> dict[str, Attention]:
     }
 
 
-def build_variant(model: nn.Module, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]) -> Attention:
+def build_variant(
+    model: PreTrainedModel, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]
+) -> Attention:
     """Make the variant for a module; UsageError where the variant cannot do what the module needs."""
     cls, module = attentions.get(name), entry.module
     where = f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name})"
@@ -141,10 +145,11 @@ def build_variant(model: nn.Module, entry: AttentionModule, kind: str, name: str
     new = cls(heads or Heads(1, 1, 1), **options)
     if heads is None and new.state_dict():
         raise UsageError(f"{where} has numbers of heads that cannot be read, and {name} has parameters for each head")
-    own = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return (
-        new.train(module.training) if own is None else new.to(device=own.device, dtype=own.dtype).train(module.training)
-    )
+    weights = list(module.parameters())
+    # Quantised weights are integers: then the dtype is that of the rest of the model.
+    dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), model.dtype)
+    device = weights[0].device if weights else model.device
+    return new.to(device=device, dtype=dtype).train(module.training)
 
 
 # Attributes of attention modules that change the scores, which only variants on the scores can take in.
@@ -186,6 +191,14 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if cache is not None:
             kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx)}
     return args, kwargs
+
+
+def _own_configs(model: PreTrainedModel) -> None:
+    """Give a model configs of its own, which other models that were built from the same object do not share."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copy.deepcopy(module.config, copies)
 
 
 def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]], entries: Sequence[AttentionModule]) -> None:
