@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..masks import Mask
-from ..ops.heads import compute_dtype, mix
+from ..ops.heads import mix
 
 # What an attention module does: a text to its own past, a text to itself, a text to another.
 KINDS = ("causal", "bidirectional", "cross")
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         stateful: keeps a state of constant size in place of keys and values when generating.
         kinds: the kinds of attention that it can stand in for, of `KINDS`.
         kind, place: of the module it stands on: one of `KINDS`, and its layer in words.
-        ops: the ops of `hf_attnswap.ops.backends` that its fast form is made of; none where it is one call of torch.
+        ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where it is one call of torch.
         any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The others take causal and
             bidirectional masks with padding, and packed texts.
     """
@@ -195,14 +195,3 @@ Answer = Callable[[Attention, Tensor, Tensor, Tensor, Mask, float], Tensor]
 def suggestion(name: str, known) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def by_definition(attention: Attention, query, key, value, mask, scaling, state=None) -> Tensor:
-    """The `reference` form of a whole variant."""
-    dtype = compute_dtype(query.dtype)
-    return attention.reference(*(t.to(dtype) for t in (query, key, value)), mask, scaling).to(query.dtype)
-
-
-def needs_state(attention: Attention, query, key, value, mask, scaling, state=None) -> str | None:
-    """Why `by_definition` cannot serve a call."""
-    return None if state is None else "the definition keeps no state for generation"

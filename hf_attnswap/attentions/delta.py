@@ -28,7 +28,7 @@ class Delta(Attention):
     source = "Schlag 2021, Yang 2024 (DeltaNet)"
     stateful = True
     kinds = ("causal",)
-    ops = ("causal_delta",)
+    ops = ("delta",)
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)

@@ -1,7 +1,7 @@
 """The attention alone, at the shape of a model, against torch's scaled_dot_product_attention in the same rounds."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attentions import Attention, Heads
 from ..masks import Mask
+from ..ops.backends import watch
 from .growth import Growth, crossover, growth
 from .measure import Spread, interleaved, peak_memory_mib, speedup
 
@@ -112,8 +113,14 @@ def forward_backward(candidate: Candidate, inputs: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant at one length: speed-up over SDPA, forward alone and with the backward pass, the seconds of each
-    round of the forward pass, and peak memory of both passes."""
+    """One variant at one length.
+
+    Attributes:
+        forward, forward_backward: speed-up over SDPA, forward alone and with the backward pass.
+        forward_s, sdpa_forward_s: seconds of each round of the forward pass.
+        peak_memory_mib, sdpa_peak_memory_mib: of both passes; None where the system does not tell.
+        backends: those that ran, by op; none for a variant that is one call of torch.
+    """
 
     attention: str
     length: int
@@ -123,6 +130,7 @@ class Row:
     sdpa_forward_s: tuple[float, ...]
     peak_memory_mib: float | None
     sdpa_peak_memory_mib: float | None
+    backends: dict[str, list[str]] = field(default_factory=dict)
 
 
 def bench(
@@ -146,7 +154,12 @@ def bench(
             for work in (forward, forward_backward)
         )
         forwards, trained = (interleaved(runs, rounds, device) for runs in (alone, both))
-        peaks = {name: peak_memory_mib(run, device) for name, run in both.items()}
+        peaks, backends = {}, {}
+        for name, run in both.items():
+            with watch() as ran:
+                alone[name]()
+                peaks[name] = peak_memory_mib(run, device)
+            backends[name] = {op: sorted(chosen) for op, chosen in sorted(ran.items())}
         for name in variants:
             rows.append(
                 Row(
@@ -158,6 +171,7 @@ def bench(
                     tuple(forwards["sdpa"]),
                     peaks[name],
                     peaks["sdpa"],
+                    backends[name],
                 )
             )
         if progress is not None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from ..attentions import Attention, ScoreAttention
 from ..integration.observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
 from ..integration.swapping import swapped_modules
 from ..masks import Mask
+from ..ops.scores.reference import score_weights
+from ..ops.spec import Activation
 
 FLAT = 0.01  # a weight that changes by less than this part of itself per unit of its score is saturated
 
@@ -82,11 +84,9 @@ def dead_and_saturated(
     """`LayerGradients.dead` and `.saturated` of one call, shapes as in `Attention.weights`."""
     flatness: list[Tensor] = []
     if isinstance(attention, ScoreAttention):
-        attention.activate = _watched(attention, flatness)
-    try:
+        weights = score_weights(query, key, mask, scaling, _watched(attention.activation(), flatness))
+    else:
         weights = attention.weights(query, key, mask, scaling)
-    finally:
-        attention.__dict__.pop("activate", None)
     allowed = allowed_keys(mask, weights)
     alive = allowed & (weights != 0)
     dead = 1 - alive.sum().item() / max(1, allowed.sum().item())
@@ -96,24 +96,22 @@ def dead_and_saturated(
     return dead, (flat & alive).sum().item() / max(1, alive.sum().item())
 
 
-def _watched(attention: ScoreAttention, flatness: list[Tensor]) -> Callable[..., Tensor]:
-    """The `activate` of a variant, which also notes `|d log w_ij / d s_ij|`."""
-    activate = type(attention).activate.__get__(attention)
-    factor = attention.score_factor()
+def _watched(activation: Activation, flatness: list[Tensor]) -> Activation:
+    """The activation of a variant, which also notes `|d log w_ij / d s_ij|`."""
 
-    def watched(scores: Tensor, count: Tensor, peak: Tensor | None, heads: slice) -> Tensor:
+    def watched(scores: Tensor, count: Tensor, peak: Tensor | None, **given) -> Tensor:
         with torch.enable_grad():
             own_scores = scores.detach().clone().requires_grad_()
-            terms = activate(own_scores.clone(), count, peak, heads)
+            terms = activation.f(own_scores.clone(), count, peak, **given)
             (slope,) = torch.autograd.grad(terms.sum(), own_scores)
         terms = terms.detach()
         change = slope / terms
-        if attention.needs_total:
+        if activation.needs_total:
             change = change - slope / terms.sum(-1, keepdim=True)
-        flatness.append((change * factor).abs())
-        return activate(scores, count, peak, heads)
+        flatness.append((change * activation.factor_for(scores)).abs())
+        return activation.f(scores, count, peak, **given)
 
-    return watched
+    return replace(activation, f=watched)
 
 
 def _into(found: dict[str, float], part: str) -> Callable[[Tensor], None]:

@@ -1,4 +1,4 @@
-"""Softmax over a sliding window and the first tokens (sinks): O(n (w + m) d) time, O(n d) memory.
+"""Rows with the keys of their window and the first tokens (sinks), for the ops `window` and `hybrid`.
 
 Rows are taken as texts whose valid tokens stand side by side: `Context` moves padding to the end first, so that
 "the last w keys" means the last w keys that the row may attend to, wherever the padding was.
@@ -6,13 +6,13 @@ Rows are taken as texts whose valid tokens stand side by side: `Context` moves p
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import in_large_kernels
-from .chunks import blocks, product, to_chunks
+from .chunks import blocks, in_large_kernels, product, to_chunks
 from .heads import compute_dtype, mix, scores
 from .rows import Tile, rows_per_tile
 
@@ -38,6 +38,16 @@ class WindowState:
     key: Tensor
     value: Tensor
     count: Tensor
+
+
+class HybridState(NamedTuple):
+    """What is remembered of earlier tokens: those near and at the start, and the state of all others.
+
+    `linear` is `sum_j phi(k_j) [v_j, 1]^T` over the keys that have left the window, `[B, Hkv, F, Dv + 1]`.
+    """
+
+    window: WindowState
+    linear: Tensor
 
 
 class Context:

@@ -6,12 +6,11 @@ row, all scores of fewer rows are made first. The backward pass makes each block
 does for softmax) and goes through its activation alone by autograd. O(n^2 d) time, O(n d) memory.
 """
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
-from .heads import cast_like, compute_dtype
+from ..heads import cast_like, compute_dtype
+from ..spec import Activation
 
 # Rows and keys of a block; with a group of three query heads its scores take 0.8 MB.
 ROWS, KEYS = 256, 256
@@ -20,41 +19,28 @@ WHOLE_ROWS = 1 << 19
 # Below this many scores per key/value head, the loop costs more than the cache gains.
 WORTH_IT = 1 << 18
 
-Activate = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
-
 
 def blocked_scores(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    activate: Activate,
-    *,
-    causal: bool,
-    needs_peak: bool,
-    needs_total: bool,
-    parameters: Sequence[Tensor] = (),
+    query: Tensor, key: Tensor, value: Tensor, activation: Activation, *, causal: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums over all keys, or all up to the row.
+    """Return the sums of weights times values, and of weights, over all keys or all up to the row.
 
     Args:
         query: `[B, H, T, D]`, scaled; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`. Causal queries are the last T.
-        activate: `(key/value head, scores [G, t, s], count [t, 1], peak [G, t, 1] or None) -> [G, t, s]`; may overwrite
-            the scores, which are -inf where a row may not attend.
-        needs_peak: give `activate` the largest score of each row; not with a gradient.
-        needs_total: return the sums of the weights.
-        parameters: every tensor that `activate` uses and that needs a gradient.
+        activation: its factor is already in the queries. With a gradient it must not need the largest score of a row.
 
     Returns:
-        `[B, H, T, Dv]` and, where `needs_total`, `[B, H, T, 1]`; both in `compute_dtype`.
+        `[B, H, T, Dv]` and, where the denominator needs it, `[B, H, T, 1]`; both in `compute_dtype`.
     """
     if not torch.is_grad_enabled():
-        return _sums(query, key, value, activate, causal, needs_peak, needs_total)
-    if needs_peak:
+        return _sums(query, key, value, activation, causal)
+    if activation.needs_peak:
         raise ValueError("blocked_scores has no gradient through the largest score of a row")
-    return _Blocked.apply(query, key, value, activate, causal, needs_total, *parameters)
+    return _Blocked.apply(query, key, value, activation, causal, *activation.tensors.values())
 
 
-def _sums(query, key, value, activate, causal, needs_peak, needs_total):
+def _sums(query, key, value, activation, causal):
+    needs_peak, needs_total = activation.needs_peak, activation.needs_total
     dtype = compute_dtype(query.dtype)
     batch, heads, length, dim = query.shape
     kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -91,7 +77,7 @@ def _sums(query, key, value, activate, causal, needs_peak, needs_total):
                         s = _forbid(s, first, diagonal, future)
                     else:
                         s = whole[..., first:last]
-                    weights = activate(h, s, count, peak)
+                    weights = activation(s, count, peak, of_group)
                     numerator.addmm_(weights.reshape(group * size, last - first), v[first:last])
                     if needs_total:
                         total += weights.sum(-1, keepdim=True)
@@ -105,15 +91,15 @@ class _Blocked(torch.autograd.Function):
     """With dn and dl the gradients of both sums, per block: da = dn v^T + dl, dv = a^T dn; autograd from a to q, k."""
 
     @staticmethod
-    def forward(ctx, query, key, value, activate, causal, needs_total, *parameters):
-        ctx.save_for_backward(query, key, value, *parameters)
-        ctx.activate, ctx.causal = activate, causal
-        return _sums(query, key, value, activate, causal, False, needs_total)
+    def forward(ctx, query, key, value, activation, causal, *tensors):
+        ctx.save_for_backward(query, key, value, *tensors)
+        ctx.activation, ctx.causal = activation, causal
+        return _sums(query, key, value, activation, causal)
 
     @staticmethod
     def backward(ctx, grad_out, grad_total):
-        query, key, value, *parameters = ctx.saved_tensors
-        wanted = [p for p in parameters if p.requires_grad]
+        query, key, value, *tensors = ctx.saved_tensors
+        wanted = [t for t in tensors if t.requires_grad]
         grad_wanted = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in wanted]
         dtype = compute_dtype(query.dtype)
         _, heads, length, dim = query.shape
@@ -140,7 +126,7 @@ class _Blocked(torch.autograd.Function):
                         with torch.enable_grad():
                             ends = q.detach().requires_grad_(), k[part].detach().requires_grad_()
                             s = torch.mm(ends[0], ends[1].t()).view(group, size, -1)
-                            weights = ctx.activate(h, _forbid(s, first, diagonal, future), count, None)
+                            weights = ctx.activation(_forbid(s, first, diagonal, future), count, None, of_group)
                         da = torch.mm(dn, v[part].t()).view_as(weights)
                         if grad_total is not None:
                             da += grad_total[b, of_group, start:stop]
@@ -152,9 +138,9 @@ class _Blocked(torch.autograd.Function):
                             if grad is not None:
                                 total += grad
                     grad_query[b, of_group, start:stop] = dq.view(group, size, dim)
-        by_parameter = iter(cast_like(grad_wanted, wanted))
+        by_tensor = iter(cast_like(grad_wanted, wanted))
         grads = grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
-        return *grads, None, None, None, *(next(by_parameter) if p.requires_grad else None for p in parameters)
+        return *grads, None, None, *(next(by_tensor) if t.requires_grad else None for t in tensors)
 
 
 def _count(like: Tensor, diagonal: int, size: int, seen: int, causal: bool) -> Tensor:

@@ -1,78 +1,27 @@
-"""Causal linear attention that forgets: `S_i = g_i S_{i-1} + k_i [v_i, 1]^T`, in O(n d d') time and O(n d) memory.
+"""The portable form, by chunks of tokens: inside a chunk the masked product with every term times the gates between its
+key and its query, across chunks the state (Yang 2024, GLA).
 
-One gate g in [0, 1] per token and key/value head (GLA, Yang 2024, with a scalar gate); a constant one is the decay of
-RetNet (Sun 2023), and g = 1 is `causal_linear`. Chunks of `chunk` tokens, as there: inside a chunk the masked product
-with every term times the gates between its key and its query, across chunks the state. The logs of the gates are
-summed over exactly the tokens between the two, never as a difference of two long sums: no exponent is positive, gates
-of 0 do no harm, and a gate near 0 costs its neighbours no digits.
-
-States, denominators and products are float32 whatever the input dtype (float64 for float64 inputs). Kept for the
-backward pass: the inputs, the result, and the state at the start of every chunk.
+The logs of the gates are summed over exactly the tokens between the two, never as a difference of two long sums: no
+exponent is positive, gates of 0 do no harm, and a gate near 0 costs its neighbours no digits. Kept for the backward
+pass: the inputs, the result, and the state at the start of every chunk.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Op
-from .chunks import to_rows
-from .heads import compute_dtype
-from .linear import _numerator_grad
-
-_gated = Op("causal_gated")
+from ..chunks import to_rows
+from ..heads import compute_dtype
+from ..states import numerator_grad
 
 
-def causal_gated(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    *,
-    state: Tensor | None = None,
-    eps: float | None = 1e-6,
-    chunk: int = 64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`o_i = q_i S_i / (q_i z_i + eps)` over features `[B, H, T, F]`; query heads share the states in groups.
-
-    Args:
-        query: `[B, H, T, F]`; key: `[B, Hkv, T, F]`, both mapped; value: `[B, Hkv, T, Dv]`.
-        log_gate: `[B, Hkv, T]`, at most 0. A token with key 0 and log_gate 0 leaves the state as it is.
-        state: of the tokens before, `[B, Hkv, F, Dv + 1]` (a constant to the gradient); None at the start of a text.
-        eps: added to the denominator; None returns the numerator undivided.
-        chunk: tokens per chunk.
-
-    Returns:
-        `[B, H, T, Dv]` in the query's dtype (float32 where `eps` is None), the denominator `q_i z_i` as float32
-        `[B, H, T]`, and the state after the last token.
-    """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    return _gated(query, key, value, log_gate, state, eps, chunk)
-
-
-@_gated.form("torch")
-def _gated_torch(query, key, value, log_gate, state, eps, chunk):
+def run(query, key, value, log_gate, state, eps, chunk):
     arguments = (query, key, value, log_gate, state, eps, chunk)
     if torch.is_grad_enabled():
         return _CausalGated.apply(*arguments)
     if query.shape[2] == 1 and state is not None:
         return _step(*arguments[:-1])
     return _forward(*arguments, keep_states=False)[:3]
-
-
-@_gated.form("reference")
-def _gated_reference(query, key, value, log_gate, state, eps, chunk):
-    """Token by token."""
-    if state is None:
-        dtype, value_dim = compute_dtype(query.dtype), value.shape[-1]
-        state = key.new_zeros(*key.shape[:2], key.shape[-1], value_dim + 1, dtype=dtype)
-    outs, denominators = [], []
-    for i in range(query.shape[2]):
-        token = (t[:, :, i : i + 1] for t in (query, key, value, log_gate))
-        out, denominator, state = _step(*token, state, eps)
-        outs.append(out)
-        denominators.append(denominator)
-    return torch.cat(outs, dim=2), torch.cat(denominators, dim=2), state.detach()
 
 
 def _step(query, key, value, log_gate, state, eps):
@@ -175,7 +124,7 @@ class _CausalGated(torch.autograd.Function):
             q, k = (to_rows(t[:, :, part].to(dtype), rows) for t in (query, key))
             v = ones[:, :size]
             v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
-            dn = _numerator_grad(grad_out[:, :, part], grad_den[:, :, part], out[:, :, part], den[:, :, part], ctx.eps)
+            dn = numerator_grad(grad_out[:, :, part], grad_den[:, :, part], out[:, :, part], den[:, :, part], ctx.eps)
             dn = to_rows(dn, rows)
             between, since = _decays(log_gate[:, :, part].to(dtype).reshape(rows, size))
             S, last = states[index], between[:, -1, :, None]

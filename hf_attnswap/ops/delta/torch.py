@@ -1,65 +1,24 @@
-"""The delta rule: each token replaces, in the state, what its key finds there by its value.
-
-`S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T`, `o_i = S_i q_i` (Schlag 2021), in O(n d dv) time and O(n d)
-memory by chunks (Yang 2024). A token adds `u_i k_i^T` with `u_i = beta_i (v_i - S_{i-1} k_i)`; inside a chunk
+"""The portable form, by chunks of tokens (Yang 2024). A token adds `u_i k_i^T` with `u_i = beta_i (v_i - S_{i-1} k_i)`;
+inside a chunk
 
     (I + N) U = beta (V - K S),   N = strictly lower part of beta (K K^T)      (S: state before the chunk)
 
-is one triangular solve, and what follows is linear attention with U in place of V. Keys of norm at most 1 and beta in
-[0, 1] keep the state in bounds.
-
-The state is kept transposed, `[D, Dv]`. States and products are float32 whatever the input dtype (float64 for float64
-inputs). Kept for the backward pass: the inputs and the state at the start of every chunk.
+is one triangular solve, and what follows is linear attention with U in place of V. The state is kept transposed,
+`[D, Dv]`. Kept for the backward pass: the inputs and the state at the start of every chunk.
 """
 
 import torch
-from torch import Tensor
 
-from .backends import Op
-from .chunks import to_rows, tril_
-from .heads import compute_dtype
-
-_delta = Op("causal_delta")
+from ..chunks import to_rows, tril_
+from ..heads import compute_dtype
 
 
-def causal_delta(
-    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, *, state: Tensor | None = None, chunk: int = 64
-) -> tuple[Tensor, Tensor]:
-    """`o_i = S_i q_i` over `[B, H, T, D]`; query heads share the states in groups.
-
-    Args:
-        query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`, both mapped; value: `[B, Hkv, T, Dv]`.
-        beta: `[B, Hkv, T]` in [0, 1]. A token with beta 0 leaves the state as it is.
-        state: of the tokens before, `[B, Hkv, D, Dv]` (a constant to the gradient); None at the start of a text.
-        chunk: tokens per chunk.
-
-    Returns:
-        `[B, H, T, Dv]` in the query's dtype, and the state after the last token.
-    """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    return _delta(query, key, value, beta, state, chunk)
-
-
-@_delta.form("torch")
-def _delta_torch(query, key, value, beta, state, chunk):
+def run(query, key, value, beta, state, chunk):
     if torch.is_grad_enabled():
         return _CausalDelta.apply(query, key, value, beta, state, chunk)
     if query.shape[2] == 1 and state is not None:
         return _step(query, key, value, beta, state)
     return _forward(query, key, value, beta, state, chunk, keep_states=False)[:2]
-
-
-@_delta.form("reference")
-def _delta_reference(query, key, value, beta, state, chunk):
-    """Token by token."""
-    if state is None:
-        state = key.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1], dtype=compute_dtype(query.dtype))
-    outs = []
-    for i in range(query.shape[2]):
-        out, state = _step(*(t[:, :, i : i + 1] for t in (query, key, value, beta)), state)
-        outs.append(out)
-    return torch.cat(outs, dim=2), state.detach()
 
 
 def _step(query, key, value, beta, state):
