@@ -25,7 +25,7 @@ def heading(argv: Sequence[str] | None, **settings: Any) -> Record:
     """Machine, date, versions and command of a run."""
     command = argv
     if argv is None:
-        script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[2])
+        script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1])
         command = ["python", str(script), *sys.argv[1:]]
     command = [named(word) for word in command]
     return {

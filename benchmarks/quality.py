@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import yaml
-from benchmarks.figures import heading, named
+from figures import heading, named
 from torch import Tensor
 
 from hf_attnswap import UsageError

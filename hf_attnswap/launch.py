@@ -1,27 +1,28 @@
-"""The accelerator of an example script, the check that it runs as the launcher was asked to, and what it prints."""
+"""The accelerator of a program that `accelerate launch` or torchrun may start, and what such a program prints."""
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from hf_attnswap import UsageError
-from hf_attnswap.sources.files import require_empty
+from .errors import UsageError
 
 
 def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) -> Accelerator:
-    """An Accelerator, on the CPU where there is no other device.
+    """Return an Accelerator that runs as its launcher was asked to, on the CPU where there is no other device.
+
+    Args:
+        gradient_accumulation_steps: how many batches of each process make one optimiser step.
+        arguments: further arguments of `accelerate.Accelerator`.
 
     Raises:
-        UsageError: it does not run as the launcher was asked to. Processes that do not know of each other would each
-            train alone, and write over one another.
+        UsageError: the accelerator has another number of processes or another kind of sharding than was asked for.
+            Processes that do not know of each other would each train alone, and write over one another.
     """
     # The plugin, because Accelerator(gradient_accumulation_steps=) fails on the "auto" of a DeepSpeed config.
     plugin = GradientAccumulationPlugin(num_steps=gradient_accumulation_steps, sync_with_dataloader=False)
@@ -36,7 +37,8 @@ def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) ->
     if asked != str(processes):
         raise UsageError(
             f"the launcher was asked for {asked} processes, and this runs as {processes}: to run several on the CPU, "
-            "use accelerate launch --config_file examples/configs/multi_cpu.yaml, or torchrun"
+            "use torchrun --nproc_per_node, or accelerate launch with a config of distributed_type: MULTI_GPU, which "
+            "takes gloo where there is no GPU"
         )
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         wanted = parse_flag_from_env(f"ACCELERATE_USE_{kind.value}")
@@ -49,36 +51,8 @@ def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) ->
     return accelerator
 
 
-def start(args: argparse.Namespace) -> Accelerator:
-    """The accelerator of a training script, after its output folder and its trackers are found to be fit."""
-    accelerator = build_accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to if args.with_tracking else None,
-        project_dir=args.output_dir,
-    )
-    require_empty(args.output_dir / "model" if args.resume_from_checkpoint else args.output_dir)
-    accelerator.wait_for_everyone()  # before one process writes into the folder that another finds empty
-    if args.with_tracking and not accelerator.log_with:
-        raise UsageError(f"report_to is {args.report_to!r}, but no such tracker is installed")
-    set_seed(args.seed)
-    return accelerator
-
-
-def run_script(
-    parser: argparse.ArgumentParser,
-    stage: Callable[[argparse.Namespace, Accelerator], Any],
-    argv: Sequence[str] | None = None,
-) -> Any:
-    """Parse the arguments, run the stage on the accelerator that they ask for, and end the processes' group."""
-    args = parser.parse_args(argv)
-    accelerator = start(args)
-    found = stage(args, accelerator)
-    accelerator.end_training()
-    return found
-
-
 def unit_bar(accelerator: Accelerator, total: int, initial: int = 0, unit: str = "tokens") -> tqdm:
-    """Units done, units per second and time left; seldom redrawn where stderr is a file."""
+    """Return a bar with units done, units per second and time left, which is seldom redrawn where stderr is a file."""
     return tqdm(
         total=total,
         initial=initial,
@@ -91,5 +65,6 @@ def unit_bar(accelerator: Accelerator, total: int, initial: int = 0, unit: str =
 
 
 def say(accelerator: Accelerator, line: str) -> None:
+    """Print a line to stderr, once for all processes."""
     if accelerator.is_main_process:
         print(line, file=sys.stderr, flush=True)

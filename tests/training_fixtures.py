@@ -1,4 +1,5 @@
-"""A tiny checkpoint with a tokenizer, a text, and the example scripts as modules or as processes."""
+"""Fixtures of the tests of training, benchmarks and examples: a tiny checkpoint with a tokenizer, a text, and programs in
+this process or as processes."""
 
 import importlib
 import os
@@ -15,8 +16,10 @@ from tiny_models import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
+from hf_attnswap.training.command import main
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,15 +76,36 @@ def arguments(checkpoint, text, tmp_path):
 
 
 @pytest.fixture
-def script():
-    """`script("finetune")` is that example as a module; `.main([...])` runs it in this process."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module
-    sys.path.remove(str(EXAMPLES))
-    for path in EXAMPLES.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+def _fresh_accelerator():
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def train(_fresh_accelerator):
+    """`train("align", arguments)` runs a stage in this process; `train("--recipe", arguments)` a recipe."""
+
+    def run(name, arguments):
+        main([name, *map(str, arguments)])
+
+    return run
+
+
+@pytest.fixture
+def script(_fresh_accelerator, monkeypatch):
+    """`script("benchmarks/classify")` is that script as a module; `.main([...])` runs it in this process."""
+    before = set(sys.modules)
+
+    def load(path):
+        folder, _, name = path.rpartition("/")
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+        return importlib.import_module(name)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith((str(ROOT / "benchmarks"), str(ROOT / "examples"))):
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -100,3 +124,10 @@ def process():
         )
 
     return start
+
+
+def finish(started, code=0):
+    """Wait for a process, and return what it printed."""
+    out, err = started.communicate(timeout=300)
+    assert started.returncode == code, err
+    return out, err

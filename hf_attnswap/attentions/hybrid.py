@@ -31,6 +31,7 @@ class Hybrid(Attention):
     """`X+window` for a linear variant X, made by `hybrid_of`."""
 
     cost_class = "linear"
+    family = "maps"
     stateful = True
     kinds = ("causal",)
     ops = ("hybrid",)

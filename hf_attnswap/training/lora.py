@@ -1,6 +1,4 @@
-"""LoRA on the attention's projections, for the scripts that train a language model."""
-
-import argparse
+"""LoRA on the attention's projections."""
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -8,24 +6,24 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_attnswap import UsageError, inspect
-from hf_attnswap.integration.swapping import swapped_modules
+from ..errors import UsageError
+from ..integration.finding import inspect
+from ..integration.swapping import swapped_modules
+from .options import LoraOptions
 
 
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--use_lora", action="store_true", help="train LoRA weights in place of all weights")
-    parser.add_argument("--lora_r", type=int, default=16, help="rank (default: %(default)s)")
-    parser.add_argument("--lora_alpha", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--lora_dropout", type=float, default=0.0, help="(default: %(default)s)")
+def with_lora(model: PreTrainedModel, options: LoraOptions, accelerator: Accelerator) -> nn.Module:
+    """Return the model, with LoRA on the projections of its attention modules where `use_lora` is set.
 
+    The variants' parameters train beside LoRA. `merged` takes the model apart again.
 
-def with_lora_if_asked(model: PreTrainedModel, args: argparse.Namespace, accelerator: Accelerator) -> nn.Module:
-    """The model, or where `--use_lora` says so the model with LoRA on the projections of its attention modules, and
-    the variants' parameters trainable. `merged` takes it apart again."""
-    if not args.use_lora:
+    Raises:
+        UsageError: FSDP, or peft is not installed.
+    """
+    if not options.use_lora:
         return model
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError("--use_lora does not work under FSDP: use multi_gpu.yaml")
+        raise UsageError("--use_lora does not work under FSDP: launch with distributed_type: MULTI_GPU")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -37,9 +35,9 @@ def with_lora_if_asked(model: PreTrainedModel, args: argparse.Namespace, acceler
         if isinstance(module, nn.Linear | Conv1D)
     ]
     config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
         target_modules=projections,
         task_type="CAUSAL_LM",
     )
@@ -50,5 +48,5 @@ def with_lora_if_asked(model: PreTrainedModel, args: argparse.Namespace, acceler
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
-    """A plain model, with the LoRA weights added to those that they stand on."""
+    """Return a plain model, with the LoRA weights added to those that they stand on."""
     return model if isinstance(model, PreTrainedModel) else model.merge_and_unload()

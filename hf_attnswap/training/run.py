@@ -1,132 +1,101 @@
-"""A run of a training script: the model and the text that it is asked for, the steps, the saved model."""
+"""A run: the model and the text that its options ask for, its steps, and the model that it saves."""
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from launch import say, unit_bar
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from validation import log_validation
 
-from hf_attnswap import UsageError, restore, swap
-from hf_attnswap.integration.swapping import describe, swapped_modules
-from hf_attnswap.sources.files import whole_folder
-from hf_attnswap.sources.models import load
-from hf_attnswap.sources.texts import TextSource, token_blocks
-from hf_attnswap.sources.tokens import default_folder
-from hf_attnswap.tradeoff import parse_options
-from hf_attnswap.training.batches import Batches, batches, require_separate
-from hf_attnswap.training.checkpoints import find_checkpoint
-from hf_attnswap.training.loop import Step, train
-
-# Arguments that a resumed run must share with the one that it continues, beside those that `train` compares itself.
-IDENTITY = (
-    "model_name_or_path dtype attention layers option train linear_branch_alone weights_loss use_lora lora_r "
-    "lora_alpha lora_dropout freeze_embeddings align_steps align_learning_rate teacher_name_or_path temperature "
-    "hidden_weight".split()
-)
+from ..config import parse_options
+from ..errors import UsageError
+from ..integration.swapping import describe, restore, swap, swapped_modules
+from ..launch import build_accelerator, say, unit_bar
+from ..sources.files import require_empty, whole_folder
+from ..sources.texts import TextSource, token_blocks
+from ..sources.tokens import default_folder
+from .batches import Batches
+from .checkpoints import find_checkpoint
+from .loop import Step, train
+from .options import TextOptions, TrainingOptions, identity
 
 # So much of a text is shuffled at least, however short the run: its beginning alone may be a single subject.
 SHUFFLED_TOKENS = 1_000_000
 
 
-def load_as_asked(args: argparse.Namespace, accelerator: Accelerator) -> tuple[PreTrainedModel, Any]:
-    """The model to train, swapped if `--attention` says so, and its tokenizer."""
-    model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
-    if args.attention:
-        swap_as_asked(model, args, accelerator, args.attention)
-    elif args.layers or args.option:
-        raise UsageError("--layers and --option belong to --attention, which is missing")
-    return model, tokenizer
+def start(options: TrainingOptions) -> Accelerator:
+    """Return the accelerator of a run, after its output folder and its trackers are found to be fit.
+
+    Raises:
+        UsageError: an output folder that is not empty, or a tracker that is not installed.
+    """
+    accelerator = build_accelerator(
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=options.report_to if options.with_tracking else None,
+        project_dir=options.output_dir,
+    )
+    require_empty(options.output_dir / "model" if options.resume_from_checkpoint else options.output_dir)
+    accelerator.wait_for_everyone()  # before one process writes into the folder that another finds empty
+    if options.with_tracking and not accelerator.log_with:
+        raise UsageError(f"report_to is {options.report_to!r}, but no such tracker is installed")
+    set_seed(options.seed)
+    return accelerator
 
 
 def swap_as_asked(
-    model: PreTrainedModel, args: argparse.Namespace, accelerator: Accelerator, attention: str | None
+    model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, attention: str
 ) -> None:
-    """Swap the model to `attention`, with the layers and options of the arguments.
+    """Swap the model to `attention`, with the layers and the variant's options that `options` name.
 
     A conversion to `softmax`, the control that was trained, computes what the original did, and is swapped like one.
     """
-    if {attention.name for attention in swapped_modules(model).values()} == {"softmax"}:
-        say(accelerator, f"{args.model_name_or_path} has {describe(model)}, which gives way to {attention}")
+    if {variant.name for variant in swapped_modules(model).values()} == {"softmax"}:
+        say(accelerator, f"{options.model_name_or_path} has {describe(model)}, which gives way to {attention}")
         restore(model)
-    layers = args.layers if args.layers is None or ":" in args.layers else args.layers.split(",")
-    swap(model, attention, layers=layers, **parse_options(args.option or []))
+    layers = options.layers
+    layers = layers if layers is None or ":" in layers else layers.split(",")
+    swap(model, attention, layers=layers, **parse_options(options.option or []))
 
 
-def freeze_as_asked(model: PreTrainedModel, args: argparse.Namespace) -> None:
-    if args.freeze_embeddings:
-        for embeddings in _embeddings(model):
-            embeddings.requires_grad_(False)
-
-
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """Of the input, and of the output where the model has those."""
+def embeddings_of(model: nn.Module) -> list[nn.Module]:
+    """Return the embeddings of the input, and those of the output where the model has them."""
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     return [embeddings for embeddings in both if embeddings is not None]
 
 
-def count_steps(args: argparse.Namespace, accelerator: Accelerator) -> tuple[int, int]:
-    """How many optimiser steps, and of how many tokens each."""
-    tokens = args.per_device_train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    tokens *= args.block_size
-    return args.max_train_steps or max(1, args.max_train_tokens // tokens), tokens
+def count_steps(options: TextOptions, accelerator: Accelerator) -> tuple[int, int]:
+    """Return the number of optimiser steps, and the tokens of each."""
+    tokens = options.per_device_train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    tokens *= options.block_size
+    return options.max_train_steps or max(1, options.max_train_tokens // tokens), tokens
 
 
-def read_text(args: argparse.Namespace, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """The blocks to train on, `[N, block_size, ...]`: as many as the steps take, and of short runs those that they are
-    drawn from. Their tokens are cached."""
-    steps, tokens = count_steps(args, accelerator)
+def read_text(options: TextOptions, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the blocks to train on, `[N, block_size, ...]`.
+
+    There are as many as the steps take, and for a short run those that the steps are drawn from. Tokens are cached.
+    """
+    steps, tokens = count_steps(options, accelerator)
     source = TextSource(
-        args.train_file or args.dataset_name, config_name=args.dataset_config_name, column=args.text_column
+        options.train_file or options.dataset_name, config_name=options.dataset_config_name, column=options.text_column
     )
     with accelerator.local_main_process_first():  # the others find its tokens in the cache
         return token_blocks(
             source,
             tokenizer,
-            args.block_size,
+            options.block_size,
             max_tokens=max(steps * tokens, SHUFFLED_TOKENS),
-            separate=args.separate_documents,
+            separate=options.separate_documents,
             cache_dir=default_folder(),
         )
 
 
-def run(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model: nn.Module,
-    blocks: Tensor,
-    step_loss: Step,
-    validation: Tensor | None = None,
-) -> list[float]:
-    """Train on blocks of text what requires a gradient, with a progress bar; the loss of each step.
-
-    Args:
-        validation: blocks `[N, block_size]` on which the perplexity is logged, every `--validation_steps`.
-    """
-    steps, tokens = count_steps(args, accelerator)
-    say(accelerator, f"a text of {len(blocks) * args.block_size:,} tokens")
-    if args.separate_documents:
-        require_separate(model)
-    loader = batches(blocks, args.per_device_train_batch_size, args.seed)
-    validate = None
-    if validation is not None:
-        log = args.output_dir / "validation_log.jsonl"
-
-        def validate(step: int) -> None:
-            if step % args.validation_steps == 0 or step == steps:
-                log_validation(accelerator, model, validation, log, step, step * tokens)
-
-    return run_steps(args, accelerator, model, loader, step_loss, steps=steps, step_size=tokens, validate=validate)
-
-
 def run_steps(
-    args: argparse.Namespace,
+    options: TrainingOptions,
     accelerator: Accelerator,
     model: nn.Module,
     loader: Batches,
@@ -139,27 +108,27 @@ def run_steps(
     output_dir: Path | None = None,
     validate: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """What `run` does, on any batches, with steps of so many units.
+    """Train what requires a gradient, with a progress bar, and return the loss of each step.
 
     Args:
-        learning_rate, output_dir: in place of those of the arguments.
-        validate: called before the first step, with 0, and after each.
+        step_size: units of one step; unit: what they are called.
+        learning_rate, output_dir: in place of those of the options.
+        validate: called with 0 before the first step, and with the number of each step after it.
     """
-    output_dir = output_dir or args.output_dir
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    output_dir = output_dir or options.output_dir
     say(accelerator, what_trains(model))
-    for dtype in {p.dtype for p in parameters} & {torch.bfloat16, torch.float16}:
+    for dtype in {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}:
         say(
             accelerator,
             f"the weights that train are {str(dtype).removeprefix('torch.')}, which loses updates below a few "
             "thousandths of a weight: leave --dtype at float32, and pass --mixed_precision bf16 to accelerate launch "
             "to compute in bfloat16",
         )
-    checkpoint = args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, output_dir)
-    if args.resume_from_checkpoint:
+    checkpoint = options.resume_from_checkpoint and find_checkpoint(options.resume_from_checkpoint, output_dir)
+    if options.resume_from_checkpoint:
         say(accelerator, f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting anew")
-    if args.with_tracking:
-        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in vars(args).items()}
+    if options.with_tracking:
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(options).items()}
         accelerator.init_trackers("hf_attnswap", config=plain)
     if validate is not None and not checkpoint:
         validate(0)
@@ -175,27 +144,24 @@ def run_steps(
             model,
             loader,
             step_loss,
-            learning_rate=args.learning_rate if learning_rate is None else learning_rate,
+            learning_rate=options.learning_rate if learning_rate is None else learning_rate,
             steps=steps,
-            new_parameters_learning_rate=args.new_parameters_learning_rate if learning_rate is None else None,
-            final_learning_rate=args.final_learning_rate if learning_rate is None else 0.0,
-            warmup=args.num_warmup_steps,
-            weight_decay=args.weight_decay,
+            new_parameters_learning_rate=options.new_parameters_learning_rate if learning_rate is None else None,
+            final_learning_rate=options.final_learning_rate if learning_rate is None else 0.0,
+            warmup=options.num_warmup_steps,
+            weight_decay=options.weight_decay,
             output_dir=output_dir,
-            checkpointing_steps=args.checkpointing_steps,
+            checkpointing_steps=options.checkpointing_steps,
             resume_from_checkpoint=checkpoint,
-            settings={
-                "mixed_precision": accelerator.mixed_precision,
-                **{name: getattr(args, name) for name in IDENTITY if hasattr(args, name)},
-            },
+            settings={"mixed_precision": accelerator.mixed_precision, **identity(options)},
             unit=unit,
             progress=progress,
         )
 
 
 def what_trains(model: nn.Module) -> str:
-    """How many parameters of which kind train, of how many."""
-    embeddings = {id(p) for part in _embeddings(model) for p in part.parameters()}
+    """Return in words how many parameters of which kind train, of how many."""
+    embeddings = {id(p) for part in embeddings_of(model) for p in part.parameters()}
     counts = dict.fromkeys(("the swapped attention", "LoRA", "the embeddings", "other weights"), 0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -212,10 +178,10 @@ def what_trains(model: nn.Module) -> str:
 
 
 def save(
-    args: argparse.Namespace, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    options: TrainingOptions, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
-    """The model and its tokenizer in `output_dir/model`, which appears whole; ends what trackers record."""
-    folder = args.output_dir / "model"
+    """Write the model and its tokenizer to `output_dir/model`, which appears whole, and end what trackers record."""
+    folder = options.output_dir / "model"
     state = accelerator.get_state_dict(model)  # of all processes together
     if accelerator.is_main_process:
         with whole_folder(folder) as temporary:
@@ -231,7 +197,7 @@ def save(
 def progress_bar(
     accelerator: Accelerator, steps: int, step_size: int, unit: str
 ) -> Iterator[Callable[[int, float], None]]:
-    """A bar of `steps` steps of `step_size` units each, on the main process; what it yields goes to `train`."""
+    """Draw a bar of `steps` steps of `step_size` units each, on the main process; yields what `train` calls."""
     bar = None
 
     def progress(step: int, loss: float) -> None:
