@@ -1,4 +1,4 @@
-"""The perplexity that stages log as they train, and the table of what runs of convert.py keep."""
+"""The perplexity that stages log as they train, and the table of what runs of recipes keep."""
 
 import json
 import math
@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from hf_attnswap import UsageError
+from hf_attnswap.evaluation import __main__ as evaluation
+from hf_attnswap.evaluation.processes import blocks_of_process
+from hf_attnswap.training import stage
 
 BLOCK = 32
 
@@ -24,7 +27,7 @@ def held_out(tmp_path, text):
 
 
 @pytest.fixture
-def convert(script, checkpoint, text, held_out, tmp_path):
+def convert(train, checkpoint, text, held_out, tmp_path):
     """`convert("window")` is the folder of a finished run of a recipe for that variant."""
 
     def run(attention, name=None, steps=3, stages=({"stage": "distill"}, {"stage": "finetune"}), **options):
@@ -37,20 +40,20 @@ def convert(script, checkpoint, text, held_out, tmp_path):
         path = tmp_path / f"{name or attention}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         folder = tmp_path / "runs" / (name or attention)
-        script("convert").main(["--recipe", str(path), "--output_dir", str(folder)])
+        train("--recipe", [path, "--output_dir", folder])
         return folder
 
     return run
 
 
-def test_the_log_has_the_perplexity_at_the_start_on_the_way_and_at_the_end(convert, script, held_out, tmp_path):
+def test_the_log_has_the_perplexity_at_the_start_on_the_way_and_at_the_end(convert, held_out, tmp_path):
     run = convert("relu_norm")
     found = {stage: entries(run / stage / "validation_log.jsonl") for stage in ("1_distill", "2_finetune")}
     for log in found.values():
         assert [(entry["step"], entry["tokens"]) for entry in log] == [(s, s * BLOCK) for s in (0, 2, 3)]
     assert found["2_finetune"][0]["perplexity"] == pytest.approx(found["1_distill"][-1]["perplexity"], rel=1e-5)
     report = tmp_path / "perplexity.json"
-    script("perplexity").main(
+    evaluation.main(
         ["--model_name_or_path", str(run / "2_finetune" / "model"), "--validation_file", held_out,
          "--context_length", str(BLOCK), "--max_eval_tokens", str(4 * BLOCK), "--output_file", str(report)]
     )  # fmt: skip
@@ -59,22 +62,21 @@ def test_the_log_has_the_perplexity_at_the_start_on_the_way_and_at_the_end(conve
 
 
 @pytest.mark.parametrize("count, processes", [(1, 2), (3, 2), (4, 2), (5, 4)])
-def test_processes_measure_every_block_in_equally_many_passes(script, count, processes):
+def test_processes_measure_every_block_in_equally_many_passes(count, processes):
     own = [
-        script("validation").own_blocks(SimpleNamespace(process_index=index, num_processes=processes), count)
+        blocks_of_process(SimpleNamespace(process_index=index, num_processes=processes), count)
         for index in range(processes)
     ]
     assert {block for blocks in own for block in blocks} == set(range(count))
     assert len({len(blocks) for blocks in own}) == 1
 
 
-def test_a_run_that_goes_on_logs_each_step_once(script, checkpoint, text, held_out, tmp_path):
+def test_a_run_that_goes_on_logs_each_step_once(train, checkpoint, text, held_out, tmp_path, monkeypatch):
     command = [
         "--model_name_or_path", checkpoint, "--train_file", text, "--block_size", str(BLOCK), "--max_train_steps", "4",
         "--validation_file", held_out, "--validation_steps", "1", "--max_validation_tokens", str(BLOCK),
         "--checkpointing_steps", "2", "--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
-    finetune, training_run = script("finetune"), script("training_run")
     seen = []
 
     def stop(*args):
@@ -83,17 +85,17 @@ def test_a_run_that_goes_on_logs_each_step_once(script, checkpoint, text, held_o
             raise KeyboardInterrupt
         return log(*args)
 
-    log, training_run.log_validation = training_run.log_validation, stop
-    with pytest.raises(KeyboardInterrupt):
-        finetune.main(command)
-    training_run.log_validation = log
-    finetune.main(command)
+    log = stage.log_validation
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "log_validation", stop)
+        train("finetune", command)
+    train("finetune", command)
     assert [entry["step"] for entry in entries(tmp_path / "out" / "validation_log.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_the_table_compares_each_stage_with_its_control(convert, script, held_out, tmp_path, monkeypatch):
     runs = [convert("softmax"), convert("window", window=4, sinks=1), convert("relu_norm")]
-    quality = script("quality")
+    quality = script("benchmarks/quality")
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
                str(8 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
     models = quality.main(command)["models"]
@@ -130,7 +132,7 @@ def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_pa
     runs = [convert("softmax"), convert("window", window=4, sinks=1), convert("relu_norm", "longer", steps=4)]
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
                str(2 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
-    models = script("quality").main(command)["models"]
+    models = script("benchmarks/quality").main(command)["models"]
     assert "ratio" in models["longer/distill"] and "ratio" in models["window/finetune"]  # the original; softmax
     assert "beside_window" not in models["longer/distill"]
     assert not {"ratio", "beside_window"} & models["longer/finetune"].keys()
@@ -145,7 +147,7 @@ def test_softmax_that_was_trained_before_the_swap_is_the_teacher(convert, script
     runs = [convert("softmax", name, stages=stages(name)) for name in ("window", "relu_norm")]
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
                str(2 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
-    models = script("quality").main(command)["models"]
+    models = script("benchmarks/quality").main(command)["models"]
     assert models["relu_norm/finetune"]["attention"].startswith("softmax")
     assert models["relu_norm/distill"]["attention"].startswith("relu_norm")
     for stage in ("distill", "distill 2"):
@@ -160,7 +162,7 @@ def test_what_is_no_finished_run_is_refused(script, tmp_path, held_out):
     (tmp_path / "run").mkdir()
     rest = ["--validation_file", held_out, "--output_dir", str(tmp_path / "table")]
     with pytest.raises(UsageError, match="no recipe.yaml"):
-        script("quality").main([str(tmp_path / "run"), *rest])
+        script("benchmarks/quality").main([str(tmp_path / "run"), *rest])
     (tmp_path / "run" / "recipe.yaml").write_text("stages: [{stage: finetune, model_name_or_path: x}]")
     with pytest.raises(UsageError, match="has not finished"):
-        script("quality").main([str(tmp_path / "run"), *rest])
+        script("benchmarks/quality").main([str(tmp_path / "run"), *rest])

@@ -1,4 +1,4 @@
-"""The example scripts as processes: killed and resumed, several at a time, and what they say when they stop."""
+"""Stages as processes: killed and resumed, several at a time, and what they say when they stop."""
 
 import json
 import random
@@ -8,12 +8,15 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_fixtures import LAUNCH, finish
+
+from hf_attnswap.evaluation import __main__ as evaluation
 
 CONFIGS = "examples/configs"
-LAUNCH = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+MODULE = "hf_attnswap.training"
 SWAP = ["--attention", "hedgehog+window", "--option", "window=4", "--option", "sinks=1"]
 
-# Runs a script, but writes half a file and kills itself the fifth time that something is saved by torch: the middle of
+# Runs a module, but writes half a file and kills itself the fifth time that something is saved by torch: the middle of
 # the second checkpoint.
 TORN = """
 import os, runpy, signal, sys, torch
@@ -27,11 +30,10 @@ def torn(what, file, *arguments, **keywords):
     return save(what, file, *arguments, **keywords)
 torch.save = torn
 sys.argv = sys.argv[1:]
-sys.path.insert(0, "examples")
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
-# Runs a script under FSDP2 without a GPU, which accelerate takes FSDP for: it is made to take gloo for a GPU.
+# Runs a module under FSDP2 without a GPU, which accelerate takes FSDP for: it is made to take gloo for a GPU.
 FSDP_ON_CPU = """
 import runpy, sys, torch
 from accelerate import PartialState
@@ -39,8 +41,7 @@ from accelerate.utils import DistributedType
 PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
 torch.accelerator.is_available = lambda: True
 sys.argv = sys.argv[1:]
-sys.path.insert(0, "examples")
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
@@ -49,15 +50,9 @@ def command(checkpoint, text):
     def build(name, output_dir, *more):
         given = dict(model_name_or_path=checkpoint, train_file=text, output_dir=output_dir, block_size=32)
         options = [part for option, value in given.items() for part in (f"--{option}", value)]
-        return [f"examples/{name}.py", *options, *SWAP, *more]
+        return ["-m", MODULE, name, *options, *SWAP, *more]
 
     return build
-
-
-def finish(started, code=0):
-    out, err = started.communicate(timeout=300)
-    assert started.returncode == code, err
-    return out, err
 
 
 def losses(folder):
@@ -85,11 +80,11 @@ def kill_at_random(started, folder, seconds):
     started.communicate()
 
 
-def test_killed_in_a_checkpoint_and_once_more_a_run_ends_as_if_nothing_had_happened(process, command, script, tmp_path):
+def test_killed_in_a_checkpoint_and_once_more_a_run_ends_as_if_nothing_had_happened(process, command, train, tmp_path):
     more = ["--max_train_steps", "60", "--checkpointing_steps", "2"]
-    script("align_attention").main(list(map(str, command("align_attention", tmp_path / "whole", *more)[1:])))
-    killed = command("align_attention", tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
-    started = process("-c", TORN, *killed)
+    train("align", command("align", tmp_path / "whole", *more)[3:])
+    killed = command("align", tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
+    started = process("-c", TORN, *killed[1:])
     finish(started, code=-signal.SIGKILL)
     assert {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()} == {"step_2", "partial_4"}
     kill_at_random(process(*killed), tmp_path / "killed", random.random())
@@ -100,7 +95,7 @@ def test_killed_in_a_checkpoint_and_once_more_a_run_ends_as_if_nothing_had_happe
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["align_attention", "finetune"])
+@pytest.mark.parametrize("name", ["align", "finetune"])
 def test_killed_at_many_moments(process, command, tmp_path, name):
     more = ["--max_train_steps", "80", "--checkpointing_steps", "1"]
     finish(process(*command(name, tmp_path / "whole", *more)))
@@ -114,21 +109,19 @@ def test_killed_at_many_moments(process, command, tmp_path, name):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_two_processes_align_as_one_that_accumulates(process, command, script, tmp_path):
+def test_two_processes_align_as_one_that_accumulates(process, command, train, tmp_path):
     """Alignment divides by the variance of a batch, so a batch of two is near two batches of one, not the same."""
     more = ["--max_train_steps", "6", "--checkpointing_steps", "6"]
     finish(
         process(
-            *LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("align_attention", tmp_path / "two", *more)
+            *LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("align", tmp_path / "two", *more)
         )
     )
     for folder, option in (
         ("accumulated", "--gradient_accumulation_steps"),
         ("batch", "--per_device_train_batch_size"),
     ):
-        script("align_attention").main(
-            list(map(str, command("align_attention", tmp_path / folder, *more, option, 2)[1:]))
-        )
+        train("align", command("align", tmp_path / folder, *more, option, 2)[3:])
     two = losses(tmp_path / "two")
     assert len(two) == 6 and two == pytest.approx(losses(tmp_path / "accumulated"), rel=1e-5)
     assert two == pytest.approx(losses(tmp_path / "batch"), rel=1e-4)
@@ -136,7 +129,7 @@ def test_two_processes_align_as_one_that_accumulates(process, command, script, t
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
 
 
-def test_two_processes_finetune_as_one_with_larger_batches(process, command, script, tmp_path):
+def test_two_processes_finetune_as_one_with_larger_batches(process, command, train, tmp_path):
     more = ["--max_train_steps", "6", "--learning_rate", "1e-3"]
     finish(
         process(*LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("finetune", tmp_path / "two", *more))
@@ -145,13 +138,13 @@ def test_two_processes_finetune_as_one_with_larger_batches(process, command, scr
         ("accumulated", "--gradient_accumulation_steps"),
         ("batch", "--per_device_train_batch_size"),
     ):
-        script("finetune").main(list(map(str, command("finetune", tmp_path / folder, *more, option, 2)[1:])))
+        train("finetune", command("finetune", tmp_path / folder, *more, option, 2)[3:])
         assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / folder), rel=1e-5)
         ours, other = weights(tmp_path / "two"), weights(tmp_path / folder)
         assert all(torch.allclose(ours[name], other[name], atol=1e-5) for name in ours)
 
 
-def test_two_processes_distil_as_one_with_larger_batches(process, command, script, tmp_path):
+def test_two_processes_distil_as_one_with_larger_batches(process, command, train, tmp_path):
     """With LoRA, where the model of each process is its own teacher."""
     more = ["--max_train_steps", "4", "--learning_rate", "1e-3", "--use_lora", "--hidden_weight", "1"]
     finish(process(*LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("distill", tmp_path / "two", *more)))
@@ -159,19 +152,19 @@ def test_two_processes_distil_as_one_with_larger_batches(process, command, scrip
         ("accumulated", "--gradient_accumulation_steps"),
         ("batch", "--per_device_train_batch_size"),
     ):
-        script("distill").main(list(map(str, command("distill", tmp_path / folder, *more, option, 2)[1:])))
+        train("distill", command("distill", tmp_path / folder, *more, option, 2)[3:])
         assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / folder), rel=1e-4)
 
 
-def test_two_processes_measure_the_same_perplexity_as_one(process, script, checkpoint, text, tmp_path):
+def test_two_processes_measure_the_same_perplexity_as_one(process, _fresh_accelerator, checkpoint, text, tmp_path):
     given = ["--model_name_or_path", checkpoint, "--validation_file", text, "--max_eval_tokens", "510"]
     given += ["--context_length", "32", "--context_length", "300", "--output_file"]
     out, _ = finish(
         process(
-            *LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", "examples/perplexity.py", *given, tmp_path / "two"
+            *LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", "-m", "hf_attnswap.evaluation", *given, tmp_path / "two"
         )
     )
-    script("perplexity").main([*given, str(tmp_path / "one")])
+    evaluation.main([*given, str(tmp_path / "one")])
     assert json.loads((tmp_path / "two").read_text()) == json.loads((tmp_path / "one").read_text())
     assert out.count("perplexity") == 1
 
@@ -179,17 +172,17 @@ def test_two_processes_measure_the_same_perplexity_as_one(process, script, check
 def test_asking_for_two_processes_and_getting_one_stops(process, command, tmp_path):
     launch = [*LAUNCH, "-q", "--cpu", "--num_processes", "2"]
     _, err = finish(process(*launch, *command("finetune", tmp_path / "out", "--max_train_steps", "1")), code=1)
-    assert "finetune: the launcher was asked for several processes, and this runs as 1" in err
+    assert "hf_attnswap.training: the launcher was asked for several processes, and this runs as 1" in err
     assert not (tmp_path / "out").exists()
 
 
 def test_failures_are_one_line_and_an_exit_code(process, command, tmp_path):
     given = command("finetune", tmp_path / "nan", "--max_train_steps", "4", "--learning_rate", "inf")
     _, err = finish(process(*LAUNCH, "-q", "--config_file", f"{CONFIGS}/cpu.yaml", *given), code=1)
-    assert "finetune: the loss is nan at step 2: lower the learning rate (inf)" in err and "Traceback" not in err
+    assert "hf_attnswap.training: the loss is nan at step 2: lower the learning rate (inf)" in err and "Traceback" not in err
     given = command("finetune", tmp_path / "out", "--max_train_steps", "4", "--train_file", "nowhere.txt")
     _, err = finish(process(*given), code=2)
-    assert err.splitlines()[-1] == "finetune: text file 'nowhere.txt' does not exist"
+    assert err.splitlines()[-1] == "hf_attnswap.training: text file 'nowhere.txt' does not exist"
 
 
 @pytest.mark.long
@@ -201,13 +194,13 @@ def test_fsdp2_trains_and_resumes_as_one_process(process, command, tmp_path):
     more = ["--max_train_steps", "6", "--learning_rate", "1e-3", "--checkpointing_steps", "4"]
     more += ["--new_parameters_learning_rate", "3e-3"]
     finish(process(*command("finetune", tmp_path / "one", *more, "--gradient_accumulation_steps", 2)))
-    finish(process(*launch, *command("finetune", tmp_path / "two", *more)))
+    finish(process(*launch, *command("finetune", tmp_path / "two", *more)[1:]))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     ours, other = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert all(torch.allclose(ours[name], other[name], atol=1e-5) for name in other)
     resumed = command("finetune", tmp_path / "resumed", *more)
     checkpoint = tmp_path / "two" / "checkpoints" / "step_4"
-    finish(process(*launch, *resumed, "--resume_from_checkpoint", checkpoint))
+    finish(process(*launch, *resumed[1:], "--resume_from_checkpoint", checkpoint))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "two")[4:]
     resumed = weights(tmp_path / "resumed")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in ours.items())

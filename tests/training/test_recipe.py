@@ -2,21 +2,21 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_attnswap import UsageError, cli, report
+from hf_attnswap import UsageError, attentions, cli, report
 from hf_attnswap.integration.swapping import describe
 from hf_attnswap.publish import measured
 from hf_attnswap.sources import conversions
 from hf_attnswap.sources.models import load
 from hf_attnswap.training import loop
+from hf_attnswap.training import recipe as recipe_module
+from hf_attnswap.training.recipe import read_recipe
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
@@ -41,6 +41,12 @@ def recipe(checkpoint, text, tmp_path):
     return write
 
 
+@pytest.fixture
+def convert(train):
+    """`convert(command)` runs a recipe; the words after --recipe."""
+    return lambda command: train("--recipe", command[1:])
+
+
 def weights(folder):
     return load_file(folder / "model" / "model.safetensors")
 
@@ -53,24 +59,25 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
-def test_stages_follow_each_other_and_run_alone_with_what_is_printed(script, recipe, tmp_path, capsys):
-    script("convert").main(recipe())
+def test_stages_follow_each_other_and_run_alone_with_what_is_printed(train, convert, recipe, tmp_path, capsys):
+    convert(recipe())
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {"recipe.yaml", "1_align", "2_distill", "3_finetune"}
     assert describe(load(str(out / "3_finetune" / "model"))[0]) == "hedgehog+window in 3 layers"
     assert [len(read_log(out / name)) for name in ("1_align", "2_distill", "3_finetune")] == [3, 3, 4]
     lines = capsys.readouterr().err.splitlines()
-    command = next(line.split(": ")[1].split() for line in lines if line.startswith("2_distill: distill.py"))
+    started = "2_distill: accelerate launch -m hf_attnswap.training distill "
+    command = next(line.removeprefix(started).split() for line in lines if line.startswith(started))
     assert "--attention" not in command and "--teacher_name_or_path" not in command
-    script("distill").main([*command[1:-1], str(tmp_path / "alone")])
+    train("distill", [*command[:-1], tmp_path / "alone"])
     assert same(weights(tmp_path / "alone"), weights(out / "2_distill"))
-    script("convert").main(recipe())
+    convert(recipe())
     assert capsys.readouterr().err.count("is done") == 3
 
 
-def test_a_run_that_was_cut_off_goes_on_in_its_stage(script, recipe, tmp_path, monkeypatch, capsys):
-    convert, given = script("convert"), recipe()
-    convert.main([*given[:-1], str(tmp_path / "whole")])
+def test_a_run_that_was_cut_off_goes_on_in_its_stage(convert, recipe, tmp_path, monkeypatch, capsys):
+    given = recipe()
+    convert([*given[:-1], str(tmp_path / "whole")])
     save_checkpoint, calls = loop.save_checkpoint, []
 
     def cut(*arguments):
@@ -81,26 +88,26 @@ def test_a_run_that_was_cut_off_goes_on_in_its_stage(script, recipe, tmp_path, m
 
     with monkeypatch.context() as patch, pytest.raises(ConnectionError):
         patch.setattr(loop, "save_checkpoint", cut)
-        convert.main(given)
+        convert(given)
     capsys.readouterr()
-    convert.main(given)
+    convert(given)
     said = capsys.readouterr().err
     assert "1_align is done" in said and "going on from" in said and "step_2" in said
     for stage in ("1_align", "2_distill", "3_finetune"):
         assert same(weights(tmp_path / "whole" / stage), weights(tmp_path / "out" / stage))
 
 
-def test_a_model_whose_projections_moved_is_not_its_own_teacher(script, recipe, checkpoint, capsys):
+def test_a_model_whose_projections_moved_is_not_its_own_teacher(convert, recipe, checkpoint, capsys):
     stages = [{"stage": "align", "train": "attention", "learning_rate": 1e-3}, {"stage": "distill"}]
-    script("convert").main(recipe(attention="relu_norm", options={"gain": True}, max_train_steps=1, stages=stages))
+    convert(recipe(attention="relu_norm", options={"gain": True}, max_train_steps=1, stages=stages))
     assert f"--teacher_name_or_path {checkpoint}" in capsys.readouterr().err
 
 
-def test_softmax_trained_first_is_what_is_converted_and_what_teaches(script, recipe, tmp_path, capsys):
+def test_softmax_trained_first_is_what_is_converted_and_what_teaches(convert, recipe, text, tmp_path, capsys):
     hybrid = {"attention": "hedgehog+window", "options": {"window": 4, "sinks": 1}}
     stages = [{"stage": "finetune"}, {"stage": "align", "train": "attention", **hybrid}, {"stage": "distill"}]
-    convert, out = script("convert"), tmp_path / "out"
-    convert.main(recipe(attention="softmax", options=None, max_train_steps=2, stages=stages))
+    out = tmp_path / "out"
+    convert(recipe(attention="softmax", options=None, max_train_steps=2, stages=stages))
     said = capsys.readouterr().err
     assert "1_finetune/model has softmax in 3 layers, which gives way to hedgehog+window" in said
     assert f"--teacher_name_or_path {out / '1_finetune' / 'model'}" in said
@@ -108,14 +115,14 @@ def test_softmax_trained_first_is_what_is_converted_and_what_teaches(script, rec
     assert [group["attention"] for group in found.swapped] == ["hedgehog+window"]
     again = measured.recipe({"model": {"name": "org/base"}}, {"training": found.training}, "org/base")
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
-    told = [(name, given.get("attention")) for name, given in convert.read_recipe(tmp_path / "again.yaml")]
+    told = [(name, given.get("attention")) for name, given in read_recipe(tmp_path / "again.yaml", {"train_file": text})]
     assert told == [("finetune", "softmax"), ("align", "hedgehog+window"), ("distill", None)]
 
 
 @pytest.mark.parametrize("attention, options", [("hedgehog", None), ("hedgehog+window", {"window": 8})])
-def test_maps_are_aligned_first_then_the_modules_around_them(script, recipe, tmp_path, attention, options):
+def test_maps_are_aligned_first_then_the_modules_around_them(recipe, tmp_path, attention, options):
     recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
-    (one, maps), (two, modules), (three, distill) = script("convert").read_recipe(tmp_path / "recipe.yaml")
+    (one, maps), (two, modules), (three, distill) = read_recipe(tmp_path / "recipe.yaml")
     assert (one, two, three) == ("align", "align", "distill")
     assert [stage["max_train_tokens"] for stage in (maps, modules, distill)] == [200, 1400, 2400]
     assert (maps["attention"], maps.get("options"), maps["learning_rate"]) == (attention, options, 1e-2)
@@ -126,9 +133,9 @@ def test_maps_are_aligned_first_then_the_modules_around_them(script, recipe, tmp
 @pytest.mark.parametrize(
     "attention, options, taken", [("elu", None, None), ("relu_power", {"p": 8}, {"gain": True, "p": 8})]
 )
-def test_without_maps_the_modules_are_aligned(script, recipe, tmp_path, attention, options, taken):
+def test_without_maps_the_modules_are_aligned(recipe, tmp_path, attention, options, taken):
     recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
-    (one, align), (two, distill) = script("convert").read_recipe(tmp_path / "recipe.yaml")
+    (one, align), (two, distill) = read_recipe(tmp_path / "recipe.yaml")
     assert (one, two) == ("align", "distill")
     assert (align["train"], align["learning_rate"], align["final_learning_rate"]) == ("attention", 1e-3, 1e-5)
     assert (align["max_train_tokens"], distill["max_train_tokens"]) == (1000, 3000)
@@ -136,9 +143,57 @@ def test_without_maps_the_modules_are_aligned(script, recipe, tmp_path, attentio
     assert distill["learning_rate"] == 1e-4 and not {"attention", "options"} & distill.keys()
 
 
-@pytest.mark.parametrize("path", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_recipes_here_are_recipes(script, path):
-    assert script("convert").read_recipe(path)
+GIVEN = {"model_name_or_path": "m", "train_file": "t.txt", "max_train_tokens": 100_000}
+
+
+@pytest.mark.parametrize("name", recipe_module.names())
+def test_a_recipe_of_the_package_takes_model_and_text_as_arguments(name):
+    given = GIVEN if "attention:" in recipe_module.names()[name].read_text() else {**GIVEN, "attention": "relu_norm"}
+    stages = read_recipe(name, given)
+    assert stages[0][1]["model_name_or_path"] == "m" and all(options["train_file"] == "t.txt" for _, options in stages)
+    assert 99_990 <= sum(options["max_train_tokens"] for _, options in stages) <= 100_000
+    for key in GIVEN:
+        with pytest.raises(UsageError, match=f"give .*--{key}"):
+            read_recipe(name, {other: value for other, value in given.items() if other != key})
+    assert recipe_module.describe(name).endswith(".")
+
+
+@pytest.mark.parametrize("name", attentions.names())
+def test_the_family_of_a_variant_names_its_recipe(name):
+    variant = attentions.get(name)
+    assert variant.family in recipe_module.names()
+    parameters = list(variant(attentions.Heads(1, 1, 8)).parameters())
+    assert (variant.family == "maps") == bool(parameters and variant.cost_class == "linear")
+    assert (variant.family == "gain") == ("gain" in variant.options())
+
+
+def test_arguments_stand_in_place_of_the_top_of_a_recipe(recipe, tmp_path):
+    path = recipe()[1]
+    stages = read_recipe(path, {"block_size": 8, "dataset_name": "org/text", "options": {"window": 2}})
+    (_, align), (_, distill), (_, finetune) = stages
+    assert (align["block_size"], finetune["block_size"]) == (8, 16)  # what a stage says itself stays
+    assert align["options"] == {"window": 2, "sinks": 1}
+    assert {options["dataset_name"] for _, options in stages} == {"org/text"} and "train_file" not in distill
+
+
+def test_a_recipe_builds_on_another_one_beside_it(recipe, tmp_path):
+    recipe()
+    (tmp_path / "longer.yaml").write_text("{builds_on: recipe.yaml, max_train_steps: 5, options: {window: 8}}")
+    (_, align), *_ = read_recipe(tmp_path / "longer.yaml")
+    assert (align["max_train_steps"], align["options"]) == (5, {"window": 8, "sinks": 1})
+
+
+def test_an_unknown_recipe_is_told_the_names():
+    with pytest.raises(UsageError, match="neither a file nor one of control, .*Did you mean 'plain'"):
+        read_recipe("plaim")
+
+
+def test_a_recipe_of_the_package_runs_by_its_name(train, checkpoint, text, tmp_path):
+    given = ["plain", "--attention", "relu_norm", "--option", "gain=true", "--model_name_or_path", checkpoint]
+    given += ["--train_file", text, "--max_train_tokens", "128", "--block_size", "32", "--output_dir", tmp_path / "out"]
+    train("--recipe", given)
+    assert [len(read_log(tmp_path / "out" / name)) for name in ("1_align", "2_distill")] == [1, 3]
+    assert describe(load(str(tmp_path / "out" / "2_distill" / "model"))[0]) == "relu_norm in 3 layers"
 
 
 @pytest.mark.parametrize(
@@ -156,30 +211,30 @@ def test_the_recipes_here_are_recipes(script, path):
             ),
             r"stage 2 \(distill\) .* swaps to 'relu' what is 'elu' already",
         ),
-        (dict(attention=None), "has no attention"),
-        (dict(train_file=None), "one of the arguments --train_file --dataset_name is required"),
-        (dict(stages=None), "needs max_train_tokens, which is None"),
+        (dict(attention=None), "has no attention: give --attention"),
+        (dict(train_file=None), "give either --train_file or --dataset_name, which are missing"),
+        (dict(stages=None, max_train_steps=None), "takes a share of max_train_tokens, which is None"),
         (dict(stages=None, max_train_tokens=100, attention="hedghog"), "Did you mean 'hedgehog'"),
     ],
 )
-def test_a_recipe_that_is_wrong_is_one_clear_error(script, recipe, tmp_path, change, message):
+def test_a_recipe_that_is_wrong_is_one_clear_error(convert, recipe, tmp_path, change, message):
     command = recipe(**change)
     with pytest.raises(UsageError, match=message):
-        script("convert").main(command)
+        convert(command)
     assert not (tmp_path / "out").exists()
 
 
-def test_another_recipe_in_the_same_folder_is_refused(script, recipe, tmp_path):
-    convert, stages = script("convert"), [{"stage": "align", "max_train_steps": 1}]
-    convert.main(recipe(stages=stages))
+def test_another_recipe_in_the_same_folder_is_refused(convert, recipe, tmp_path):
+    stages = [{"stage": "align", "max_train_steps": 1}]
+    convert(recipe(stages=stages))
     with pytest.raises(UsageError, match="stage 1 has seed = None, not 1"):
-        convert.main(recipe(stages=stages, seed=1))
+        convert(recipe(stages=stages, seed=1))
     with pytest.raises(UsageError, match="a run of 1 stages, not 2"):
-        convert.main(recipe(stages=[*stages, {"stage": "distill"}]))
+        convert(recipe(stages=[*stages, {"stage": "distill"}]))
     command = recipe()
     (tmp_path / "recipe.yaml").write_text("stages: [")
     with pytest.raises(UsageError, match="is not YAML"):
-        convert.main(command)
+        convert(command)
 
 
 def attnswap(monkeypatch, *arguments) -> int:
@@ -189,9 +244,9 @@ def attnswap(monkeypatch, *arguments) -> int:
     return stop.value.code or 0
 
 
-def test_from_a_recipe_to_a_model_card(script, recipe, checkpoint, text, tmp_path, monkeypatch, capsys):
+def test_from_a_recipe_to_a_model_card(convert, recipe, checkpoint, text, tmp_path, monkeypatch, capsys):
     """Half of the layers: their controls stand in the same ones."""
-    script("convert").main(recipe(layers="1:"))
+    convert(recipe(layers="1:"))
     out, measured, cards = tmp_path / "out", tmp_path / "report", tmp_path / "cards"
     sizes = "--context_length 32 --max_eval_tokens 256 --length 16 --length 32 --rounds 1 --align_tokens 0".split()
     given = ["tradeoff", checkpoint, "--arm", out, "--train_file", text, "--block_size", "32", *sizes]
@@ -228,7 +283,9 @@ def test_from_a_recipe_to_a_model_card(script, recipe, checkpoint, text, tmp_pat
     again = yaml.safe_load((cards / "recipe.yaml").read_text())
     assert (again["model_name_or_path"], again["attention"], again["layers"]) == ("org/base", "hedgehog+window", "1:")
     assert [s["stage"] for s in again["stages"]] == ["align", "distill", "finetune"]
-    assert len(script("convert").read_recipe(cards / "recipe.yaml")) == 3
+    assert "train_file" not in (cards / "recipe.yaml").read_text()
+    assert "-m hf_attnswap.training --recipe recipe.yaml --train_file text.txt --output_dir converted" in card
+    assert len(read_recipe(cards / "recipe.yaml", {"train_file": text})) == 3
 
     assert attnswap(monkeypatch, *told) == 0  # into the conversion, from where a push takes them
     capsys.readouterr()
@@ -236,10 +293,10 @@ def test_from_a_recipe_to_a_model_card(script, recipe, checkpoint, text, tmp_pat
     assert {"README.md", "report.json", "recipe.yaml"} < set(json.loads(capsys.readouterr().out)["files"])
 
 
-def test_a_conversion_that_has_not_ended_is_no_arm(script, recipe, tmp_path, monkeypatch, capsys, checkpoint):
-    script("convert").main(recipe(stages=[{"stage": "align"}]))
+def test_a_conversion_that_has_not_ended_is_no_arm(convert, recipe, tmp_path, monkeypatch, capsys, checkpoint):
+    convert(recipe(stages=[{"stage": "align"}]))
     model = tmp_path / "out" / "1_align" / "model"
     model.rename(tmp_path / "elsewhere")
     given = ["tradeoff", checkpoint, "--arm", tmp_path / "out", "--train_file", "t.txt", "--output_dir", tmp_path / "r"]
     assert attnswap(monkeypatch, *given) == 2
-    assert "has not ended: 1_align has no model; run convert.py again" in capsys.readouterr().err
+    assert "has not ended: 1_align has no model; give the command of its recipe again" in capsys.readouterr().err
