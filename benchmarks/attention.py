@@ -6,8 +6,8 @@ forward + backward, on top of what was there before, in a process of its own. Ev
 why, stands in the table.
 
     pip install --no-build-isolation -e ".[bench-peer]"      # builds the peer's C++; without it, the peer is left out
-    python examples/benchmarks/attention.py --output_dir bench
-    python examples/benchmarks/attention.py --output_dir bench --attention elu --length 1024 --length 8192
+    python benchmarks/attention.py --output_dir bench
+    python benchmarks/attention.py --output_dir bench --attention elu --length 1024 --length 8192
 
 The peer's build takes an nvcc on the PATH for a wish for CUDA, and fails with a torch that has none: hide it then.
 """

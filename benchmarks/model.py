@@ -5,7 +5,7 @@ torch's SDPA). To write after a long context nothing is read: the cache is fille
 values, and states made of these, and further tokens are timed on it. Peak memory is that of the prefill, on top of what
 was there before.
 
-    python examples/benchmarks/model.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --output_dir model_bench
+    python benchmarks/model.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --output_dir model_bench
 """
 
 import argparse

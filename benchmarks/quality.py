@@ -1,9 +1,9 @@
-"""What conversions keep: the perplexity of runs of convert.py, stage by stage, beside softmax trained the same way.
+"""What conversions keep: the perplexity of runs of recipes, stage by stage, beside softmax trained the same way.
 
-    python examples/quality.py runs/softmax runs/window runs/hedgehog_window \\
+    python benchmarks/quality.py runs/softmax runs/window runs/hedgehog_window \\
         --validation_file test.txt --output_dir quality
 
-A run is a folder that convert.py wrote; its name is that of the row. All are measured on the same blocks of text, so
+A run is a folder that the run of a recipe left; its name is that of the row. All are measured on the same blocks of text, so
 differences are paired. What a stage is compared with:
 
 - distill: its teacher, whose distribution it learns; softmax has nothing to learn there. That is the original, or
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=OUTPUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that convert.py wrote")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that the run of a recipe left")
     parser.add_argument("--validation_file", required=True, help="text that no run trained on")
     parser.add_argument("--context_length", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--max_eval_tokens", type=int, default=16384, help="(default: %(default)s)")
@@ -115,7 +115,7 @@ def read(run: Path) -> list[dict[str, Any]]:
     try:
         stages = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
     except FileNotFoundError:
-        raise UsageError(f"{str(run)!r} is not a folder that convert.py wrote: it has no recipe.yaml") from None
+        raise UsageError(f"{str(run)!r} is not a folder that the run of a recipe left: it has no recipe.yaml") from None
     last = run / f"{len(stages)}_{stages[-1]['stage']}" / "model"
     if not last.exists():
         raise UsageError(f"the run {str(run)!r} has not finished: {str(last)!r} is missing")

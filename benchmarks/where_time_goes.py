@@ -1,6 +1,6 @@
 """Where the time of one attention goes: products, passes over memory, copies, and the overhead of many small calls.
 
-    python examples/benchmarks/where_time_goes.py --attention relu_power:p=8 --attention hedgehog+window --length 2048
+    python benchmarks/where_time_goes.py --attention relu_power:p=8 --attention hedgehog+window --length 2048
 
 Shares of the time of one thread, by torch's profiler, which itself makes small calls look dearer than they are; the
 milliseconds are measured without it.

@@ -104,7 +104,9 @@ def script(_fresh_accelerator, monkeypatch):
 
     yield load
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith((str(ROOT / "benchmarks"), str(ROOT / "examples"))):
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(
+            (str(ROOT / "benchmarks"), str(ROOT / "examples"))
+        ):
             del sys.modules[name]
 
 

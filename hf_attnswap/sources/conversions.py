@@ -50,7 +50,9 @@ def find(path: str | Path) -> Conversion:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         saved = config.get(NAME)
     except FileNotFoundError:
-        raise UsageError(f"{folder} has no config.json: name a saved model, or the output folder of a training recipe") from None
+        raise UsageError(
+            f"{folder} has no config.json: name a saved model, or the output folder of a training recipe"
+        ) from None
     except (AttributeError, ValueError) as error:
         raise UsageError(f"{folder}/config.json is damaged: {error}") from None
     if saved is not None:

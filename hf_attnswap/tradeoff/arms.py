@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from .. import attentions
 from ..config import SwapConfig, parse_options
-from ..errors import UsageError
 from ..integration.swapping import swap
 from ..sources.conversions import Conversion, find
 from ..sources.models import load

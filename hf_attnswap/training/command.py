@@ -44,7 +44,9 @@ def run_stage(name: str, words: Sequence[str]) -> None:
     """Run one stage with the options on its command line, and end the group of its processes."""
     stage = stages.get(name)
     text = importlib.import_module(stage.__module__).__doc__ or stage.__doc__
-    options = parse(stage, words, prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} [options]", description=text, epilog=OUTPUT)
+    options = parse(
+        stage, words, prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} [options]", description=text, epilog=OUTPUT
+    )
     accelerator = start(options)
     options.run(accelerator)
     accelerator.end_training()
@@ -56,7 +58,9 @@ def run_recipe(words: Sequence[str]) -> None:
         prog=PROGRAM, usage=f"{PROGRAM} --recipe NAME_OR_FILE [options]", description=recipe.__doc__,
         epilog=OUTPUT_OF_A_RECIPE,
     )  # fmt: skip
-    parser.add_argument("--recipe", required=True, metavar="NAME_OR_FILE", help=f"{', '.join(recipe.names())}, or a file")
+    parser.add_argument(
+        "--recipe", required=True, metavar="NAME_OR_FILE", help=f"{', '.join(recipe.names())}, or a file"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder, or that of the run to go on with")
     for stage in stages.available().values():
         add_options(parser, stage, optional=True, without=recipe.SET_BY_THE_RUN)
@@ -83,5 +87,3 @@ def overview() -> str:
         f"`python -m {PROGRAM} STAGE --help` lists the options of a stage, `--recipe NAME --help` those of a recipe.",
     ]
     return "\n".join(lines)
-
-

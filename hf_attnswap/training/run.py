@@ -46,9 +46,7 @@ def start(options: TrainingOptions) -> Accelerator:
     return accelerator
 
 
-def swap_as_asked(
-    model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, attention: str
-) -> None:
+def swap_as_asked(model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, attention: str) -> None:
     """Swap the model to `attention`, with the layers and the variant's options that `options` name.
 
     A conversion to `softmax`, the control that was trained, computes what the original did, and is swapped like one.

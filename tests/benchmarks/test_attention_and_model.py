@@ -18,7 +18,7 @@ from hf_attnswap.benchmark.measure import Spread, interleaved
 from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.masks import Mask
 
-FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("attention", "model", "figures", "peers", "where_time_goes")
 
 

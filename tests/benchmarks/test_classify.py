@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_processes import LAUNCH, finish
 from tiny_models import tiny_encoder
+from training_fixtures import LAUNCH, finish
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_attnswap
@@ -62,7 +62,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("swap", [[], SWAP, ["--attention", "relu_power", "--option", "p=4", "--layers", "1:"]])
 def test_the_saved_model_is_right_where_the_evaluation_says_so(script, arguments, tmp_path, swap):
-    script("classify").main([*arguments, *swap])
+    script("benchmarks/classify").main([*arguments, *swap])
     out = tmp_path / "out"
     found = json.loads((out / "evaluation.json").read_text())
     model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
@@ -81,7 +81,7 @@ def test_the_saved_model_is_right_where_the_evaluation_says_so(script, arguments
 
 
 def test_all_weights_train_and_the_head_starts_alike(script, arguments, tmp_path, monkeypatch):
-    classify, starts = script("classify"), []
+    classify, starts = script("benchmarks/classify"), []
     fine_tune = classify.fine_tune
 
     def look(args, accelerator, model, *more):
@@ -100,15 +100,15 @@ def test_all_weights_train_and_the_head_starts_alike(script, arguments, tmp_path
 
 
 def test_a_conversion_trains_as_it_is(script, arguments, tmp_path):
-    script("classify").main([*arguments, *SWAP])
+    script("benchmarks/classify").main([*arguments, *SWAP])
     more = ["--model_name_or_path", str(tmp_path / "out" / "model"), "--output_dir", str(tmp_path / "more")]
-    found = script("classify").main([*arguments, *more])
+    found = script("benchmarks/classify").main([*arguments, *more])
     assert found["attention"] == "hedgehog in 3 bidirectional layers" and found["alignment"] is None
 
 
 @pytest.mark.parametrize("cut_at", ["alignment", "out"])
 def test_resuming_ends_with_the_same_weights(script, arguments, tmp_path, monkeypatch, cut_at):
-    classify, save_checkpoint = script("classify"), loop.save_checkpoint
+    classify, save_checkpoint = script("benchmarks/classify"), loop.save_checkpoint
     arguments = [*arguments, *SWAP, "--checkpointing_steps", "2"]
     classify.main([*arguments, "--output_dir", str(tmp_path / "whole")])
 
@@ -143,18 +143,18 @@ def test_resuming_ends_with_the_same_weights(script, arguments, tmp_path, monkey
 )
 def test_wrong_use(script, arguments, tmp_path, more, message):
     with pytest.raises(UsageError, match=message):
-        script("classify").main([*arguments, *more])
+        script("benchmarks/classify").main([*arguments, *more])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_label_that_was_not_trained_on(script, arguments, tmp_path):
     (tmp_path / "validation.tsv").write_text("text\tlabel\nabc\tnever\n")
     with pytest.raises(UsageError, match="label 'never' is not among those of the training file: late, early"):
-        script("classify").main(arguments)
+        script("benchmarks/classify").main(arguments)
 
 
 def test_groups_hold_every_text_once_and_little_padding(script):
-    classify = script("classify")
+    classify = script("benchmarks/classify")
     rows = torch.full((10, 9), classify.EMPTY)
     for i, length in enumerate([3, 8, 1, 5, 8, 2, 4, 4, 7, 6]):
         rows[i, : 1 + length] = i
@@ -166,7 +166,7 @@ def test_groups_hold_every_text_once_and_little_padding(script):
 
 
 def test_groups_are_drawn_by_their_tokens(script):
-    classify = script("classify")
+    classify = script("benchmarks/classify")
     groups = torch.full((2, 2, 31), classify.EMPTY)
     groups[0, :, :11] = 0  # texts of 10 tokens
     groups[1] = 1  # of 30
@@ -178,15 +178,17 @@ def test_groups_are_drawn_by_their_tokens(script):
 
 
 def test_accuracy_has_wilsons_interval(script):
-    found = script("classify").accuracy([1] * 10)
+    found = script("benchmarks/classify").accuracy([1] * 10)
     assert found["accuracy"] == 1 and found["standard_error"] == 0
     assert found["interval_95"] == pytest.approx([0.7225, 1.0], abs=1e-4)
-    assert script("classify").accuracy([1, 0] * 50)["interval_95"] == pytest.approx([0.4038, 0.5962], abs=1e-4)
+    assert script("benchmarks/classify").accuracy([1, 0] * 50)["interval_95"] == pytest.approx(
+        [0.4038, 0.5962], abs=1e-4
+    )
 
 
 @pytest.fixture
 def comparison(script, arguments, tmp_path):
-    module = script("classify_all")
+    module = script("benchmarks/classify_all")
     arguments = [*arguments, "--align_steps", "2", "--output_dir", str(tmp_path / "all")]
     return lambda *more: module.main([*arguments, "--arm", "none", "--arm", "hedgehog", *more])
 
@@ -219,7 +221,7 @@ def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkey
         raise AssertionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(script("classify"), "main", trains_again)
+        patch.setattr(script("benchmarks/classify"), "main", trains_again)
         again = comparison("--title", "A | title")
         for arm, before in zip(again["arms"], report["arms"], strict=True):
             assert {**arm, "speed": []} == {**before, "speed": []}
@@ -228,7 +230,7 @@ def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkey
 
 
 def test_an_arm_that_fails_is_reported(comparison, script, monkeypatch):
-    classify = script("classify")
+    classify = script("benchmarks/classify")
     real = classify.main
 
     def main(command):
@@ -251,7 +253,7 @@ def test_a_comparison_says_which_arguments_are_its_own(comparison, more):
 def test_intervals_are_paired(script):
     """Two runs that are wrong in the same places differ by nothing, however few the texts."""
     correct = {"softmax": [1, 0, 1, 1] * 10, "elu": [1, 0, 1, 1] * 10, "identity": [1, 0, 0, 1] * 10}
-    found = script("classify_all").compare({name: [marks] for name, marks in correct.items()})
+    found = script("benchmarks/classify_all").compare({name: [marks] for name, marks in correct.items()})
     softmax, elu, identity = found.values()
     assert softmax["accuracy"]["value"] == 0.75
     assert elu["difference"] == {"value": 0, "low": 0, "high": 0}
@@ -271,7 +273,7 @@ def test_two_processes_train_as_one_that_accumulates(process, script, arguments,
     config = ["--config_file", "examples/configs/multi_cpu.yaml", "examples/classify.py"]
     finish(process(*LAUNCH, *config, *arguments, *more, "--output_dir", tmp_path / "two"))
     one = [*arguments, *more, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
-    script("classify").main(one)
+    script("benchmarks/classify").main(one)
     for part in (".", "alignment"):
         two, one = ([entry["loss"] for entry in read_log(tmp_path / name / part)] for name in ("two", "one"))
         assert two == pytest.approx(one, rel=1e-3 if part == "." else 1e-4)
@@ -288,7 +290,7 @@ def test_hedgehog_recovers_the_accuracy_of_a_real_encoder(script, minilm, sst2, 
     )  # fmt: skip
     command = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     found = {
-        name: script("classify").main([*command, *more, "--output_dir", str(tmp_path / name)])["accuracy"]
+        name: script("benchmarks/classify").main([*command, *more, "--output_dir", str(tmp_path / name)])["accuracy"]
         for name, more in (("softmax", []), ("hedgehog", ["--attention", "hedgehog"]))
     }
     assert found["softmax"] > 0.75

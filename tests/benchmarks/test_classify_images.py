@@ -12,7 +12,7 @@ from hf_attnswap import UsageError
 
 @pytest.fixture
 def images(script):
-    return script("classify_images")
+    return script("benchmarks/classify_images")
 
 
 def idx(path, numbers, kind=8):

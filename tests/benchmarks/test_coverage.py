@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 COVERED = {"llama": 2, "bert": 2, "bart": 6, "vit": 2, "clip": 4}
 
 
 def coverage(process, folder, *arguments):
-    child = process(EXAMPLES / "coverage.py", "--output_dir", folder, "--num_processes", "1", *arguments)
+    child = process(FOLDER / "coverage.py", "--output_dir", folder, "--num_processes", "1", *arguments)
     assert child.wait(timeout=300) == 0
     report = json.loads((folder / "coverage.json").read_text())
     return {record["model_type"]: record for record in report["types"]}, (folder / "coverage.md").read_text()

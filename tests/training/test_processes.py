@@ -112,11 +112,7 @@ def test_killed_at_many_moments(process, command, tmp_path, name):
 def test_two_processes_align_as_one_that_accumulates(process, command, train, tmp_path):
     """Alignment divides by the variance of a batch, so a batch of two is near two batches of one, not the same."""
     more = ["--max_train_steps", "6", "--checkpointing_steps", "6"]
-    finish(
-        process(
-            *LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("align", tmp_path / "two", *more)
-        )
-    )
+    finish(process(*LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("align", tmp_path / "two", *more)))
     for folder, option in (
         ("accumulated", "--gradient_accumulation_steps"),
         ("batch", "--per_device_train_batch_size"),
@@ -161,7 +157,13 @@ def test_two_processes_measure_the_same_perplexity_as_one(process, _fresh_accele
     given += ["--context_length", "32", "--context_length", "300", "--output_file"]
     out, _ = finish(
         process(
-            *LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", "-m", "hf_attnswap.evaluation", *given, tmp_path / "two"
+            *LAUNCH,
+            "--config_file",
+            f"{CONFIGS}/multi_cpu.yaml",
+            "-m",
+            "hf_attnswap.evaluation",
+            *given,
+            tmp_path / "two",
         )
     )
     evaluation.main([*given, str(tmp_path / "one")])
@@ -179,7 +181,10 @@ def test_asking_for_two_processes_and_getting_one_stops(process, command, tmp_pa
 def test_failures_are_one_line_and_an_exit_code(process, command, tmp_path):
     given = command("finetune", tmp_path / "nan", "--max_train_steps", "4", "--learning_rate", "inf")
     _, err = finish(process(*LAUNCH, "-q", "--config_file", f"{CONFIGS}/cpu.yaml", *given), code=1)
-    assert "hf_attnswap.training: the loss is nan at step 2: lower the learning rate (inf)" in err and "Traceback" not in err
+    assert (
+        "hf_attnswap.training: the loss is nan at step 2: lower the learning rate (inf)" in err
+        and "Traceback" not in err
+    )
     given = command("finetune", tmp_path / "out", "--max_train_steps", "4", "--train_file", "nowhere.txt")
     _, err = finish(process(*given), code=2)
     assert err.splitlines()[-1] == "hf_attnswap.training: text file 'nowhere.txt' does not exist"

@@ -18,7 +18,6 @@ from hf_attnswap.training import recipe as recipe_module
 from hf_attnswap.training.recipe import read_recipe
 
 
-
 @pytest.fixture
 def recipe(checkpoint, text, tmp_path):
     """`recipe(key=value)` writes one of three short stages with these changes, and is the command line for it."""
@@ -115,7 +114,9 @@ def test_softmax_trained_first_is_what_is_converted_and_what_teaches(convert, re
     assert [group["attention"] for group in found.swapped] == ["hedgehog+window"]
     again = measured.recipe({"model": {"name": "org/base"}}, {"training": found.training}, "org/base")
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
-    told = [(name, given.get("attention")) for name, given in read_recipe(tmp_path / "again.yaml", {"train_file": text})]
+    told = [
+        (name, given.get("attention")) for name, given in read_recipe(tmp_path / "again.yaml", {"train_file": text})
+    ]
     assert told == [("finetune", "softmax"), ("align", "hedgehog+window"), ("distill", None)]
 
 

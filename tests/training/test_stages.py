@@ -317,9 +317,7 @@ def test_mixed_precision(train, arguments, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    "name, backend", [("align", "aot_eager"), ("distill", "aot_eager"), ("finetune", "inductor")]
-)
+@pytest.mark.parametrize("name, backend", [("align", "aot_eager"), ("distill", "aot_eager"), ("finetune", "inductor")])
 def test_compiled_training_has_the_same_losses(train, arguments, tmp_path, monkeypatch, name, backend):
     """What `accelerate launch --dynamo_backend inductor` asks for; the graphs alone where that takes too long."""
     given = [*arguments, *WINDOW, "--learning_rate", "1e-3"]
@@ -335,8 +333,7 @@ def test_compiled_training_has_the_same_losses(train, arguments, tmp_path, monke
 def test_evaluate(train, checkpoint, text, tmp_path, capsys):
     output = tmp_path / "perplexity.json"
     given = ["--model_name_or_path", checkpoint, "--validation_file", text, "--max_eval_tokens", "500"]
-    evaluation.main([*given, "--context_length", "32", "--context_length", "300", "--output_file", str(output)]
-    )
+    evaluation.main([*given, "--context_length", "32", "--context_length", "300", "--output_file", str(output)])
     found = json.loads(output.read_text())
     assert (found["model"], found["attention"], found["text"]) == (checkpoint, "softmax", text)
     model, tokenizer = load(checkpoint)
