@@ -3,7 +3,8 @@
 The command `accelerate launch -m hf_attnswap.training align` does the same with checkpoints, logs and more options.
 
     pip install hf_attnswap
-    accelerate launch align.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --train_file book.txt --output_dir aligned
+    accelerate launch align.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --train_file book.txt \\
+        --output_dir aligned
 """
 
 import argparse

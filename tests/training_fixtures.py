@@ -1,5 +1,4 @@
-"""Fixtures of the tests of training, benchmarks and examples: a tiny checkpoint with a tokenizer, a text, and programs in
-this process or as processes."""
+"""Fixtures: a tiny checkpoint with a tokenizer, a text, and programs in this process or as processes."""
 
 import importlib
 import os

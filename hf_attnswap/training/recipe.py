@@ -1,8 +1,8 @@
 """Recipes: YAML files that chain stages, and runs of them that go on where they were cut off.
 
 A recipe is a file, or the name of one of those in `recipes/`. Its keys are the options of the stages: those at the top
-hold for every stage that knows them, those of a stage for it alone. `options` are those of the variant, and `share` of a
-stage is its part of the `max_train_tokens` at the top. `builds_on` names a recipe whose keys hold where a recipe has
+hold for every stage that knows them, those of a stage for it alone. `options` are those of the variant, and `share` of
+a stage is its part of the `max_train_tokens` at the top. `builds_on` names a recipe whose keys hold where a recipe has
 none of its own. A recipe without stages builds on that of the variant's family. Each stage begins with the model of the
 one before it. After stages with `attention: softmax`, which train the original, a stage may name another attention:
 what it swaps, and what teaches from there on, is the model as trained so far.
@@ -148,7 +148,8 @@ def _content(recipe: str | Path, folder: Path = Path(".")) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise UsageError(
-            f"recipe {str(recipe)!r} is neither a file nor one of {', '.join(names())}.{suggestion(str(recipe), names())}"
+            f"recipe {str(recipe)!r} is neither a file nor one of {', '.join(names())}."
+            f"{suggestion(str(recipe), names())}"
         ) from None
     except yaml.YAMLError as error:
         raise UsageError(f"recipe {str(recipe)!r} is not YAML: {' '.join(str(error).split())}") from None

@@ -109,6 +109,7 @@ class Stage(TextOptions):
         self.finish(trained, blocks)
         model = merged(trained)
         if accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
             record = {"stage": self.name, "trains": self.trains(), "options": deeds(self)}
             write_whole(self.output_dir / RECORD, (json.dumps(record, indent=1) + "\n").encode())
         folder = save(self, accelerator, model, tokenizer)

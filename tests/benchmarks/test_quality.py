@@ -10,7 +10,7 @@ import yaml
 from hf_attnswap import UsageError
 from hf_attnswap.evaluation import __main__ as evaluation
 from hf_attnswap.evaluation.processes import blocks_of_process
-from hf_attnswap.training import stage
+from hf_attnswap.training import stage as training_stage
 
 BLOCK = 32
 
@@ -85,9 +85,9 @@ def test_a_run_that_goes_on_logs_each_step_once(train, checkpoint, text, held_ou
             raise KeyboardInterrupt
         return log(*args)
 
-    log = stage.log_validation
+    log = training_stage.log_validation
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stage, "log_validation", stop)
+        patch.setattr(training_stage, "log_validation", stop)
         train("finetune", command)
     train("finetune", command)
     assert [entry["step"] for entry in entries(tmp_path / "out" / "validation_log.jsonl")] == [0, 1, 2, 3, 4]

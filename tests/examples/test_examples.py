@@ -41,16 +41,17 @@ def test_swap(script, checkpoint, capsys):
 def test_from_alignment_to_a_push(script, checkpoint, text, tmp_path, capsys, more):
     aligned, finetuned = str(tmp_path / "aligned"), str(tmp_path / "finetuned")
     given = ["--train_file", text, "--block_size", "32", "--max_train_steps", "40"]
-    script("examples/align").main(["--model_name_or_path", checkpoint, *given, "--output_dir", aligned])
+    variant = ["--attention", "hedgehog"]  # a window is as long as these blocks
+    script("examples/align").main(["--model_name_or_path", checkpoint, *given, *variant, "--output_dir", aligned])
     first, *_, last = losses(capsys.readouterr().out)
-    assert last < first and swapped(aligned) == {"hedgehog+window"}
+    assert last < first and swapped(aligned) == {"hedgehog"}
     given += ["--learning_rate", "1e-2", "--output_dir", finetuned, *more]
     script("examples/finetune").main(["--model_name_or_path", aligned, *given])
     first, *_, last = losses(capsys.readouterr().out)
-    assert last < first and swapped(finetuned) == {"hedgehog+window"}
+    assert last < first and swapped(finetuned) == {"hedgehog"}
 
     script("examples/generate").main(["--model_name_or_path", finetuned, "--prompt", "a", "--max_new_tokens", "4"])
-    assert "hedgehog+window: cache of " in capsys.readouterr().out
+    assert "hedgehog: cache of " in capsys.readouterr().out
     given = ["--repo_id", "me/mine", "--base_model", "org/base", "--licence", "mit"]
     script("examples/publish").main(["--model_name_or_path", finetuned, *given])
     out = capsys.readouterr().out

@@ -13,6 +13,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 from hf_attnswap.publish import card
+from hf_attnswap.training.options import words
+from hf_attnswap.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md"))

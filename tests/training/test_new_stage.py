@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 
 import pytest
 import yaml
@@ -87,7 +88,7 @@ def test_help_of_a_stage_lists_its_options(capsys):
         with pytest.raises(SystemExit) as exit:
             command.main([name, "--help"])
         out = capsys.readouterr().out
-        assert not exit.value.code and all(f"--{field}" in out for field in stage.__dataclass_fields__)
+        assert not exit.value.code and all(f"--{field.name}" in out for field in fields(stage))
         assert f"accelerate launch -m hf_attnswap.training {name} " in out
     command.main(["--help"])
     out = capsys.readouterr().out
