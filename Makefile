@@ -8,13 +8,13 @@ ARMS := softmax none window relu_norm relu_power relu_power:p=8 identity elu hed
 .PHONY: demo report test lint docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
+	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt $(ARMS:%=--arm %) \
 		--length 256 --length 1024 --rounds 2
 
 report: $(VENV)/.demo
-	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
+	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir full_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
 		$(foreach arm,$(filter-out identity relu_power:p=8,$(ARMS)),--arm $(arm)) --rounds 2 \

@@ -1,5 +1,6 @@
 """Which attention goes where: what the user says, what is saved in config.json."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -200,3 +201,23 @@ def _get(name: str) -> type[attentions.Attention]:
         return attentions.get(name)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def parse_options(assignments: list[str]) -> dict[str, Any]:
+    """Return options such as `["window=64", "shift=none"]` as a dict.
+
+    A value is read as JSON where it is JSON, else as text.
+
+    Raises:
+        UsageError: an option without a value.
+    """
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"option {assignment!r} has no value; expected name=value")
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options

@@ -74,6 +74,8 @@ class Attention(nn.Module):
     Attributes:
         name: what the user types. formula: o_i in one line. source: paper, year.
         cost: time per head. cost_class: "quadratic", "linear" or "constant" in the number of keys.
+        family: what a conversion can train of the variant, which names its recipe in `hf_attnswap.training`: "plain"
+            for nothing of its own, "gain" for a factor per head, "maps" for parameters that align before all else.
         control: True for what every comparison needs and nobody would deploy.
         stateful: keeps a state of constant size in place of keys and values when generating.
         kinds: the kinds of attention that it can stand in for, of `KINDS`.
@@ -88,6 +90,7 @@ class Attention(nn.Module):
     cost: ClassVar[str]
     cost_class: ClassVar[str]
     source: ClassVar[str]
+    family: ClassVar[str] = "plain"
     control: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = KINDS

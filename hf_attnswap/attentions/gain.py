@@ -15,6 +15,7 @@ from .softmax import Softmax
 class GainedScores(ScoreAttention):
     """`weights` are those before the gain."""
 
+    family = "gain"
     gain = Option(False, "learn a factor per head on the output, 1 at the start")
 
     def __init__(self, heads, **options):

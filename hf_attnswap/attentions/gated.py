@@ -41,6 +41,7 @@ class Gated(Attention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), S_i = g_i S_{i-1} + phi(k_i) v_i^T, phi = elu(x) + 1"
     cost = "O(n d^2)"
     cost_class = "linear"
+    family = "maps"
     source = "Yang 2024 (GLA), Sun 2023 (RetNet)"
     stateful = True
     kinds = ("causal",)

@@ -57,6 +57,7 @@ class Hedgehog(LinearAttention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [softmax(Wx), softmax(-Wx)]"
     cost = "O(n d 2d)"
     source = "Zhang 2024 (Hedgehog, LoLCATs)"
+    family = "maps"
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)

@@ -22,6 +22,7 @@ class Hybrid(Attention):
     """`X+window` for a linear variant X, made by `hybrid_of`."""
 
     cost_class = "linear"
+    family = "maps"
     stateful = True
     kinds = ("causal",)
     ops = ("hybrid",)

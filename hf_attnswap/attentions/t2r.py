@@ -41,6 +41,7 @@ class T2R(LinearAttention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(Wx + b)"
     cost = "O(n d^2)"
     source = "Kasai 2021 (T2R)"
+    family = "maps"
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)

@@ -24,6 +24,7 @@ class Taylor(LinearAttention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [1, y, y y^T / sqrt(2)], y = Px"
     cost = "O(n d r^2)"
     source = "Arora 2024 (Based)"
+    family = "maps"
     scaled = True
     hybrid = False  # it works on scaled queries and keys; beside a softmax the maps see them as they are
     rank = Option(16, "numbers r that a query or key is projected to", minimum=1)

@@ -69,12 +69,12 @@ def reproduce(arm: Arm) -> str | None:
 
 
 def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any]:
-    """The arguments of examples/classify.py that trained it."""
+    """Return the arguments of the script that trained it, in a clone of the repository."""
     data, options = report["data"], arm["options"]
     layers = arm["swapped"][0]["layers"]
     whole = len(layers) == report["model"]["attention_layers"]
     return {
-        "script": "examples/classify.py",
+        "script": "benchmarks/classify.py",
         "model_name_or_path": base_model or report["model"]["name"],
         "attention": arm["attention"],
         **({"options": options} if options else {}),

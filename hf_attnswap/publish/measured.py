@@ -1,5 +1,6 @@
 """What a card says of a language model, from the JSON of `attnswap tradeoff`."""
 
+import shlex
 from typing import Any
 
 from ..report import facts, table
@@ -120,19 +121,23 @@ def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
 
 
 def reproduce(arm: Arm) -> str | None:
-    """The command that trains it by recipe.yaml."""
+    """Return the command that trains it by recipe.yaml; None for what no recipe made."""
     if not arm["training"]:
         return None
-    return "accelerate launch examples/convert.py --recipe recipe.yaml --output_dir converted"
+    text = _text(arm)
+    given = "".join(f" --{key} {shlex.quote(str(value))}" for key, value in text.items())
+    return f"accelerate launch -m hf_attnswap.training --recipe recipe.yaml{given} --output_dir converted"
 
 
 def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any] | None:
-    """What examples/convert.py takes to do it again; None for what no recipe made."""
+    """Return the recipe that does it again, without the text where all stages had one; None for what no recipe made."""
     if not arm["training"]:
         return None
     shared = {key: arm["training"][0]["arguments"][key] for key in _SHARED if key in arm["training"][0]["arguments"]}
+    text = _text(arm)
     stages = [
-        {"stage": stage["stage"]} | {key: v for key, v in stage["arguments"].items() if number or key not in _SHARED}
+        {"stage": stage["stage"]}
+        | {key: v for key, v in stage["arguments"].items() if key not in text and (number or key not in _SHARED)}
         for number, stage in enumerate(arm["training"])
     ]
     name = report["model"]["name"]
@@ -140,4 +145,11 @@ def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any] |
     return {"model_name_or_path": name, **shared, "stages": stages}
 
 
+def _text(arm: Arm) -> dict[str, Any]:
+    """Return the arguments that name the text, where all stages had the same one."""
+    texts = [{key: s["arguments"][key] for key in _TEXT if key in s["arguments"]} for s in arm["training"]]
+    return texts[0] if all(text == texts[0] for text in texts) else {}
+
+
 _SHARED = ("attention", "layers", "options")  # what the first stage alone is told
+_TEXT = ("train_file", "dataset_name", "dataset_config_name", "text_column")

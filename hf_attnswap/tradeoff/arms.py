@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .. import attentions
-from ..config import SwapConfig
-from ..errors import UsageError
+from ..config import SwapConfig, parse_options
 from ..integration.swapping import swap
 from ..sources.conversions import Conversion, find
 from ..sources.models import load
@@ -120,20 +119,6 @@ def with_controls(arms: Sequence[str]) -> list[str]:
         if not any(arm.layers == control.layers and (name != "softmax" or not arm.conversion) for arm in same):
             labels.append(label)
     return list(dict.fromkeys([*labels, *arms]))
-
-
-def parse_options(assignments: list[str]) -> dict[str, Any]:
-    """`["window=64", "shift=none"]` as a dict; values are read as JSON where they are JSON, else as text."""
-    options: dict[str, Any] = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"option {assignment!r} has no value; expected name=value")
-        try:
-            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 from hf_attnswap.publish import card
+from hf_attnswap.training.options import words
+from hf_attnswap.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md"))
@@ -63,19 +64,16 @@ def test_the_metadata_are_those_of_the_hub(folder):
     assert ModelCard(text).data.to_dict() == metadata
 
 
-def test_the_recipe_is_one(folder):
+def test_the_recipe_is_one(folder, monkeypatch):
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        convert, classify = map(importlib.import_module, ("convert", "classify"))
-        if "script" not in recipe:
-            assert len(convert.read_recipe(folder / "recipe.yaml")) == len(recipe["stages"])
-            return
-        given = {key: value for key, value in recipe.items() if key != "script"}
-        parsed = classify.build_parser().parse_args([*convert.arguments(given), "--output_dir", "out"])
-        assert parsed.attention == recipe["attention"]
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
+    if "script" not in recipe:
+        assert len(read_recipe(folder / "recipe.yaml", {"train_file": "text.txt"})) == len(recipe["stages"])
+        return
+    assert recipe["script"] == "benchmarks/classify.py"
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    given = {key: value for key, value in recipe.items() if key != "script"}
+    parsed = importlib.import_module("classify").parse([*words(given), "--output_dir", "out"])
+    assert parsed.attention == recipe["attention"]
 
 
 def test_nothing_is_left_open_and_no_path_of_one_machine(folder):
