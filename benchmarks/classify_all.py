@@ -11,6 +11,7 @@ them from results.json.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -146,8 +147,11 @@ def run(arm: Arm, seed: int, rest: list[str], args: argparse.Namespace) -> dict[
 
 def settled(arguments: dict[str, Any]) -> dict[str, Any]:
     """All arguments and options of the variant: what a run left at its default, or did not know yet, is among them."""
-    parser = classify.build_parser()
-    defaults = {action.dest: action.default for action in parser._actions if action.dest not in classify.ELSEWHERE}
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(classify.Classify)
+        if not field.metadata.get("elsewhere")
+    }
     options = attentions.get(arguments["attention"] or "softmax").check_options(
         parse_options(arguments["option"] or [])
     )
@@ -159,7 +163,7 @@ def described(
     models: dict[str, PreTrainedModel],
     runs: dict[str, list[dict[str, Any]]],
     failures: dict[str, str],
-    shared: argparse.Namespace,
+    shared: classify.Classify,
     folder: Path,
 ) -> list[dict[str, Any]]:
     """The arms, as `report.classification` takes them."""

@@ -4,8 +4,7 @@
         --validation_file test.txt --output_dir quality
 
 A run is a folder that the run of a recipe left; its name is that of the row. All are measured on the same blocks of
-text, so
-differences are paired. What a stage is compared with:
+text, so differences are paired. What a stage is compared with:
 
 - distill: its teacher, whose distribution it learns; softmax has nothing to learn there. That is the original, or
   softmax as the stages before the swap have trained it.

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from training_fixtures import ROOT
 
 from hf_attnswap import UsageError
 from hf_attnswap.evaluation import __main__ as evaluation
 from hf_attnswap.evaluation.processes import blocks_of_process
 from hf_attnswap.training import stage as training_stage
+from hf_attnswap.training.recipe import read_recipe
 
 BLOCK = 32
 
@@ -166,3 +168,19 @@ def test_what_is_no_finished_run_is_refused(script, tmp_path, held_out):
     (tmp_path / "run" / "recipe.yaml").write_text("stages: [{stage: finetune, model_name_or_path: x}]")
     with pytest.raises(UsageError, match="has not finished"):
         script("benchmarks/quality").main([str(tmp_path / "run"), *rest])
+
+
+RUNS = sorted((ROOT / "benchmarks" / "results" / "quality").glob("*/recipe.yaml"))
+
+
+@pytest.mark.parametrize("record", RUNS, ids=lambda path: path.parent.name)
+def test_the_recipes_of_the_table_are_those_of_its_runs(record):
+    """But for the model and the texts, which they take as arguments."""
+    given = {"model_name_or_path": "m", "train_file": "t.txt", "validation_file": "v.txt"}
+
+    def without_paths(stages):
+        return [{key: value for key, value in stage.items() if key not in given} for stage in stages]
+
+    stages = read_recipe(ROOT / "benchmarks" / "recipes" / f"{record.parent.name}.yaml", given)
+    ran = yaml.safe_load(record.read_text())["stages"]
+    assert without_paths([{"stage": name, **options} for name, options in stages]) == without_paths(ran)

@@ -40,7 +40,10 @@ def test_swap(script, checkpoint, capsys):
 @pytest.mark.parametrize("more", [[], ["--use_lora"]])
 def test_from_alignment_to_a_push(script, checkpoint, text, tmp_path, capsys, more):
     aligned, finetuned = str(tmp_path / "aligned"), str(tmp_path / "finetuned")
-    given = ["--train_file", text, "--block_size", "32", "--max_train_steps", "40"]
+    two_blocks = tmp_path / "two_blocks.txt"
+    two_blocks.write_text(Path(text).read_text()[:64])
+    given = ["--train_file", str(two_blocks), "--block_size", "32", "--per_device_train_batch_size", "2"]
+    given += ["--max_train_steps", "20"]
     variant = ["--attention", "hedgehog"]  # a window is as long as these blocks
     script("examples/align").main(["--model_name_or_path", checkpoint, *given, *variant, "--output_dir", aligned])
     first, *_, last = losses(capsys.readouterr().out)
