@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from ..report import read as read_report
 from ..sources.conversions import find
 from ..sources.files import write_whole
 from . import card
@@ -34,7 +35,7 @@ def write_card(
     """
     folder = find(folder).folder
     output_dir = folder if output_dir is None else Path(output_dir)
-    config, found = read_config(folder), card.read_report(report)
+    config, found = read_config(folder), read_report(report)
     base_model, licence = find_origin(config, base_model, licence, token)
     text = card.render(config, repo_id, report=found, base_model=base_model, licence=licence)
     recipe = card.recipe(found, config, base_model)

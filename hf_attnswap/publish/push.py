@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..config import NAME
 from ..errors import UsageError
 from ..integration.swapping import swapped_modules
+from ..report import read as read_report
 from ..sources.conversions import find
 from . import card
 from .origin import find_origin, read_config
@@ -63,7 +64,7 @@ def prepare(
     _check_weights(folder)
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     if not (folder / "README.md").is_file():
-        report = card.read_report(folder / "report.json") if (folder / "report.json").is_file() else None
+        report = read_report(folder / "report.json") if (folder / "report.json").is_file() else None
         base_model, licence = find_origin(config, base_model, licence, token)
         text = card.render(config, repo_id, report=report, base_model=base_model, licence=licence, tags=tags or ())
         operations.append(CommitOperationAdd("README.md", text.encode()))
