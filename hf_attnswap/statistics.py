@@ -146,6 +146,10 @@ class Growth:
     high: float | None
     lengths: int
 
+    def __post_init__(self) -> None:
+        if self.lengths < MIN_LENGTHS:
+            raise ValueError(f"an exponent of {MIN_LENGTHS} lengths or more")
+
     def __str__(self) -> str:
         bounds = "" if self.low is None else f" ({self.low:.2f} to {self.high:.2f})"
         return f"{self.exponent:.2f}{bounds}"

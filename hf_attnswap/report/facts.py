@@ -96,7 +96,7 @@ def headline_context(report: Report) -> int | None:
 
 
 def headline(report: Report, arm: Arm) -> Comparison | None:
-    """The one number that ranks the arms: the ratio at the headline context, else the difference of the first metric."""
+    """The one number that ranks the arms: the ratio at the headline context, else the first metric's difference."""
     context = headline_context(report)
     if context is not None:
         return ratio(report, arm, context)

@@ -44,7 +44,7 @@ def parse(content: Any, name: str = "report.json") -> Report:
 
 
 def validate(report: Report) -> None:
-    """Raise ValueError unless `report` can be written and read again: its fields may have been set since it was made."""
+    """Raise ValueError unless `report` is valid: its fields may have been set since it was made."""
     try:
         content = to_json(report)
     except Exception as error:  # pydantic names no single one for what it cannot write

@@ -3,11 +3,10 @@
 import re
 from base64 import b64encode
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from . import tables
 from .details import details
@@ -48,12 +47,12 @@ def _content(report: Report, pictures: Sequence[Picture]) -> dict[str, Any]:
 
 def _breakable(label: str) -> Markup:
     """The label, with where it may break."""
-    return Markup(re.sub(r"([:,+])", r"\1<wbr>", escape(label)))
+    return Markup(re.sub(r"([:,+])", r"\1<wbr>", str(escape(label))))
 
 
 def _led(paragraph: str) -> Markup:
     """The paragraph, the word before its colon in bold."""
-    return Markup(re.sub(r"^([A-Z][a-z]+(?: [a-z]+)?):", r"<strong>\1:</strong>", escape(paragraph)))
+    return Markup(re.sub(r"^([A-Z][a-z]+(?: [a-z]+)?):", r"<strong>\1:</strong>", str(escape(paragraph))))
 
 
 _HTML.filters |= {"two_lines": two_lines, "breakable": _breakable, "led": _led}

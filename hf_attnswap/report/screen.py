@@ -24,9 +24,7 @@ def show(report: Report, page: Path | None = None) -> Group:
     shown = arms(report)
     table = Table.of("", _columns(report), shown)
     notes = _notes(report, len(report.arms) - len(shown))
-    where = (
-        f"All of it: {page}" if page else "All of it: attnswap report REPORT.json --output_dir DIR writes report.html"
-    )
+    where = f"All of it: {page}" if page else "All of it: report.html, which attnswap report --output_dir DIR writes"
     return Group(
         *(Text(_cut(line)) for line in [*verdict(report), "", _title(report)]),
         terminal(table, folds=False),
@@ -36,9 +34,11 @@ def show(report: Report, page: Path | None = None) -> Group:
 
 
 def arms(report: Report) -> list[Arm]:
-    """At most `ROWS` arms, in the order of the report: softmax, the controls, and those that keep most."""
+    """At most `ROWS` arms, in the order of the report: softmax, controls, what the verdict names, what keeps most."""
     first = [arm for arm in report.arms if arm is facts.reference(report)]
-    order = [*first, *[arm for arm in report.arms if arm.attention == "none"][:1], *facts.ranked(report), *report.arms]
+    controls = [arm for name in ("none", "window") for arm in report.arms if arm.attention == name][:3]
+    faster = [arm for key, _ in _SPEEDS for _, arm in _faster_from(report, key)[:2]]
+    order = [*first, *controls, *leading(report), *faster, *facts.ranked(report), *report.arms]
     kept = {arm.label for arm in list({arm.label: arm for arm in order}.values())[:ROWS]}
     return [arm for arm in report.arms if arm.label in kept]
 
@@ -78,13 +78,18 @@ def _faster(report: Report, key: str, doing: str) -> str:
     few = facts.few_rounds(every)
     if few:
         return f"Faster in the {doing}: open, {lacking('to say so', MIN_ROUNDS, 'rounds', few[-1])}"
-    starts = [(facts.faster_from(report, arm, key), arm) for arm in report.arms if not arm.control]
-    known = sorted(((start, arm) for start, arm in starts if start), key=lambda pair: pair[0])
+    known = _faster_from(report, key)
     if not known:
         return f"Faster than softmax in the {doing}: none up to {count(facts.lengths(report)[-1])} tokens"
-    said = [f"{_label(arm.label)} from {count(start)} tokens on" for start, arm in known[:2]]
+    said = [f"{_label(arm.label)} from {count(start)} on" for start, arm in known[:2]]
     more = f", and {len(known) - 2} more" if len(known) > 2 else ""
     return f"Faster in the {doing}: {', '.join(said)}{more}"
+
+
+def _faster_from(report: Report, key: str) -> list[tuple[int, Arm]]:
+    """From which length on each arm is faster than softmax, the earliest first; controls left out."""
+    starts = [(facts.faster_from(report, arm, key), arm) for arm in report.arms if not arm.control]
+    return sorted(((start, arm) for start, arm in starts if start), key=lambda pair: pair[0])
 
 
 def _columns(report: Report) -> list[Column]:
@@ -110,7 +115,7 @@ def _title(report: Report) -> str:
     context, lengths = facts.headline_context(report), facts.lengths(report)
     said = f"context {count(context)}" if context is not None else ""
     said += f"{'; ' if said else ''}speed over softmax's at {count(lengths[-1])} tokens" if lengths else ""
-    return f"{plain(report.model.name)}: {said}"
+    return f"{plain(report.model.name).rpartition('/')[2]}: {said}"
 
 
 def _score(report: Report) -> Callable[[Arm], str]:

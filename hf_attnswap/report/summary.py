@@ -238,7 +238,7 @@ def _verdicts(report: Report, arm: Arm, control: Arm) -> str:
     for context in facts.contexts(report):
         compared = facts.against(arm, control, context)
         if compared:
-            found.setdefault(compared.verdict or "too few items to say", []).append(
+            found.setdefault(compared.verdict or "too few blocks to say", []).append(
                 f"{count(context)}, {interval(compared)}"
             )
     return listing([f"{verdict} at context {listing(at)}" for verdict, at in found.items()])

@@ -6,7 +6,7 @@ from .types import Arm, Comparison, Metric, Report
 
 
 def paragraph(report: Report) -> list[str]:
-    """Which arms the metrics tell from softmax, by the paired differences: arms of which the same can be said, together.
+    """Which arms the metrics tell from softmax, by the paired differences, arms with the same words together.
 
     Controls are left out; the table has them.
     """

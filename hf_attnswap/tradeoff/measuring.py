@@ -108,13 +108,13 @@ def _course(
     """Return the course of the run: the weight of all steps, and of those that an earlier run has done."""
     layers = inspect(model)
     heads = head_shape(model, layers)
-    weights = {arm: progress.quality(arm, settings, len(layers), _is_aligned(arm, heads, settings)) for arm in arms}
+    weights = [progress.quality(arm, settings, len(layers), _is_aligned(arm, heads, settings)) for arm in arms]
     rounds = {length: progress.speed(settings, length) * len(arms) for length in settings.lengths}
     path = folder / SPEED
     timed = json.loads(path.read_text()) if path.is_file() else {}
-    done = sum(weight for arm, weight in weights.items() if _file(folder, arm, ".json").is_file())
+    done = sum(weight for arm, weight in zip(arms, weights, strict=True) if _file(folder, arm, ".json").is_file())
     done += sum(weight * len(timed.get(str(length), [])) for length, weight in rounds.items())
-    return Course(observe, sum(weights.values()) + settings.rounds * sum(rounds.values()), done)
+    return Course(observe, sum(weights) + settings.rounds * sum(rounds.values()), done)
 
 
 def _is_aligned(arm: Arm, heads: Heads, settings: Settings) -> bool:
