@@ -149,6 +149,9 @@ class Growth:
     def __post_init__(self) -> None:
         if self.lengths < MIN_LENGTHS:
             raise ValueError(f"an exponent of {MIN_LENGTHS} lengths or more")
+        bounds = [bound for bound in (self.low, self.exponent, self.high) if bound is not None]
+        if len(bounds) == 2 or bounds != sorted(bounds) or not all(map(math.isfinite, bounds)):
+            raise ValueError("low <= exponent <= high, or no bounds")
 
     def __str__(self) -> str:
         bounds = "" if self.low is None else f" ({self.low:.2f} to {self.high:.2f})"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from ..sources.files import write_whole
 from .types import Report
@@ -46,8 +47,8 @@ def parse(content: Any, name: str = "report.json") -> Report:
 def validate(report: Report) -> None:
     """Raise ValueError unless `report` is valid: its fields may have been set since it was made."""
     try:
-        content = to_json(report)
-    except Exception as error:  # pydantic names no single one for what it cannot write
+        content = json.loads(json.dumps(to_json(report)))
+    except (TypeError, ValueError, PydanticSerializationError) as error:
         raise ValueError(f"report.json: {' '.join(str(error).split())[:200]}") from None
     parse(content)
 

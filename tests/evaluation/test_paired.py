@@ -20,9 +20,7 @@ from hf_attnswap.statistics import (
 )
 
 
-@pytest.mark.parametrize(
-    ("freedom", "expected"), [(4, 2.77645), (7, 2.36462), (29, 2.04523), (499, 1.96474)]
-)
+@pytest.mark.parametrize(("freedom", "expected"), [(4, 2.77645), (7, 2.36462), (29, 2.04523), (499, 1.96474)])
 def test_t_quantile_is_that_of_the_tables(freedom, expected):
     assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3 if freedom == 4 else 2e-4)
 

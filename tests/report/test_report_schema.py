@@ -59,7 +59,7 @@ SPEED = ["arms", 2, "speed", 1]
         (["machine", "cores"], -1, "machine.cores is -1; expected greater than or equal to 0"),
         (["versions", "torch"], None, "versions.torch is null; expected a valid string"),
         (["date"], "yesterday", "date is 'yesterday'; expected "),
-        (["arms"], {}, "arms is {}; expected a valid list"),
+        (["arms"], {}, "arms is {}; expected a valid array"),
         (["arms"], [], "arms is []; expected "),
         (["arms", 3, "label"], " ", "arms[3].label is ' '; expected "),
         (["arms", 3, "label"], "softmax", "expected every arms.label once, 'softmax' is there twice"),
