@@ -71,7 +71,7 @@ def render(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    return _TEMPLATES.get_template("card.md.j2").render(
+    text = _TEMPLATES.get_template("card.md.j2").render(
         metadata=metadata.to_yaml(),
         name=name,
         base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained model",
@@ -83,6 +83,7 @@ def render(
         limits=_limits(groups, layers < all_layers),
         use=_use(config, repo_id),
     )
+    return f"{text.rstrip()}\n"
 
 
 def _results(config: dict[str, Any], report: Report, arm: Arm) -> list[EvalResult]:

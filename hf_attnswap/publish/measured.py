@@ -114,7 +114,7 @@ def _metrics(report: Report, arm: Arm) -> list[str]:
         share = f", {interval(entry.ratio)} that of softmax trained the same way" if entry.ratio else ""
         lines.append(
             f"- {escape(plain(f'{entry.task}: {entry.metric}'))} {number(entry.value)}{bounds} on {count(entry.items)} "
-            f"items, {difference(compared)} beside softmax{share}."
+            f"items, {escape(difference(compared))} beside softmax{share}."
         )
     return lines
 
@@ -164,6 +164,9 @@ def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
         if metric.value is not None:
             named = {"metric_type": metric.metric, "metric_name": metric.metric, "metric_value": metric.value}
             found.append({**named, "dataset_name": metric.task})
+            if metric.ratio:
+                share = {"metric_name": f"{metric.metric} / softmax's", "metric_value": metric.ratio.value}
+                found.append({**named, **share, "dataset_name": metric.task})
     for entry in arm.perplexity:
         ratio = facts.ratio(report, arm, entry.context)
         name = "that of softmax trained too" if facts.tuned_softmax(report, arm) else "softmax's"

@@ -54,7 +54,7 @@ def validate(report: Report) -> None:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Return the report as plain data, numbers with six significant digits; what is at its default is left out."""
+    """Return the report as plain data, numbers with nine significant digits; what is at its default is left out."""
     content = _REPORT.dump_python(report, exclude_defaults=True, warnings=False)
     return {"schema": NAME, "version": VERSION, **_rounded(content)}
 
@@ -85,7 +85,7 @@ def _rounded(value: Any) -> Any:
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 def _text(value: Any, margin: str = "\n") -> str:

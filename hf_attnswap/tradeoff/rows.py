@@ -168,22 +168,22 @@ def _difference(arm: str, ours: dict[str, Any], control: dict[str, Any]) -> type
 def _speed(label: str, length: int, rounds: list[dict]) -> types.Speed:
     errors = [r[label][key] for r in rounds for key in ("error", "train_error") if key in r.get(label, {})]
     ours, _ = _paired(label, rounds, "prefill_s")
-    made = types.Speed(length=length, note=errors[0] if errors else None if ours else "not measured")
+    measured: dict[str, Any] = {"note": errors[0] if errors else None if ours else "not measured"}
     for name, key in (("prefill", "prefill_s"), ("decode", "decode_s"), ("train", "train_s")):
-        took, softmax = ([r[key] for r in found] for found in _paired(label, rounds, key))
+        took, softmax = ([r[key] for r in both] for both in _paired(label, rounds, key))
         if not took:
             continue
         if label != SOFTMAX:
-            setattr(made, f"{name}_speedup", speedup(softmax, took))
+            measured[f"{name}_speedup"] = speedup(softmax, took)
         if name == "decode":
-            made.decode_tokens_per_s = Spread.of([1 / s for s in took])
+            measured["decode_tokens_per_s"] = Spread.of([1 / s for s in took])
         else:
-            setattr(made, key, Spread.of(took))
+            measured[key] = Spread.of(took)
     if ours:
-        made.cache_mib = ours[0]["cache_bytes"] / 2**20
+        measured["cache_mib"] = ours[0]["cache_bytes"] / 2**20
         peaks = [r["peak_memory_mib"] for r in ours if r["peak_memory_mib"] is not None]
-        made.peak_memory_mib = max(0.0, statistics.median(peaks)) if peaks else None
-    return made
+        measured["peak_memory_mib"] = max(0.0, statistics.median(peaks)) if peaks else None
+    return types.Speed(length, **measured)
 
 
 def _paired(label: str, rounds: list[dict], key: str) -> tuple[list[dict], list[dict]]:

@@ -18,7 +18,7 @@ def test_a_pure_power_is_found_exactly(exponent):
 
 
 def test_a_regression_by_hand():
-    # log2 of lengths 0, 1, 2 and of times 0, 2, 1, three times: slope 1/2, rest 9/2, error sqrt(9/2 / 7 / 6), t 2.36462.
+    # log2 of lengths 0, 1, 2 and of times 0, 2, 1, thrice: slope 1/2, rest 9/2, error sqrt(9/2 / 7 / 6), t 2.36462.
     found = growth([1, 2, 4] * 3, [1.0, 4.0, 2.0] * 3)
     assert found.exponent == pytest.approx(0.5)
     assert found.high - 0.5 == pytest.approx(2.36462 * math.sqrt(4.5 / 7 / 6), rel=2e-4)

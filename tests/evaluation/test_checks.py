@@ -124,7 +124,7 @@ def test_the_report_shows_no_number_of_a_broken_swap(broken, cls, how, caught_by
     assert softmax.status == "measured" and arm.status == "failed"
     assert arm.perplexity == arm.speed == []
     first = next(check for check in arm.checks if not check.passed)
-    assert arm.reason.startswith(f"it fails the check '{first['name']}': ")
+    assert arm.reason.startswith(f"it fails the check '{first.name}': ")
     assert {check.name for check in arm.checks if not check.passed} == caught_by
     words = hf_attnswap.report.summary.summary(found)
     assert any(paragraph.startswith(f"Failed: {name}") for paragraph in words)

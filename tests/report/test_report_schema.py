@@ -147,11 +147,11 @@ def test_read_gives_back_what_write_wrote(report: Report, tmp_path: Path) -> Non
     report.arms[0] = replace(report.arms[0], source="Ł. \ud800")  # a lone surrogate, as a broken error message may hold
     assert report.arms[0].source == "Ł. ?"
     report.arms[1].new_parameters = 123_456_789
-    report.arms[1].perplexity[0].nll = 3.14159265
+    report.arms[1].perplexity[0].nll = 3.14159265358
     path = write(report, tmp_path / "report.json")
     assert os.listdir(tmp_path) == ["report.json"]
     entry = read(path).arms[1]
-    assert (entry.new_parameters, entry.perplexity[0].nll) == (123_456_789, 3.14159)  # six digits of a float
+    assert (entry.new_parameters, entry.perplexity[0].nll) == (123_456_789, 3.14159265)  # nine digits of a float
     assert same(to_json(read(path)), to_json(report))
 
 

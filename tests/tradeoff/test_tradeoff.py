@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
-from hf_attnswap.evaluation.paired import paired_bootstrap
 from tiny_models import tiny
 
 from hf_attnswap import UsageError, report, swap
 from hf_attnswap.evaluation.generating import agreement, continuations
 from hf_attnswap.sources.texts import TextSource, token_blocks
+from hf_attnswap.statistics import paired_bootstrap
 from hf_attnswap.tradeoff import Settings, measure, with_controls
 from hf_attnswap.tradeoff.speed import training_step
 
