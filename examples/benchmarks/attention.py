@@ -206,7 +206,7 @@ def cell(record: Record) -> str:
     if record["skipped"]:
         return f"[{record['skipped']}]"
     if record["control"] is None:
-        return spread({k: v * 1e3 for k, v in record["seconds"].items()})
+        return spread({k: v if k == "runs" else v * 1e3 for k, v in record["seconds"].items()})
     return spread(record["ratio"]) or f"[no control]\n{record['seconds']['median'] * 1e3:.3g} ms"
 
 
