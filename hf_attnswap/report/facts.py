@@ -111,7 +111,7 @@ def headline_words(report: Report) -> str:
     if context is None:
         first = metrics(report)[0]
         return " ".join(f"{first.metric} of {first.task}, less softmax's".split())
-    control = "softmax's" if report.kind == "tradeoff" else "that of softmax trained the same way"
+    control = "softmax's" if report.kind == "tradeoff" else "its control's"
     return f"perplexity over {control} at context {context:,}"
 
 

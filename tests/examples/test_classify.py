@@ -285,7 +285,7 @@ def test_two_processes_train_as_one_that_accumulates(process, script, arguments,
 
 @pytest.mark.long
 def test_hedgehog_recovers_the_accuracy_of_a_real_encoder(script, minilm, sst2, tmp_path):
-    """A fraction of the run in benchmarks/results/sst2.md."""
+    """A fraction of the run in benchmarks/results/sst2/report.md."""
     given = dict(
         model_name_or_path=minilm, train_file=sst2 / "train.tsv", validation_file=sst2 / "test.tsv",
         text_column="sentence", max_length=64, max_train_samples=2048, learning_rate=2e-4, align_steps=150,
