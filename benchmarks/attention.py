@@ -29,12 +29,12 @@ from peers import Eager, FastTransformers
 from hf_attnswap import UsageError, attentions
 from hf_attnswap.attentions import Heads
 from hf_attnswap.benchmark.attention import Candidate, Sdpa, Variant, forward, forward_backward, random_inputs
-from hf_attnswap.benchmark.growth import crossover
-from hf_attnswap.benchmark.measure import Spread, interleaved, peak_memory_mib, ratios
+from hf_attnswap.benchmark.measure import interleaved, peak_memory_mib, ratios
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.ops.backends import told, watch
 from hf_attnswap.sources.files import require_empty, whole_folder
 from hf_attnswap.sources.models import find_dtype
+from hf_attnswap.statistics import Spread, crossover
 from hf_attnswap.tradeoff import Arm
 
 ATTENTIONS = "elu hedgehog hedgehog+window window relu_norm relu_power:p=8".split()
@@ -206,7 +206,7 @@ def cell(record: Record) -> str:
     if record["skipped"]:
         return f"[{record['skipped']}]"
     if record["control"] is None:
-        return spread({k: v * 1e3 for k, v in record["seconds"].items()})
+        return spread({k: v if k == "runs" else v * 1e3 for k, v in record["seconds"].items()})
     return spread(record["ratio"]) or f"[no control]\n{record['seconds']['median'] * 1e3:.3g} ms"
 
 

@@ -3,7 +3,7 @@
 Every arm runs `classify.py` once per seed, with the arguments that are not listed here. Two runs with one seed see the
 same texts in the same order and start from the same head. What is done stays in `output_dir/runs`, so the same command
 goes on where it was interrupted. With `--keep_models` the models stay there; `attnswap card` writes the card of one of
-them from results.json.
+them from report.json.
 
     accelerate launch benchmarks/classify_all.py --model_name_or_path MODEL --arm none --arm relu_norm --arm hedgehog \\
         --train_file train.tsv --validation_file dev.tsv --text_column sentence --max_train_samples 4096 \\
@@ -12,42 +12,45 @@ them from results.json.
 
 import argparse
 import dataclasses
-import datetime
 import json
+import operator
 import os
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import classify
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_attnswap import UsageError, attentions, swap
+from hf_attnswap import report as reports
 from hf_attnswap.benchmark.reading import reading
 from hf_attnswap.config import NAME
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.integration.swapping import swapped_modules
-from hf_attnswap.report import classification
-from hf_attnswap.sources.files import write_whole
+from hf_attnswap.report import types
+from hf_attnswap.report.types import Data, Report
 from hf_attnswap.sources.models import load_classifier
-from hf_attnswap.tradeoff import Arm, describe_model, machine, parse_options, versions
+from hf_attnswap.statistics import bootstrap, paired_bootstrap
+from hf_attnswap.tradeoff import Arm, describe_model, machine, now, parse_options, versions
+from hf_attnswap.tradeoff.rows import compared
 from hf_attnswap.training.options import positive
 
 DEFAULT_ARMS = "softmax none relu_norm relu_power sigmoid identity elu hedgehog t2r".split()
-RESAMPLES = 4000
 LENGTHS, ROUNDS = (64, 128, 256, 512), 7  # of speed
 # What differs between arms, or says nothing to others.
 NOT_SHARED = "attention layers option seed model_name_or_path".split()
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the script; what it writes to results.json."""
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the script; return what it writes to report.json."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="All other arguments are those of classify.py, see there.",
@@ -61,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--num_seeds", type=positive, default=2, help="runs per arm (default: %(default)s)")
     parser.add_argument("--title", default="Accuracy after fine-tuning", help="of the table")
     parser.add_argument("--keep_models", action="store_true", help="keep the trained models and the checkpoints")
-    parser.add_argument("--output_dir", type=Path, required=True, help="for results.json, results.md and runs/")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="for report.json, report.md, report.html and runs/"
+    )
     args, rest = parser.parse_known_args(argv)
     arms = {arm.label: arm for arm in map(Arm.parse, dict.fromkeys(["softmax", *(args.arm or DEFAULT_ARMS)]))}
     shared = classify.parse([*rest, "--output_dir", str(args.output_dir)])
@@ -84,41 +89,41 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 continue
             runs[label].append(found)
     models = {label: build(arm, shared) for label, arm in arms.items() if label not in failures}
-    rows = described(arms, models, runs, failures, shared, args.output_dir / "runs")
+    rows = described(arms, models, runs, failures, shared, args)
     name = Path(shared.model_name_or_path)
-    report = {
-        "schema": classification.NAME,
-        "version": classification.VERSION,
-        "title": args.title,
-        "model": describe_model(models["softmax"], "/".join(name.parts[-2:]) if name.is_absolute() else str(name)),
-        "seeds": [found["arguments"]["seed"] for found in runs["softmax"]],
-        "data": {
-            "training": Path(shared.train_file).name,
-            "training_texts": rows[0]["training"][-1]["texts"] // shared.num_train_epochs,
-            "evaluation": Path(shared.validation_file).name,
-            "evaluation_texts": len(runs["softmax"][0]["correct"]),
-        },
-        "arguments": {
-            name: value
-            for name, value in classify.identity(shared).items()
-            if name not in NOT_SHARED and not name.endswith("_file")
-        },
-        "machine": machine(torch.device(PartialState().device)),
-        "processes": PartialState().num_processes,
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(
+    training_texts = (rows[0].training[-1].size or 0) // shared.num_train_epochs
+    settings = {
+        name: value
+        for name, value in classify.identity(shared).items()
+        if name not in NOT_SHARED and not name.endswith("_file")
+    }
+    report = Report(
+        kind="classification",
+        title=args.title,
+        model=describe_model(models["softmax"], "/".join(name.parts[-2:]) if name.is_absolute() else str(name)),
+        machine=machine(torch.device(PartialState().device)),
+        versions=versions(),
+        date=now(),
+        command=" ".join(
             [
                 "accelerate launch benchmarks/classify_all.py",
                 shlex.join(map(without_folders, sys.argv[1:] if argv is None else argv)),
             ]
         ),
-        "arms": rows,
-    }
+        seeds=[found["arguments"]["seed"] for found in runs["softmax"]],
+        data=Data(
+            training=Path(shared.train_file).name,
+            training_size=training_texts,
+            evaluation=Path(shared.validation_file).name,
+            evaluation_size=len(runs["softmax"][0]["correct"]),
+            unit="texts",
+        ),
+        arms=rows,
+        settings=settings | {"processes": PartialState().num_processes},
+    )
     if PartialState().is_main_process:
-        classification.write(report, args.output_dir / "results.json")
-        write_whole(args.output_dir / "results.md", classification.render(report).encode())
-    PartialState().print(classification.render(report))
+        reports.write_all(report, args.output_dir)
+        Console().print(reports.show(report, args.output_dir / "report.html"))
     return report
 
 
@@ -164,35 +169,33 @@ def described(
     runs: dict[str, list[dict[str, Any]]],
     failures: dict[str, str],
     shared: classify.Classify,
-    folder: Path,
-) -> list[dict[str, Any]]:
-    """The arms, as `report.classification` takes them."""
+    args: argparse.Namespace,
+) -> list[types.Arm]:
+    """Return the arms as the report has them."""
     config = models["softmax"].config
     speed = reading(models, [n for n in LENGTHS if n <= config.max_position_embeddings], ROUNDS, config.vocab_size)
-    accuracies = compare({label: [found["correct"] for found in runs[label]] for label in models})
+    metrics = compare({label: [found["correct"] for found in runs[label]] for label in models}, args.title)
     rows = []
     for label, arm in arms.items():
-        cls = attentions.get(arm.attention)
-        row = {
-            "label": label, "attention": arm.attention, "options": arm.options,
-            "control": cls.control or label == "softmax", "formula": cls.formula, "cost": cls.cost,
-            "cost_class": cls.cost_class, "source": cls.source,
-        }  # fmt: skip
-        if label in failures:
-            row |= {"status": "failed", "reason": failures[label], "swapped": [], "new_parameters": 0, "training": []}
-            row |= {"accuracy": None, "accuracy_by_seed": [], "difference": None, "ratio": None, "speed": []}
-        else:
+        cls, told = attentions.get(arm.attention), {}
+        if label not in failures:
             own = [p.numel() for variant in swapped_modules(models[label]).values() for p in variant.parameters()]
-            row |= {
-                "status": "measured",
-                "reason": None,
-                "swapped": (getattr(models[label].config, NAME, None) or {}).get("swapped") or [],
+            folder = args.output_dir / "runs" / f"{label}_{shared.seed}"
+            saved = (getattr(models[label].config, NAME, None) or {}).get("swapped") or []
+            told = {
+                "swapped": [types.Group(**group) for group in saved],
                 "new_parameters": sum(own),
-                "training": stages(folder / f"{label}_{shared.seed}", shared, bool(runs[label][0]["alignment"])),
+                "training": stages(folder, shared, bool(runs[label][0]["alignment"])),
                 "speed": speed[label],
-                **accuracies[label],
+                "metrics": [metrics[label]],
             }
-        rows.append(row)
+        made = types.Arm(
+            label=label, attention=arm.attention, options=arm.options, control=cls.control or label == "softmax",
+            formula=cls.formula, cost=cls.cost, cost_class=cls.cost_class, source=cls.source,
+            status="failed" if label in failures else "measured", reason=failures.get(label),
+            **{"new_parameters": 0} | told,
+        )  # fmt: skip
+        rows.append(made)
     return rows
 
 
@@ -202,8 +205,8 @@ def build(arm: Arm, shared: argparse.Namespace) -> PreTrainedModel:
     return model if arm.attention == "softmax" else swap(model, arm.attention, layers=arm.layers, **arm.options).eval()
 
 
-def stages(folder: Path, shared: argparse.Namespace, aligned: bool) -> list[dict[str, Any]]:
-    """What a run did, from its logs."""
+def stages(folder: Path, shared: argparse.Namespace, aligned: bool) -> list[types.Stage]:
+    """Return what a run did, from its logs."""
     found = []
     for stage, place, trains in (
         ("align", "alignment", "the parameters of the variant"),
@@ -211,16 +214,16 @@ def stages(folder: Path, shared: argparse.Namespace, aligned: bool) -> list[dict
     )[not aligned :]:
         log = [json.loads(line) for line in (folder / place / "training_log.jsonl").read_text().splitlines()]
         found.append(
-            {
-                "stage": stage,
-                "trains": trains,
-                "text": Path(shared.train_file).name,
-                "texts": log[-1]["texts"],
-                "steps": len(log),
-                "learning_rate": shared.align_learning_rate if stage == "align" else shared.learning_rate,
-                "first_loss": log[0]["loss"],
-                "last_loss": log[-1]["loss"],
-            }
+            types.Stage(
+                stage=stage,
+                trains=trains,
+                text=Path(shared.train_file).name,
+                size=log[-1]["texts"],
+                steps=len(log),
+                learning_rate=shared.align_learning_rate if stage == "align" else shared.learning_rate,
+                first_loss=log[0]["loss"],
+                last_loss=log[-1]["loss"],
+            )
         )
     return found
 
@@ -230,31 +233,33 @@ def without_folders(argument: str) -> str:
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
-def compare(correct: dict[str, list[list[int]]]) -> dict[str, dict[str, Any]]:
-    """Every arm beside softmax. Intervals are of a bootstrap over the validation texts, the same for both (paired).
+def compare(correct: dict[str, list[list[int]]], task: str = "texts") -> dict[str, types.Metric]:
+    """Return the accuracy of every arm beside softmax's on the same texts, the mean of the seeds.
 
     Args:
         correct: for each arm and seed, 1 or 0 for every text.
     """
-    marks = {label: torch.tensor(by_seed).double() for label, by_seed in correct.items()}
-    count = marks["softmax"].shape[1]
-    picks = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
     found = {}
-    for label, own in marks.items():
-        ours, control = own.mean(0), marks["softmax"][: len(own)].mean(0)
-        a, b = ours[picks].mean(1), control[picks].mean(1)
-        found[label] = {
-            "accuracy_by_seed": own.mean(1).tolist(),
-            "accuracy": estimate(ours.mean(), a),
-            "difference": estimate(ours.mean() - control.mean(), a - b),
-            "ratio": estimate(ours.mean() / control.mean(), a / b),
-        }
+    for label, by_seed in correct.items():
+        own, softmax = means(by_seed), means(correct["softmax"][: len(by_seed)])
+        alone = bootstrap(own)
+        metric = found[label] = types.Metric(
+            task, "accuracy", True, alone.value, None, alone.items, alone.low, alone.high,
+            by_seed=[sum(marks) / len(marks) for marks in by_seed],
+        )  # fmt: skip
+        if label == "softmax":
+            continue
+        less = paired_bootstrap(own, softmax)
+        metric.difference = compared("softmax", less, lower_is_better=False)
+        if sum(softmax):
+            share = paired_bootstrap(own, softmax, compare=operator.truediv)
+            metric.ratio = replace(compared("softmax", share, lower_is_better=False), verdict=less.verdict())
     return found
 
 
-def estimate(value: Tensor, resampled: Tensor) -> dict[str, float]:
-    low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype)).tolist()
-    return {"value": value.item(), "low": low, "high": high}
+def means(by_seed: list[list[int]]) -> list[float]:
+    """Return the mean over the seeds for every text."""
+    return [sum(marks) / len(marks) for marks in zip(*by_seed, strict=True)]
 
 
 if __name__ == "__main__":

@@ -9,35 +9,39 @@ the softmax of a trained model.
 """
 
 import argparse
-import datetime
 import gzip
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_attnswap import UsageError
+from hf_attnswap import UsageError, attentions
+from hf_attnswap import report as reports
+from hf_attnswap.config import NAME
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.classification import f1, matthews
 from hf_attnswap.evaluation.result import Result
-from hf_attnswap.integration.swapping import describe
+from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.launch import build_accelerator, say
-from hf_attnswap.sources.files import require_empty, write_whole
-from hf_attnswap.tradeoff import Arm, machine, versions
+from hf_attnswap.report import types
+from hf_attnswap.report.types import Data, Report
+from hf_attnswap.sources.files import require_empty
+from hf_attnswap.tradeoff import Arm, describe_model, machine, now, versions
 from hf_attnswap.tradeoff.arms import build
+from hf_attnswap.tradeoff.rows import compared
 from hf_attnswap.training.batches import Batches
 from hf_attnswap.training.loop import train
 from hf_attnswap.training.options import positive
 from hf_attnswap.training.run import progress_bar
 
+SETTINGS = "num_train_epochs per_device_train_batch_size learning_rate num_warmup_steps".split()
 ARMS = "none relu_norm elu hedgehog".split()
 SHAPE = {
     "patch_size": 7, "num_channels": 1, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -45,8 +49,8 @@ SHAPE = {
 }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the script; what it writes to results.json."""
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the script; return what it writes to report.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="idx file of uint8 images, gzip or not")
     parser.add_argument("--labels", type=Path, required=True, help="idx file of their labels, gzip or not")
@@ -62,40 +66,69 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="(default: %(default)s)")
     parser.add_argument("--num_warmup_steps", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order (default: %(default)s)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="for results.json and results.md")
+    parser.add_argument("--output_dir", type=Path, required=True, help="for report.json, report.md and report.html")
     args = parser.parse_args(argv)
     arms = [Arm.parse(text) for text in dict.fromkeys(["softmax", *(args.arm or ARMS)])]
     accelerator = build_accelerator()
     require_empty(args.output_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     training, validation = split(read_idx(args.images, 3), read_idx(args.labels, 1), args.num_eval_images)
-    report: dict[str, Any] = {
-        "training_images": len(training),
-        "validation_images": len(validation),
-        "arguments": {name: getattr(args, name) for name in (
-            "num_train_epochs", "per_device_train_batch_size", "learning_rate", "num_warmup_steps", "seed"
-        )},
-        "model": SHAPE,
-        "machine": machine(accelerator.device),
-        "processes": accelerator.num_processes,
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "rows": [],
-    }  # fmt: skip
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"processes": accelerator.num_processes}
+    rows: list[types.Arm] = []
     control: list[Result] = []
     for arm in arms:
         say(accelerator, f"{arm.label}: {len(training)} images, {args.num_train_epochs} times")
         model, losses = fit(arm, training, accelerator, args)
-        found = results(predictions(model, validation), validation[:, 0].tolist())
-        control = control or found
-        rows = [ours.row(None if ours is other else other) for ours, other in zip(found, control, strict=True)]
-        row = {"label": arm.label, "options": arm.options, "attention": describe(model), "last_loss": losses[-1]}
-        report["rows"].append(row | {entry["metric"]: entry for entry in rows})
+        measured = results(predictions(model, validation), validation[:, 0].tolist())
+        control = control or measured
+        rows.append(described(arm, model, losses, measured, control, args))
+        report = Report(
+            kind="classification",
+            title="A small ViT on images of digits",
+            model=describe_model(model, "ViT"),
+            machine=machine(accelerator.device),
+            versions=versions(),
+            date=now(),
+            command="python benchmarks/classify_images.py",
+            seeds=[args.seed],
+            data=Data(args.images.name, len(training), args.images.name, len(validation), "images"),
+            arms=rows,
+            settings=settings | SHAPE,
+        )
         if accelerator.is_main_process:
-            write_whole(args.output_dir / "results.json", (json.dumps(report, indent=1) + "\n").encode())
-            write_whole(args.output_dir / "results.md", markdown(report).encode())
-    accelerator.print(markdown(report))
+            reports.write_all(report, args.output_dir)
+    if accelerator.is_main_process:
+        Console().print(reports.show(report, args.output_dir / "report.html"))
     return report
+
+
+def described(
+    arm: Arm, model: nn.Module, losses: list[float], measured: list[Result], control: list[Result], args
+) -> types.Arm:
+    """Return the arm as the report has it, its metrics beside those of `control`."""
+    cls, metrics = attentions.get(arm.attention), []
+    for result, other in zip(measured, control, strict=True):
+        error = result.standard_error
+        metric = types.Metric(
+            result.task, result.metric, result.higher_is_better, result.value,
+            None if math.isnan(error) else error, len(result.scores),
+        )  # fmt: skip
+        if result is not other:
+            metric.difference = compared("softmax", result.less(other), not result.higher_is_better)
+        metrics.append(metric)
+    own = [p.numel() for variant in swapped_modules(model).values() for p in variant.parameters()]
+    saved = (getattr(model.config, NAME, None) or {}).get("swapped") or []
+    return types.Arm(
+        label=arm.label, attention=arm.attention, options=arm.options, control=cls.control or arm.label == "softmax",
+        formula=cls.formula, cost=cls.cost, cost_class=cls.cost_class, source=cls.source,
+        swapped=[types.Group(**group) for group in saved], new_parameters=sum(own), status="measured", metrics=metrics,
+        training=[
+            types.Stage(
+                "train", "all weights, from scratch", args.images.name, None, len(losses), args.learning_rate,
+                losses[0], losses[-1],
+            )
+        ],
+    )  # fmt: skip
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
@@ -171,38 +204,6 @@ def results(predicted: Sequence[int], true: Sequence[int]) -> list[Result]:
         Result("digits", "f1", pairs, aggregate=lambda some: f1(*zip(*some, strict=True), average="macro")),
         Result("digits", "matthews", pairs, aggregate=lambda some: matthews(*zip(*some, strict=True))),
     ]
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The table, and how it came about."""
-    columns = ("attention", "accuracy, %", "macro F1", "Matthews", "accuracy, points to softmax (95 %)",
-               "F1 to softmax (95 %)", "Matthews to softmax (95 %)", "verdict")  # fmt: skip
-    lines: list[Sequence[str]] = [columns, ["---"] * len(columns)]
-    for row in report["rows"]:
-        cells = [row["label"], f"{100 * row['accuracy']['value']:.2f}", f"{row['f1']['value']:.4f}",
-                 f"{row['matthews']['value']:.4f}"]  # fmt: skip
-        for name, scale, form in (("accuracy", 100, "{:+.2f}"), ("f1", 1, "{:+.4f}"), ("matthews", 1, "{:+.4f}")):
-            found = row[name].get("difference")
-            bounds = found and [form.format(scale * found[part]) for part in ("value", "low", "high")]
-            cells.append(f"{bounds[0]} ({bounds[1]} to {bounds[2]})" if bounds else "-")
-        lines.append([*cells, row["accuracy"].get("verdict", "-")])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    told, shape, device = report["arguments"], report["model"], report["machine"]
-    return f"""# A small ViT on MNIST's digits
-
-{table}
-
-- Every arm trains from scratch, from the same weights, on {report["training_images"]:,} digits, \
-{told["num_train_epochs"]} times, in batches of {told["per_device_train_batch_size"] * report["processes"]}, AdamW at \
-{told["learning_rate"]:g} after {told["num_warmup_steps"]} steps of warm-up; seed {told["seed"]}.
-- ViT: {shape["num_hidden_layers"]} layers, {shape["num_attention_heads"]} heads, width {shape["hidden_size"]}, \
-patches of {shape["patch_size"]} x {shape["patch_size"]}; the class is read from the first token, which sees the image \
-through attention alone.
-- Measured on {report["validation_images"]:,} other digits. The intervals are of a bootstrap over these, paired with \
-softmax's; the verdict is that of accuracy; how runs with other seeds differ is not in them.
-- {device["processor"]}, {device["threads"]} thread(s), {device["device"]}, torch {report["versions"]["torch"]}, \
-transformers {report["versions"]["transformers"]}, {report["date"][:10]}.
-"""
 
 
 if __name__ == "__main__":

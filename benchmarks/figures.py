@@ -1,10 +1,10 @@
 """What the benchmarks do with their figures: name the run, show them as ratios with their spread, and draw them."""
 
-import datetime
 import math
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,36 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from hf_attnswap.benchmark.growth import crossover
-from hf_attnswap.benchmark.measure import Spread
 from hf_attnswap.report.drawing import GRID, Picture, fix_ticks, ticks
-from hf_attnswap.tradeoff import machine, versions
+from hf_attnswap.statistics import Spread, crossover
+from hf_attnswap.tradeoff import machine, now, versions
 
 Record = dict[str, Any]
 
 
 def heading(argv: Sequence[str] | None, **settings: Any) -> Record:
-    """Machine, date, versions and command of a run."""
-    command = argv
-    if argv is None:
-        script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1])
-        command = ["python", str(script), *sys.argv[1:]]
-    command = [named(word) for word in command]
+    """Return machine, date, versions and command of a run."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(torch.device("cpu")),
+        "date": now(),
+        "machine": asdict(machine(torch.device("cpu"))),
         "versions": versions(),
-        "command": shlex.join(command),
+        "command": command(argv),
         "spread": "median, low and high: median and quartiles over the rounds",
         **settings,
     }
 
 
+def command(argv: Sequence[str] | None) -> str:
+    """Return the command of this run, without the folders that files lie in here."""
+    words = argv
+    if words is None:
+        script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1])
+        words = ["python", str(script), *sys.argv[1:]]
+    return shlex.join(named(word) for word in words)
+
+
 def named(word: str) -> str:
-    """A path of this machine as its last part; anything else as it is."""
+    """Return a path of this machine as its last part, and anything else as it is."""
     return Path(word).name if Path(word).is_absolute() else word
 
 
@@ -48,8 +51,8 @@ def note(line: str) -> None:
 
 
 def spread(found: Record | None) -> str:
-    """A cell of a table: the median, and below it the quartiles."""
-    return "" if found is None else "{median:.3g}\n({low:.3g} to {high:.3g})".format(**found)
+    """Return a cell of a table: the median, and below it the quartiles, where the rounds are enough for them."""
+    return "" if found is None else str(Spread(**found)).replace(" (", "\n(", 1)
 
 
 def quartiles(values: Sequence[float]) -> Record:

@@ -17,23 +17,32 @@ anything? Where no run was trained alike, the table says so by a dash.
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from figures import heading, named
+from figures import command, named
+from rich.console import Console
 from torch import Tensor
 
 from hf_attnswap import UsageError
+from hf_attnswap import report as reports
+from hf_attnswap.config import NAME
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.evaluation.perplexity import Perplexity, perplexity, ratio
-from hf_attnswap.integration.swapping import describe
+from hf_attnswap.evaluation.perplexity import Perplexity, perplexity
+from hf_attnswap.integration.swapping import describe, swapped_modules
+from hf_attnswap.report import types
+from hf_attnswap.report.types import Data, Report
 from hf_attnswap.sources.files import write_whole
 from hf_attnswap.sources.models import load
 from hf_attnswap.sources.texts import TextSource, token_blocks
+from hf_attnswap.tradeoff import describe_model, machine, now, versions
+from hf_attnswap.tradeoff.rows import describe as variants
+from hf_attnswap.tradeoff.rows import perplexity_ratio
 
 ORIGINAL, CONTROL, BESIDE = "original", "softmax", "window"
 # Of the arguments of a stage, those that make it no other training: what stands in the layers, and what is looked at.
@@ -43,14 +52,14 @@ ASIDE = frozenset(
 )
 OUTPUT = """\
 output_dir:
-  quality.json         everything, the nll of each block too; what it holds of a run is not measured again
-  quality.md           the tables
+  report.json          everything, the nll of each block too; what it holds of a run is not measured again
+  report.md, .html     the tables
   RUN/recipe.yaml      the stages of each run, with all their arguments
 """
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the script; what it writes to quality.json."""
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the script; return what it writes to report.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=OUTPUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,25 +74,32 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, stages in recipes.items():
         if stages[0]["model_name_or_path"] != original:
             raise UsageError(f"run {name!r} began with {stages[0]['model_name_or_path']!r}, others with {original!r}")
-    told = {
-        "text": named(args.validation_file),
-        "context": args.context_length,
-        "max_eval_tokens": args.max_eval_tokens,
-    }
-    path = args.output_dir / "quality.json"
-    report = heading(argv, **told, original=named(original), models={})
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if before and any(before.get(key) != value for key, value in told.items()):
+    settings = {"context": args.context_length, "max_eval_tokens": args.max_eval_tokens}
+    path, text = args.output_dir / "report.json", named(args.validation_file)
+    before = reports.read(path) if path.exists() else None
+    if before and (before.settings, before.data.evaluation) != (settings, text):
         raise UsageError(f"{str(path)!r} was measured on other text: name another output_dir")
-    known = {key: model for key, model in before.get("models", {}).items() if key.split("/")[0] not in recipes}
-    report["models"] |= known
+    known = {arm.label: arm for arm in before.arms} if before else {}
+    arms = {label: arm for label, arm in known.items() if label.split("/")[0] not in recipes}
+    shape = before.model if before else None
 
-    def measure(key: str, model: str, about: dict[str, Any]) -> None:
-        found = before.get("models", {}).get(key)
-        if found is None or {name: found.get(name) for name in about} != about:
-            found = about | measured(model, args)
-        report["models"][key] = found
-        write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
+    def report() -> Report:
+        measured_tokens = arms[ORIGINAL].perplexity[0].tokens
+        texts = dict.fromkeys(stage.text for arm in arms.values() for stage in arm.training)
+        return Report(
+            kind="quality", title=f"Quality after conversion of {named(original)}", model=shape,
+            machine=machine(torch.device("cpu")), versions=versions(), date=now(), command=command(argv), seeds=[0],
+            data=Data(", ".join(texts), max(arm.training_tokens for arm in arms.values()), text, measured_tokens),
+            arms=list(arms.values()), settings=settings,
+        )  # fmt: skip
+
+    def measure(label: str, model: str, about: dict[str, Any]) -> None:
+        nonlocal shape
+        arm = known.get(label)
+        if arm is None or any(getattr(arm, name) != value for name, value in about.items()):
+            arm, shape = measured(label, model, about, args, named(original))
+        arms[label] = arm
+        reports.write(report(), path)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     measure(ORIGINAL, original, {})
@@ -93,21 +109,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         write_whole(
             args.output_dir / run.name / "recipe.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False).encode()
         )
+        trained: list[types.Stage] = []
         for number, stage in enumerate(stages, start=1):
             folder = run / f"{number}_{stage['stage']}"
             log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
             curve = curve_of(folder, so_far)
             so_far += log[-1]["tokens"]
             seconds += sum(entry["seconds"] for entry in log)
+            trained.append(stage_of(stage, log))
             if stage["stage"] == "align":
                 continue
-            about = {"stages": stages[:number], "tokens": so_far, "seconds": round(seconds), "curve": curve}
-            measure(f"{run.name}/{label(stages[:number])}", str(folder / "model"), about)
-    compare(report["models"])
-    write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
-    write_whole(args.output_dir / "quality.md", markdown(report).encode())
-    print(markdown(report))
-    return report
+            about = {"training": list(trained), "training_tokens": so_far, "training_seconds": float(round(seconds))}
+            measure(f"{run.name}/{name_of(stages[:number])}", str(folder / "model"), about | {"curve": curve})
+    compare(arms)
+    made = report()
+    reports.write_all(made, args.output_dir)
+    Console().print(reports.show(made, args.output_dir / "report.html"))
+    return made
+
+
+def stage_of(stage: dict[str, Any], log: list[dict[str, Any]]) -> types.Stage:
+    """Return a stage with its arguments, from its recipe and its log."""
+    given = {key: value for key, value in stage.items() if key != "stage"}
+    text = Path(given.get("train_file") or given.get("dataset_name") or "").name
+    rate = max(entry["learning_rate"] for entry in log)
+    return types.Stage(
+        stage["stage"], "", text, log[-1]["tokens"], len(log), rate, log[0]["loss"], log[-1]["loss"], arguments=given
+    )
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -122,41 +150,71 @@ def read(run: Path) -> list[dict[str, Any]]:
     return stages
 
 
-def curve_of(folder: Path, before: int) -> list[dict[str, float]]:
-    """Perplexity on the run's own validation text by tokens since its first stage began."""
+def curve_of(folder: Path, before: int) -> list[types.CurvePoint]:
+    """Return the perplexity on the run's own validation text by tokens since its first stage began."""
     log = folder / "validation_log.jsonl"
     entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return [{"tokens": before + entry["tokens"], "perplexity": entry["perplexity"]} for entry in entries]
+    return [types.CurvePoint(before + entry["tokens"], entry["perplexity"]) for entry in entries]
 
 
-def measured(model: str, args: argparse.Namespace) -> dict[str, Any]:
+def measured(
+    label: str, model: str, about: dict[str, Any], args: argparse.Namespace, original: str
+) -> tuple[types.Arm, types.Model]:
+    """Return the arm with its perplexity, and the shape of the model."""
     loaded, tokenizer = load(model, dtype="float32")
     source = TextSource(args.validation_file)
     tokens: Tensor = token_blocks(source, tokenizer, args.context_length, args.max_eval_tokens)
     print(f"{model}: {describe(loaded)}", file=sys.stderr, flush=True)
-    found = perplexity(loaded, tokens, args.context_length)
-    return {
-        "attention": describe(loaded), "perplexity": found.perplexity, "standard_error": found.standard_error,
-        "tokens_measured": found.tokens, "nll": list(found.nll),
-    }  # fmt: skip
+    result = perplexity(loaded, tokens, args.context_length)
+    saved = (getattr(loaded.config, NAME, None) or {}).get("swapped") or []
+    names = list(dict.fromkeys(group["attention"] for group in saved)) or [CONTROL]
+    shape = describe_model(loaded, original)
+    kept = shape.attention_layers - sum(len(group["layers"]) for group in saved)
+    own = [p.numel() for variant in swapped_modules(loaded).values() for p in variant.parameters()]
+    arm = types.Arm(
+        label=label, attention=names[0] if len(names) == 1 else "mixed", options=saved[0]["options"] if saved else {},
+        **variants(names[0] if len(names) == 1 else "mixed", saved, kept),
+        swapped=[types.Group(**group) for group in saved], new_parameters=sum(own), status="measured",
+        perplexity=[entry(result)], **about,
+    )  # fmt: skip
+    return arm, shape
 
 
-def compare(models: dict[str, dict[str, Any]]) -> None:
+def entry(result: Perplexity) -> types.Perplexity:
+    """Return a perplexity as the report has it, the nll of every block with it."""
+    error = None if math.isnan(result.standard_error) else result.standard_error
+    return types.Perplexity(
+        result.context, result.perplexity, result.mean, error, result.tokens, block_nll=list(result.nll)
+    )
+
+
+def compare(arms: dict[str, types.Arm]) -> None:
     """Fill in the paired ratios."""
-    of = {key: Perplexity(0, tuple(model["nll"])) for key, model in models.items()}
-    for key, model in models.items():
-        model.pop("ratio", None), model.pop("beside_window", None)
-        if key == ORIGINAL:
+    for label, arm in arms.items():
+        own = arm.perplexity[0]
+        own.ratio, own.against = None, []
+        if label == ORIGINAL:
             continue
-        stages = model["stages"]
-        control = alike(models, stages, CONTROL, since=-1)
+        stages = stages_of(arm)
+        control = alike(arms, stages, CONTROL, since=-1)
         if stages[-1]["stage"] == "distill":
-            control = teacher(key, stages)
-        if control in of and control != key:
-            model["ratio"] = ratio(of[key], of[control])
-        beside = alike(models, stages, BESIDE)
-        if attention(stages) != CONTROL and beside in of and beside != key:
-            model["beside_window"] = ratio(of[key], of[beside])
+            control = teacher(label, stages)
+        if control in arms and control != label:
+            own.ratio = beside(control, arms)(own)
+        window = alike(arms, stages, BESIDE)
+        if attention(stages) != CONTROL and window in arms and window != label:
+            own.against = [beside(window, arms)(own)]
+
+
+def beside(control: str, arms: dict[str, types.Arm]) -> Callable[[types.Perplexity], types.Comparison]:
+    """Return what compares a perplexity with that of the arm `control`, block by block."""
+    other = arms[control].perplexity[0]
+    return lambda own: perplexity_ratio(control, *(Perplexity(0, tuple(e.block_nll)) for e in (own, other)))
+
+
+def stages_of(arm: types.Arm) -> list[dict[str, Any]]:
+    """Return the stages of an arm with their arguments, as its recipe has them."""
+    return [{"stage": stage.stage} | stage.arguments for stage in arm.training]
 
 
 def attention(stages: list[dict[str, Any]]) -> str:
@@ -167,82 +225,28 @@ def attention(stages: list[dict[str, Any]]) -> str:
 def teacher(key: str, stages: list[dict[str, Any]]) -> str:
     """The key of the model that the last swap was made of."""
     swapped = max(number for number, stage in enumerate(stages) if "attention" in stage)
-    return f"{key.split('/')[0]}/{label(stages[:swapped])}" if swapped else ORIGINAL
+    return f"{key.split('/')[0]}/{name_of(stages[:swapped])}" if swapped else ORIGINAL
 
 
-def label(stages: list[dict[str, Any]]) -> str:
+def name_of(stages: list[dict[str, Any]]) -> str:
     """What the last of the stages is called: `distill`, and `distill 2` where it is the second."""
     name = stages[-1]["stage"]
     count = sum(stage["stage"] == name for stage in stages)
     return name if count == 1 else f"{name} {count}"
 
 
-def alike(models: dict[str, Any], ours: list[dict[str, Any]], name: str, since: int = 0) -> str | None:
+def alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str, since: int = 0) -> str | None:
     """The key of the model with attention `name` whose stages were `ours`, from number `since` on."""
 
     def training(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = [stage for stage in stages if stage["stage"] != "align"][since:]
         return [{name: value for name, value in stage.items() if name not in ASIDE} for stage in kept]
 
-    for key, other in models.items():
-        stages = other.get("stages")
+    for key, other in arms.items():
+        stages = stages_of(other)
         if stages and attention(stages) == name and training(stages) == training(ours):
             return key
     return None
-
-
-def markdown(report: dict[str, Any]) -> str:
-    models = report["models"]
-    same = "trained the same way (95 %)"
-    rows = [
-        f"| run | stage | training tokens | minutes | perplexity | / softmax {same} | / `window` {same} |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for key, model in models.items():
-        run, _, stage = key.partition("/")
-        trained = [f"{model.get('tokens', 0):,}", f"{model.get('seconds', 0) / 60:.0f}"]
-        cells = [run, stage or "-", *trained, f"{model['perplexity']:.2f}"]
-        cells += [cell(model.get(name)) for name in ("ratio", "beside_window")]
-        rows.append(f"| {' | '.join(cells)} |")
-    few = any(model.get("ratio", {}).get("few") for model in models.values())
-    return "\n".join(
-        [
-            "# Quality after conversion",
-            "",
-            f"{report['original']}, perplexity on {models[ORIGINAL]['tokens_measured']:,} tokens of {report['text']} "
-            f"at context {report['context']}. After distill it is compared with its teacher (the original, or what "
-            "the finetune before made of it), after finetune with softmax fine-tuned alike; - where no run was.",
-            "",
-            *rows,
-            "",
-            *(["`*`: fewer than 500 blocks, so the interval is rough.", ""] if few else []),
-            "Perplexity on the validation text of the runs, by training tokens:",
-            "",
-            "| run | curve |",
-            "|---|---|",
-            *(f"| {run} | {line} |" for run, line in curves(models).items()),
-            "",
-            f"`{report['command']}`, {report['date']}, {report['machine'].get('processor', '')}.",
-            "",
-        ]
-    )
-
-
-def cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    mark = "*" if found["few"] else ""
-    return f"{found['value']:.3f}{mark} ({found['low']:.3f} to {found['high']:.3f}), {found['verdict']}"
-
-
-def curves(models: dict[str, dict[str, Any]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, model in models.items():
-        points = "; ".join(f"{p['tokens']:,}: {p['perplexity']:.1f}" for p in model.get("curve", []))
-        if points:
-            run = key.partition("/")[0]
-            found[run] = f"{found[run]}; {points}" if run in found else points
-    return found
 
 
 if __name__ == "__main__":

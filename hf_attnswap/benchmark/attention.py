@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..attentions import Attention, Heads
 from ..masks import Mask
 from ..ops.backends import watch
-from .growth import Growth, crossover, growth
-from .measure import Spread, interleaved, peak_memory_mib, speedup
+from ..statistics import Growth, Spread, crossover, growth
+from .measure import interleaved, peak_memory_mib, speedup
 
 
 class Candidate(Protocol):
@@ -181,8 +181,8 @@ def bench(
 
 @dataclass(frozen=True)
 class Scaling:
-    """Of the forward pass. growth: None for fewer than two lengths. faster_from: tokens; None where it is not faster at
-    the longest length, and for SDPA."""
+    """Of the forward pass. growth: None for fewer than three lengths. faster_from: tokens; None where it is not faster
+    at the longest length, and for SDPA."""
 
     attention: str
     growth: Growth | None

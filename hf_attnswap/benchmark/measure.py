@@ -3,43 +3,15 @@
 import ctypes
 import gc
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Median of repeated measurements with, as low and high, their extremes (`of`) or quartiles (`quartiles`)."""
-
-    median: float
-    low: float
-    high: float
-    runs: int
-
-    @classmethod
-    def of(cls, values) -> "Spread":
-        values = sorted(values)
-        return cls(statistics.median(values), values[0], values[-1], len(values))
-
-    @classmethod
-    def quartiles(cls, values) -> "Spread":
-        """The middle half: one call that something else disturbed does not widen it."""
-        values = list(values)
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        return cls(median, low, high, len(values))
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+from ..statistics import Spread
 
 
 def seconds(run: Callable[[], Any], device: torch.device | str = "cpu") -> float:

@@ -73,8 +73,7 @@ def bench(
     for column in ("attention", "n to the power of (95 %)", "faster from"):
         growing.add_column(column, justify="left" if column == "attention" else "right")
     for found in grown:
-        power = found.growth and f"{found.growth.exponent:.2f} ({found.growth.low:.2f} to {found.growth.high:.2f})"
-        growing.add_row(found.attention, power or "?", _from(found, min(lengths)))
+        growing.add_row(found.attention, str(found.growth or "?"), _from(found, min(lengths)))
     content = {
         "sdpa": kernel,
         "rows": [vars(r) | {"forward": vars(r.forward), "forward_backward": vars(r.forward_backward)} for r in rows],

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from ..errors import UsageError
+from ..statistics import MIN_ITEMS
 from .options import (
     AllowPickle,
     DatasetConfig,
@@ -160,6 +161,9 @@ def _result(ours: dict, against: dict | None) -> tuple[dict[str, Any], list]:
     writing = _agreement_row(ours["agreement"]) if ours["agreement"] else None
     if writing:
         tables.append(table_of("free generation, greedy", [writing], **{key: key for key in writing}))
+    compared_rows = [row.get("difference") or row.get("ratio") for row in (*rows, *tasks)]
+    if any(compared and compared["low"] is None for compared in compared_rows):
+        tables.append(f"no interval: it needs {MIN_ITEMS} blocks or items of a task")
     if any(row.get("few") or (row.get("ratio") or {}).get("few") for row in (*rows, *tasks)):
         tables.append("* or few items: fewer than 500, so the interval is rough")
     content = {"model": ours["model"], "attention": ours["attention"], "control": against and against["model"]}

@@ -18,7 +18,9 @@ Licence = Annotated[str | None, typer.Option("--license", help="where its card d
 def card(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion, or what convert.py wrote")],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="the repository where it will stand")],
-    report: Annotated[Path, typer.Option("--report", help="of `attnswap tradeoff` or classify_all.py: its JSON")],
+    report: Annotated[
+        Path, typer.Option("--report", help="report.json of `attnswap tradeoff` or a comparison of classifiers")
+    ],
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", help="of the card; into the conversion by default, for push")
     ] = None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .paired import Difference, paired_bootstrap
+from ..statistics import Estimate, paired_bootstrap
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def count_units(
     return Units(sum(len(text(piece[1:]).split()) for piece in pieces), size)
 
 
-def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Difference:
+def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Estimate:
     """Mean nll of ours less that of the control on the same text, by samples.
 
     Raises:
@@ -179,10 +179,11 @@ def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Difference:
 def ratio(ours: Perplexity, control: Perplexity, seed: int = 0) -> dict[str, Any]:
     """Perplexity of ours over that of the control on the same blocks: value, low, high, items, few and verdict.
 
-    The exponential of `compare`, cut off at e^700.
+    The exponential of `compare`, cut off at e^700; low, high and verdict are None for too few blocks.
     """
     found = compare(ours, control, seed)
-    bounds = {name: math.exp(min(getattr(found, name), 700)) for name in ("value", "low", "high")}
+    logs = {name: getattr(found, name) for name in ("value", "low", "high")}
+    bounds = {name: None if log is None else math.exp(min(log, 700)) for name, log in logs.items()}
     return bounds | {"items": found.items, "few": found.few, "verdict": found.verdict(lower_is_better=True)}
 
 

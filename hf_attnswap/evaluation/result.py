@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .paired import FEW, paired_bootstrap, resampled
+from ..statistics import FEW, Estimate, paired_bootstrap, resampled
 
 Aggregate = Callable[[Sequence[Any]], float]
 RESAMPLES = 1000  # of what is no mean, which takes as many calls
@@ -48,11 +48,14 @@ class Result:
         if n < 2:
             return math.nan
         if self.aggregate is not mean:
-            return resampled(self.scores, self.aggregate, RESAMPLES).std().item()
+            return float(resampled(self.scores, self.aggregate, RESAMPLES).std(ddof=1))
         return math.sqrt(math.fsum((x - self.value) ** 2 for x in self.scores) / (n - 1) / n)
 
     def row(self, control: "Result | None" = None) -> dict[str, Any]:
-        """As plain data, with the paired difference to the control on the same items."""
+        """Return plain data, with the paired difference to the control on the same items.
+
+        low, high and verdict are None where the items are too few for an interval.
+        """
         error = self.standard_error
         row = {
             "task": self.task,
@@ -64,8 +67,12 @@ class Result:
         }
         if control is None:
             return row
-        told = {} if self.aggregate is mean else {"aggregate": self.aggregate, "resamples": RESAMPLES}
-        found = paired_bootstrap(self.scores, control.scores, **told)
-        bounds = {"value": found.value, "low": found.low, "high": found.high, "few": found.few}
-        verdict = found.verdict(lower_is_better=not self.higher_is_better)
+        compared = self.less(control)
+        bounds = {"value": compared.value, "low": compared.low, "high": compared.high, "few": compared.few}
+        verdict = compared.verdict(lower_is_better=not self.higher_is_better)
         return row | {"control": control.value, "difference": bounds, "verdict": verdict}
+
+    def less(self, control: "Result") -> Estimate:
+        """Return this value less that of `control` on the same items, with its interval."""
+        given = {} if self.aggregate is mean else {"aggregate": self.aggregate, "resamples": RESAMPLES}
+        return paired_bootstrap(self.scores, control.scores, **given)

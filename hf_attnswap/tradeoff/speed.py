@@ -1,7 +1,7 @@
 """The speed of all arms by length: in a round they take turns, softmax first, so that they share its noise."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..benchmark.generation import run
 from ..benchmark.measure import seconds
 from ..sources.files import write_whole
 from .arms import Settings
+from .progress import Course, speed
 
 # By length, a dict per round: what each arm took, or its error.
 Rounds = dict[str, list[dict[str, dict[str, Any]]]]
@@ -25,7 +26,7 @@ def measure_speed(
     tokens: Tensor,
     settings: Settings,
     path: Path,
-    progress: Callable[[str], None],
+    course: Course,
 ) -> Rounds:
     """Prefill, decoding and, at the `train_lengths`, a training step. Every round is kept in the file `path`."""
     done: Rounds = json.loads(path.read_text()) if path.is_file() else {}
@@ -34,9 +35,10 @@ def measure_speed(
         while len(rounds) < settings.rounds:
             found = {}
             for label, model in models.items():
-                progress(f"{label}: speed at {length} tokens, round {len(rounds) + 1} of {settings.rounds}")
+                course.say(f"{label}: speed at {length} tokens, round {len(rounds) + 1} of {settings.rounds}")
                 text = tokens[:length][None].to(model.device)
                 found[label] = _one(model, text, settings, first=not rounds)
+                course.advance(speed(settings, length))
             rounds.append(found)
             write_whole(path, json.dumps(done, indent=1).encode())
     return done

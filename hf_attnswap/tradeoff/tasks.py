@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.generating import agreement, continuations
-from ..evaluation.paired import Difference, resampled
 from ..evaluation.result import Result
 from ..evaluation.tasks import check_tasks, run_tasks
 from ..sources.files import write_whole
-from ..statistics import expanded_tail
+from ..statistics import resampled
 from .arms import Settings
 
 WRITING = "writing"  # a task of ours, beside those of `evaluation.tasks`
@@ -85,19 +84,3 @@ def _described(result: Result) -> dict[str, Any]:
         "items": len(result.scores),
         "resampled": resampled(result.scores, result.aggregate, RESAMPLES).tolist(),
     }
-
-
-def difference(ours: dict[str, Any], control: dict[str, Any]) -> dict[str, Any] | None:
-    """Ours less the control's with its 95 % interval, on the same items; None for a single item, and where either is
-    not finite."""
-    told = [torch.tensor([arm["value"], *arm["resampled"]], dtype=torch.float64) for arm in (ours, control)]
-    if ours["items"] < 2 or not all(x.isfinite().all() for x in told):
-        return None
-    tail = expanded_tail(ours["items"])
-    drawn = told[0][1:] - told[1][1:]
-    low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    value = ours["value"] - control["value"]
-    found = Difference(value, min(low, value), max(high, value), ours["items"])
-    verdict = found.verdict(lower_is_better=not ours["higher_is_better"])
-    bounds = {"value": found.value, "low": found.low, "high": found.high}
-    return bounds | {"items": found.items, "few": found.few, "verdict": verdict}

@@ -14,9 +14,10 @@ from hf_attnswap import UsageError, attentions, swap
 from hf_attnswap.attentions import Heads
 from hf_attnswap.benchmark.attention import bench, random_inputs
 from hf_attnswap.benchmark.generation import decode, filled_cache
-from hf_attnswap.benchmark.measure import Spread, interleaved
+from hf_attnswap.benchmark.measure import interleaved
 from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.masks import Mask
+from hf_attnswap.statistics import Spread
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("attention", "model", "figures", "peers", "where_time_goes")

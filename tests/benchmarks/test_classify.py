@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_attnswap
 from hf_attnswap import UsageError
-from hf_attnswap.report import classification
+from hf_attnswap.report import read, to_json
 from hf_attnswap.sources.texts import TextSource
 from hf_attnswap.training import loop
 
@@ -195,27 +196,29 @@ def comparison(script, arguments, tmp_path):
 
 def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkeypatch, capsys):
     report = comparison("--title", "A | title")
-    assert [row["label"] for row in report["arms"]] == ["softmax", "none", "hedgehog"]
-    assert report["seeds"] == [0, 1]
-    softmax, _, hedgehog = report["arms"]
+    assert [arm.label for arm in report.arms] == ["softmax", "none", "hedgehog"]
+    assert report.seeds == [0, 1] and report.kind == "classification" and report.title == "A | title"
+    softmax, _, hedgehog = report.arms
     runs = tmp_path / "all" / "runs"
     assert {path.name for path in runs.iterdir()} == {
         f"{arm}_{seed}" for arm in ("softmax", "none", "hedgehog") for seed in (0, 1)
     }
     assert not list(runs.glob("*/model"))
     by_seed = [json.loads((runs / f"hedgehog_{seed}" / "evaluation.json").read_text())["accuracy"] for seed in (0, 1)]
-    assert hedgehog["accuracy_by_seed"] == by_seed and hedgehog["accuracy"]["value"] == pytest.approx(sum(by_seed) / 2)
-    assert hedgehog["ratio"]["value"] == pytest.approx(hedgehog["accuracy"]["value"] / softmax["accuracy"]["value"])
-    assert softmax["difference"] == {"value": 0, "low": 0, "high": 0}
-    written = (tmp_path / "all" / "results.json").read_text()
-    assert json.loads(written) == json.loads(json.dumps(report)) and str(tmp_path) not in written
-    assert classification.read(tmp_path / "all" / "results.json") == report
-    assert [stage["stage"] for stage in hedgehog["training"]] == ["align", "finetune"]
-    assert hedgehog["training"][0]["steps"] == 2 and hedgehog["swapped"][0]["kind"] == "bidirectional"
-    assert hedgehog["speed"][0]["forward_speedup"]["runs"] == 7 and softmax["speed"][0]["forward_speedup"] is None
-    page = (tmp_path / "all" / "results.md").read_text()
-    assert page in capsys.readouterr().out
-    assert page.startswith("# A \\| title\n") and "| hedgehog | O(n d 2d) | " in page
+    (accuracy,), (control,) = hedgehog.metrics, softmax.metrics
+    assert accuracy.by_seed == by_seed and accuracy.value == pytest.approx(sum(by_seed) / 2)
+    assert accuracy.difference.value == pytest.approx(accuracy.value - control.value) and control.difference is None
+    if control.value:
+        assert accuracy.ratio.value == pytest.approx(accuracy.value / control.value)
+    written = (tmp_path / "all" / "report.json").read_text()
+    assert json.loads(written) == json.loads(json.dumps(to_json(report))) and str(tmp_path) not in written
+    assert to_json(read(tmp_path / "all" / "report.json")) == to_json(report)
+    assert [stage.stage for stage in hedgehog.training] == ["align", "finetune"]
+    assert hedgehog.training[0].steps == 2 and hedgehog.swapped[0].kind == "bidirectional"
+    assert hedgehog.speed[0].forward_speedup.runs == 7 and softmax.speed[0].forward_speedup is None
+    page = (tmp_path / "all" / "report.md").read_text()
+    assert "hedgehog" in capsys.readouterr().out and (tmp_path / "all" / "report.html").is_file()
+    assert page.startswith("# A \\| title\n") and "| hedgehog | O(n d 2d) (linear) | " in page
 
     def trains_again(*_):
         raise AssertionError
@@ -223,8 +226,8 @@ def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(script("benchmarks/classify"), "main", trains_again)
         again = comparison("--title", "A | title")
-        for arm, before in zip(again["arms"], report["arms"], strict=True):
-            assert {**arm, "speed": []} == {**before, "speed": []}
+        for arm, before in zip(again.arms, report.arms, strict=True):
+            assert replace(arm, speed=[]) == replace(before, speed=[])
     with pytest.raises(UsageError, match="holds a run with other arguments"):
         comparison("--learning_rate", "1e-3")
 
@@ -240,8 +243,8 @@ def test_an_arm_that_fails_is_reported(comparison, script, monkeypatch):
 
     monkeypatch.setattr(classify, "main", main)
     report = comparison("--num_seeds", "1")
-    assert report["arms"][1]["status"] == "failed" and report["arms"][1]["reason"] == "the loss is nan"
-    assert report["arms"][2]["accuracy"]["value"] <= 1
+    assert report.arms[1].status == "failed" and report.arms[1].reason == "the loss is nan"
+    assert report.arms[2].metrics[0].value <= 1
 
 
 @pytest.mark.parametrize("more", [["--attention", "elu"], ["--layers", "1:"], ["--resume_from_checkpoint", "latest"]])
@@ -255,11 +258,12 @@ def test_intervals_are_paired(script):
     correct = {"softmax": [1, 0, 1, 1] * 10, "elu": [1, 0, 1, 1] * 10, "identity": [1, 0, 0, 1] * 10}
     found = script("benchmarks/classify_all").compare({name: [marks] for name, marks in correct.items()})
     softmax, elu, identity = found.values()
-    assert softmax["accuracy"]["value"] == 0.75
-    assert elu["difference"] == {"value": 0, "low": 0, "high": 0}
-    assert identity["difference"]["value"] == -0.25
+    assert softmax.value == 0.75 and softmax.low < 0.75 < softmax.high
+    assert (elu.difference.value, elu.difference.low, elu.difference.high) == (0, 0, 0)
+    assert elu.difference.verdict == "no measurable difference" and identity.difference.verdict == "worse"
+    assert identity.difference.value == -0.25 and identity.ratio.value == pytest.approx(2 / 3)
     # 10 of 40 lost: a standard error of sqrt(0.25 * 0.75 / 40) = 0.068
-    assert identity["difference"]["low"] == pytest.approx(-0.25 - 1.96 * 0.068, abs=0.03)
+    assert identity.difference.low == pytest.approx(-0.25 - 1.96 * 0.068, abs=0.03)
     assert identity["difference"]["high"] == pytest.approx(-0.25 + 1.96 * 0.068, abs=0.03)
 
 
@@ -270,7 +274,7 @@ def test_two_processes_train_as_one_that_accumulates(process, script, arguments,
     (tmp_path / "encoder" / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.0}))
     arguments = [*arguments, "--model_name_or_path", str(tmp_path / "encoder")]
     more = [*SWAP, "--learning_rate", "1e-3"]
-    config = ["--config_file", "examples/configs/multi_cpu.yaml", "examples/classify.py"]
+    config = ["--config_file", "examples/configs/multi_cpu.yaml", "benchmarks/classify.py"]
     finish(process(*LAUNCH, *config, *arguments, *more, "--output_dir", tmp_path / "two"))
     one = [*arguments, *more, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
     script("benchmarks/classify").main(one)
@@ -283,7 +287,7 @@ def test_two_processes_train_as_one_that_accumulates(process, script, arguments,
 
 @pytest.mark.long
 def test_hedgehog_recovers_the_accuracy_of_a_real_encoder(script, minilm, sst2, tmp_path):
-    """A fraction of the run in benchmarks/results/sst2.md."""
+    """A fraction of the run in benchmarks/results/sst2/report.md."""
     given = dict(
         model_name_or_path=minilm, train_file=sst2 / "train.tsv", validation_file=sst2 / "test.tsv",
         text_column="sentence", max_length=64, max_train_samples=2048, learning_rate=2e-4, align_steps=150,

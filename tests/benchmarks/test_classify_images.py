@@ -1,13 +1,13 @@
 """Digits: the file format, the split, the metrics of an arm beside scikit-learn, and a run from files to table."""
 
 import gzip
-import json
 
 import numpy
 import pytest
 import torch
 
 from hf_attnswap import UsageError
+from hf_attnswap.report import read, to_json
 
 
 @pytest.fixture
@@ -94,18 +94,22 @@ def test_every_arm_is_trained_and_compared(images, digits, tmp_path, capsys):
     report = images.main(
         [*told, "--arm", "none", "--arm", "hedgehog", "--num_train_epochs", "3", "--per_device_train_batch_size", "8"]
     )
-    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(report))
-    softmax, none, hedgehog = report["rows"]
-    assert [row["label"] for row in report["rows"]] == ["softmax", "none", "hedgehog"]
-    assert hedgehog["attention"] == "hedgehog in 2 bidirectional layers" and "difference" not in softmax["accuracy"]
+    assert to_json(read(out / "report.json")) == to_json(report)
+    softmax, none, hedgehog = ({metric.metric: metric for metric in arm.metrics} for arm in report.arms)
+    assert [arm.label for arm in report.arms] == ["softmax", "none", "hedgehog"] and report.data.unit == "images"
+    (group,) = report.arms[2].swapped
+    assert (group.attention, group.kind, group.layers) == ("hedgehog", "bidirectional", [0, 1])
+    assert softmax["accuracy"].difference is None
     # Without attention the first token knows nothing of the image, and says one class.
-    assert none["accuracy"]["value"] < 0.5 and none["matthews"]["value"] == 0 and none["accuracy"]["verdict"] == "worse"
-    assert softmax["accuracy"]["value"] > 0.9 and hedgehog["accuracy"]["value"] > 0.9
+    assert none["accuracy"].value < 0.5 and none["matthews"].value == 0
+    assert none["accuracy"].difference.verdict == "worse"
+    assert softmax["accuracy"].value > 0.9 and hedgehog["accuracy"].value > 0.9
     for name in ("accuracy", "f1", "matthews"):
         found = none[name]
-        assert found["difference"]["value"] == pytest.approx(found["value"] - softmax[name]["value"])
-        assert found["difference"]["low"] <= found["difference"]["value"] <= found["difference"]["high"] < 0
-    table = (out / "results.md").read_text()
-    assert "| none | " in table and "worse |" in table and "on 200 digits" in table
+        assert found.difference.value == pytest.approx(found.value - softmax[name].value)
+        assert found.difference.low <= found.difference.value <= found.difference.high < 0
+    page = (out / "report.md").read_text()
+    assert "| none (control) | " in page and "training: 200 images" in page and "digits: f1 (100 items)" in page
+    assert "Keeps most: hedgehog" in capsys.readouterr().out
     with pytest.raises(UsageError, match="is not empty"):
         images.main(told)

@@ -11,10 +11,16 @@ from training_fixtures import ROOT
 from hf_attnswap import UsageError
 from hf_attnswap.evaluation import __main__ as evaluation
 from hf_attnswap.evaluation.processes import blocks_of_process
+from hf_attnswap.report.text import number
 from hf_attnswap.training import stage as training_stage
 from hf_attnswap.training.recipe import read_recipe
 
 BLOCK = 32
+
+
+def by_label(report):
+    """The perplexity of each arm."""
+    return {arm.label: arm.perplexity[0] for arm in report.arms}
 
 
 def entries(path):
@@ -100,23 +106,26 @@ def test_the_table_compares_each_stage_with_its_control(convert, script, held_ou
     quality = script("benchmarks/quality")
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
                str(8 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
-    models = quality.main(command)["models"]
+    models = by_label(quality.main(command))
     assert list(models) == ["original", *(f"{run.name}/{stage}" for run in runs for stage in ("distill", "finetune"))]
 
     def factor(ours, control):
-        nll = [models[key]["nll"] for key in (ours, control)]
+        nll = [models[key].block_nll for key in (ours, control)]
         return math.exp(sum(a - b for a, b in zip(*nll, strict=True)) / 8)
 
     for key, control in {
         "softmax/distill": "original", "relu_norm/distill": "original", "relu_norm/finetune": "softmax/finetune",
     }.items():  # fmt: skip
-        assert models[key]["ratio"]["value"] == pytest.approx(factor(key, control))
-        assert models[key]["ratio"]["items"] == 8
-    beside = models["relu_norm/finetune"]["beside_window"]["value"]
-    assert beside == pytest.approx(factor("relu_norm/finetune", "window/finetune"))
-    assert "ratio" not in models["softmax/finetune"] and "beside_window" not in models["window/distill"]
-    table = (tmp_path / "table" / "quality.md").read_text()
-    assert f"{models['relu_norm/finetune']['ratio']['value']:.3f}*" in table
+        ratio = models[key].ratio
+        assert (ratio.arm, ratio.items, ratio.value) == (control, 8, pytest.approx(factor(key, control)))
+    (beside,) = models["relu_norm/finetune"].against
+    assert beside.arm == "window/finetune"
+    assert beside.value == pytest.approx(factor("relu_norm/finetune", "window/finetune"))
+    assert models["softmax/finetune"].ratio is None and not models["window/distill"].against
+    page = (tmp_path / "table" / "report.md").read_text()
+    ratio = models["relu_norm/finetune"].ratio
+    assert f"×{number(ratio.value)} ({number(ratio.low)}–{number(ratio.high)})\\*" in page
+    assert "| relu_norm/finetune | " in page and "softmax/finetune |" in page
     assert (
         yaml.safe_load((tmp_path / "table" / "window" / "recipe.yaml").read_text())["stages"][0]["stage"] == "distill"
     )
@@ -125,7 +134,7 @@ def test_the_table_compares_each_stage_with_its_control(convert, script, held_ou
         raise AssertionError("measured twice")
 
     monkeypatch.setattr(quality, "measured", again)
-    assert quality.main(command)["models"] == models
+    assert by_label(quality.main(command)) == models
     with pytest.raises(UsageError, match="other text"):
         quality.main([*command[:-1], str(tmp_path / "table"), "--max_eval_tokens", str(4 * BLOCK)])
 
@@ -134,12 +143,15 @@ def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_pa
     runs = [convert("softmax"), convert("window", window=4, sinks=1), convert("relu_norm", "longer", steps=4)]
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
                str(2 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
-    models = script("benchmarks/quality").main(command)["models"]
-    assert "ratio" in models["longer/distill"] and "ratio" in models["window/finetune"]  # the original; softmax
-    assert "beside_window" not in models["longer/distill"]
-    assert not {"ratio", "beside_window"} & models["longer/finetune"].keys()
-    table = (tmp_path / "table" / "quality.md").read_text()
-    assert "| - | - |" in table.split("longer | finetune")[1].split("\n")[0]
+    models = by_label(script("benchmarks/quality").main(command))
+    assert (
+        models["longer/distill"].ratio.arm == "original" and models["window/finetune"].ratio.arm == "softmax/finetune"
+    )
+    assert not models["longer/distill"].against
+    assert models["longer/finetune"].ratio is None and not models["longer/finetune"].against
+    page = (tmp_path / "table" / "report.md").read_text()
+    assert "| - | - | measured |" in page.split("| longer/finetune |")[1].split("\n")[0]
+    assert "an interval needs 8 blocks, there are 2" in page
 
 
 def test_softmax_that_was_trained_before_the_swap_is_the_teacher(convert, script, held_out, tmp_path):
@@ -149,15 +161,15 @@ def test_softmax_that_was_trained_before_the_swap_is_the_teacher(convert, script
     runs = [convert("softmax", name, stages=stages(name)) for name in ("window", "relu_norm")]
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
                str(2 * BLOCK), "--output_dir", str(tmp_path / "table")]  # fmt: skip
-    models = script("benchmarks/quality").main(command)["models"]
-    assert models["relu_norm/finetune"]["attention"].startswith("softmax")
-    assert models["relu_norm/distill"]["attention"].startswith("relu_norm")
+    report = script("benchmarks/quality").main(command)
+    models, arms = by_label(report), {arm.label: arm for arm in report.arms}
+    assert arms["relu_norm/finetune"].attention == "softmax" and arms["relu_norm/distill"].attention == "relu_norm"
     for stage in ("distill", "distill 2"):
         found = models[f"relu_norm/{stage}"]
-        for key, control in {"ratio": "relu_norm/finetune", "beside_window": f"window/{stage}"}.items():
-            factor = math.exp(sum(a - b for a, b in zip(found["nll"], models[control]["nll"], strict=True)) / 2)
-            assert found[key]["value"] == pytest.approx(factor)
-    assert [models[f"relu_norm/{stage}"]["tokens"] for stage in ("distill", "distill 2")] == [6 * BLOCK, 9 * BLOCK]
+        for compared, control in ((found.ratio, "relu_norm/finetune"), (found.against[0], f"window/{stage}")):
+            factor = math.exp(sum(a - b for a, b in zip(found.block_nll, models[control].block_nll, strict=True)) / 2)
+            assert (compared.arm, compared.value) == (control, pytest.approx(factor))
+    assert [arms[f"relu_norm/{stage}"].training_tokens for stage in ("distill", "distill 2")] == [6 * BLOCK, 9 * BLOCK]
 
 
 def test_what_is_no_finished_run_is_refused(script, tmp_path, held_out):

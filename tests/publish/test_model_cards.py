@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
 from hf_attnswap.publish import card
+from hf_attnswap.report import Report, read, to_json
 from hf_attnswap.training.options import words
 from hf_attnswap.training.recipe import read_recipe
 
@@ -25,12 +26,12 @@ def folder(request) -> Path:
     return request.param
 
 
-def contents(folder: Path) -> tuple[str, dict, dict, str]:
+def contents(folder: Path) -> tuple[str, Report, dict, str]:
     """The card, its report, its config.json, and the repository that it names."""
     text = (folder / "README.md").read_text()
     config = json.loads((folder / "config.json").read_text())
     (repo_id,) = set(re.findall(r'(?:pipeline\("[\w-]+", |from_pretrained\()"([^"]+)"', text))
-    return text, card.read_report(folder / "report.json"), config, repo_id
+    return text, read(folder / "report.json"), config, repo_id
 
 
 def test_there_are_cards():
@@ -58,7 +59,9 @@ def test_the_metadata_are_those_of_the_hub(folder):
     validate_repo_id(metadata["base_model"])
     name, results = model_index_to_eval_results(metadata["model-index"])
     assert name == repo_id.split("/")[1] and results
-    arm = card.measured_arm(report, card.swapped_groups(config))
+    arms = to_json(report)["arms"]
+    label = card.measured_arm(report, card.swapped_groups(config)).label
+    (arm,) = [arm for arm in arms if arm["label"] == label]
     for result in results:
         assert json.dumps(result.metric_value) in json.dumps(arm)
     assert ModelCard(text).data.to_dict() == metadata
