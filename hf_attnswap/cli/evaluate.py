@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from ..errors import UsageError
+from ..evaluation.tasks import help_text
 from ..statistics import MIN_ITEMS
 from .options import (
     AllowPickle,
@@ -24,7 +25,6 @@ from .options import (
     text_source,
 )
 
-PROMPT_TOKENS, NEW_TOKENS, PROMPTS = 64, 64, 8  # of free generation
 PERPLEXITY = {
     "context": "context", "perplexity": "perplexity", "nll_per_token": "nll", "standard_error": "standard_error",
     "per_word": "word_perplexity", "per_byte": "byte_perplexity", "tokens": "tokens",
@@ -41,7 +41,7 @@ def evaluate(
     text_column: TextColumn = "text",
     context_lengths: Annotated[
         list[int] | None,
-        typer.Option("--context_length", min=2, help="of perplexity, needle and recall; may be repeated"),
+        typer.Option("--context_length", min=2, help="of perplexity and generated tasks; may be repeated"),
     ] = None,
     max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1)] = 16384,
     stride: Annotated[
@@ -49,7 +49,7 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="with commas between: needle, recall, .jsonl files, or tasks of lm-eval"),
+        typer.Option("--tasks", help=help_text()),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="items per task")] = None,
     include_path: Annotated[str | None, typer.Option("--include_path", help="a folder of tasks for lm-eval")] = None,
@@ -66,15 +66,15 @@ def evaluate(
 ) -> None:
     """Perplexity and tasks of a model, swapped or not, with standard errors; differences to a control are paired.
 
-    With a control and a text it also writes on from the text with both, and says how long they agree.
+    A task may ask the control too: with `--tasks writing` both write on from the text, and how long they agree is said.
 
     Example: attnswap evaluate relu16 --control HuggingFaceTB/SmolLM2-135M --validation_file book.txt --tasks needle
     """
     from ..evaluation.tasks import check_tasks
 
     names = [name for name in (tasks or "").split(",") if name]
-    check_tasks(names)
     given = validation_file is not None or dataset_name is not None
+    check_tasks(names, given)
     source = None
     if given or not names:
         source = text_source(validation_file, dataset_name, dataset_config_name, split, text_column)
@@ -96,18 +96,18 @@ def evaluate(
 
 
 def _measure(
-    name, against, progress, *, is_control, source, contexts, max_eval_tokens, stride, names, loading, **told
-) -> dict:
-    """All that is asked of one model; what it says of the control needs `against`, which this gave for that one."""
-    from ..evaluation.generating import agreement, continuations
+    name, against, progress, *, is_control, source, contexts, max_eval_tokens, stride, names, limit, include_path,
+    batch_size, seed, loading,
+) -> dict:  # fmt: skip
+    """Return all that is measured of one model; `against` is what this function returned for the control."""
     from ..evaluation.perplexity import count_units, perplexity, sliding_perplexity
-    from ..evaluation.tasks import run_tasks
+    from ..evaluation.tasks import TaskInputs, answers_of, run_tasks
     from ..integration.swapping import describe
     from ..sources.models import load
     from ..sources.texts import token_blocks
 
     model, tokenizer = load(name, **loading)
-    found: dict[str, Any] = {"model": name, "attention": describe(model), "perplexity": [], "agreement": None}
+    found: dict[str, Any] = {"model": name, "attention": describe(model), "perplexity": []}
     found["trained"] = getattr(model.config, "max_position_embeddings", None)
     if source:
         tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, *contexts))
@@ -122,15 +122,14 @@ def _measure(
                 measured = perplexity(model, tokens, context)
             units = count_units(tokenizer, tokens, context, len(measured.nll), stride)
             found["perplexity"].append((measured, units))
-        prompts = tokens.reshape(-1)[: PROMPTS * PROMPT_TOKENS]
-        prompts = prompts[: len(prompts) // PROMPT_TOKENS * PROMPT_TOKENS].view(-1, PROMPT_TOKENS)
-        if len(prompts) and against:
-            progress(f"{name}: writing")
-            found["agreement"] = agreement(model, prompts, against["written"])
-        elif len(prompts) and is_control:
-            progress(f"{name}: writing")
-            found["written"] = continuations(model, prompts, NEW_TOKENS)
-    found["results"] = run_tasks(model, tokenizer, names, lengths=contexts, progress=progress, **told)
+    inputs = TaskInputs(contexts, limit, batch_size, seed, found.get("tokens"))
+    answers = against and against["answers"]
+    if is_control:
+        progress(f"{name}: answers to the tasks")
+        answers = found["answers"] = answers_of(model, tokenizer, names, inputs)
+    found["results"] = run_tasks(
+        model, tokenizer, names, inputs, answers=answers, include_path=include_path, progress=progress
+    )
     return found
 
 
@@ -158,22 +157,13 @@ def _result(ours: dict, against: dict | None) -> tuple[dict[str, Any], list]:
     if tasks:
         compared = {"control": "control", "difference": "difference", "verdict": "verdict"} if against else {}
         tables.append(table_of(title, tasks, **TASKS, **compared))
-    writing = _agreement_row(ours["agreement"]) if ours["agreement"] else None
-    if writing:
-        tables.append(table_of("free generation, greedy", [writing], **{key: key for key in writing}))
     compared_rows = [row.get("difference") or row.get("ratio") for row in (*rows, *tasks)]
     if any(compared and compared["low"] is None for compared in compared_rows):
         tables.append(f"no interval: it needs {MIN_ITEMS} blocks or items of a task")
     if any(row.get("few") or (row.get("ratio") or {}).get("few") for row in (*rows, *tasks)):
         tables.append("* or few items: fewer than 500, so the interval is rough")
     content = {"model": ours["model"], "attention": ours["attention"], "control": against and against["model"]}
-    return content | {"perplexity": rows, "tasks": tasks, "generation": writing}, tables
-
-
-def _agreement_row(found) -> dict[str, float]:
-    rows = {"same_tokens": found.same, "tokens_before_the_first_other": found.prefix, "agreement_when_told": found.told}
-    rows |= {"repetition": found.repetition, "repetition_of_control": found.repetition_of_control}
-    return {name: math.fsum(values) / len(values) for name, values in rows.items()} | {"prompts": len(found.same)}
+    return content | {"perplexity": rows, "tasks": tasks}, tables
 
 
 def _perplexity_row(found, units, trained: int | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..evaluation.tasks import help_text
 from .options import (
     AllowPickle,
     DatasetConfig,
@@ -67,7 +68,7 @@ def tradeoff(
         str | None,
         typer.Option(
             "--tasks",
-            help="with commas: needle and recall (at the context lengths), writing, .jsonl files, tasks of lm-eval",
+            help=f"{help_text()}; generated texts have the context lengths",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="items per task")] = None,

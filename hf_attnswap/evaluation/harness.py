@@ -16,8 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError
 from .result import Result, mean
+from .tasks.registry import unknown as unknown_task
 
 
 def harness_tasks(
@@ -46,9 +46,7 @@ def harness_tasks(
         manager = TaskManager(include_path=include_path)  # which reads its thousands of files
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
-        raise UsageError(
-            f"lm-eval has no task {unknown[0]!r}: see `lm-eval ls tasks`, or name a folder: --include_path"
-        )
+        raise unknown_task(unknown[0], ", but lm-eval has no task of this name (`lm-eval ls tasks`, --include_path)")
     tasks = manager.load(list(names))["tasks"]
     found = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks.values()), limit=limit,

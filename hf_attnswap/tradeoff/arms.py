@@ -39,7 +39,7 @@ class Settings:
     per_device_train_batch_size: int = 1
     seed: int = 0
     diagnose_tokens: int = 0
-    tasks: tuple[str, ...] = ()  # of `evaluation.tasks`, and "writing"
+    tasks: tuple[str, ...] = ()  # as `evaluation.tasks.run_tasks` takes them
     task_limit: int | None = None
     include_path: str | None = None
     train_lengths: tuple[int, ...] = ()  # of the `lengths`

@@ -27,6 +27,7 @@ from ..errors import UsageError
 from ..evaluation.checks import check_swap
 from ..evaluation.diagnose import diagnose
 from ..evaluation.perplexity import count_units, perplexity
+from ..evaluation.tasks import check_tasks, text_tokens
 from ..integration.finding import head_shape, inspect
 from ..integration.swapping import restore, swapped_modules
 from ..report.types import Data, Report
@@ -41,7 +42,7 @@ from .machine import describe_model, machine, now, versions
 from .progress import Course, Progress
 from .rows import row
 from .speed import Rounds, measure_speed
-from .tasks import PROMPT_TOKENS, WRITING, check, measure_tasks, written_by
+from .task_runs import measure_tasks
 
 FORMAT = 5  # of the files in `measured`
 SPEED = "speed.json"
@@ -69,7 +70,7 @@ def measure(
         UsageError: unknown arms, too little text, or an `output_dir` that holds something else.
     """
     arms = [Arm.parse(text) for text in dict.fromkeys(("softmax", *settings.arms))]
-    check(settings.tasks)
+    check_tasks(settings.tasks)
     train_blocks, eval_tokens = _texts(tokenizer, training_text, evaluation_text, settings)
     measured = _open(output_dir, settings, arms, model_name, training_text, evaluation_text)
     course = _course(arms, model, settings, measured, observe)
@@ -128,7 +129,7 @@ def _texts(tokenizer, training_text, evaluation_text, settings: Settings) -> tup
     for length in set(settings.train_lengths) - set(settings.lengths):
         raise UsageError(f"train_lengths has {length}, which is none of the lengths {list(settings.lengths)}")
     longest = max(*(2 * length for length in settings.context_lengths), *settings.lengths, settings.block_size)
-    longest = max(longest, PROMPT_TOKENS if WRITING in settings.tasks else 0)
+    longest = max(longest, text_tokens(settings.tasks))
     blocks = token_blocks(training_text, tokenizer, settings.block_size)
     if evaluation_text is None:
         held_out = math.ceil(len(blocks) / 5)
@@ -225,11 +226,10 @@ def _quality(
             result["by_position"][str(context)] = found.by_position
             course.advance(settings.max_eval_tokens)
         if settings.tasks:
-            writing = WRITING in settings.tasks
-            written = written_by(model, eval_tokens, folder / "written.json") if writing else None
             result["tasks"] = measure_tasks(
-                swapped, tokenizer, eval_tokens, settings, written, lambda line: course.say(f"{arm.label}: {line}")
-            )
+                swapped, model, tokenizer, eval_tokens, settings, folder / "answers.json",
+                lambda line: course.say(f"{arm.label}: {line}"),
+            )  # fmt: skip
             course.advance(progress.tasks(settings))
         if settings.diagnose_tokens and result["swapped"]:
             text = eval_tokens.reshape(-1)[: settings.diagnose_tokens][None]

@@ -415,7 +415,7 @@ def test_evaluate_beside_a_control_on_the_same_items(attnswap, files, tmp_path):
         "".join(json.dumps({"prompt": "The", "choices": ["cat", "mat"], "answer": i % 2}) + "\n" for i in range(6))
     )
     line = "evaluate {converted} --control {llama} --validation_file {text} --context_length 64 --max_eval_tokens 256 "
-    line += f"--tasks {pairs} --limit 4"
+    line += f"--tasks {pairs},writing --limit 4"
     found = json.loads(attnswap(*arguments(line + " --json", files)).out)
     (row,), text = found["perplexity"], Path(files["text"]).read_text()
     ids = torch.tensor([LETTERS.find(c) + 1 for c in text])[:256]
@@ -426,13 +426,15 @@ def test_evaluate_beside_a_control_on_the_same_items(attnswap, files, tmp_path):
         tasks["acc"]["items"] == 4
         and tasks["acc"]["difference"]["value"] == tasks["acc"]["value"] - tasks["acc"]["control"]
     )
-    assert found["generation"]["prompts"] == 4 and 0 <= found["generation"]["same_tokens"] < 1
+    writing = tasks["tokens as the control's"]
+    assert writing["items"] == 4 and 0 <= writing["value"] < writing["control"] == 1
     table = attnswap(*arguments(line, files)).out
     assert row["verdict"] is None and "ratio to control" in table and "fewer than 500" in table
     assert "no interval: it needs 8 blocks or items of a task" in table
     same = json.loads(attnswap(*arguments(line.replace("{converted}", "{llama}") + " --json", files)).out)
-    assert same["perplexity"][0]["ratio"]["value"] == 1 and same["generation"]["same_tokens"] == 1
-    assert same["generation"]["agreement_when_told"] == 1
+    assert same["perplexity"][0]["ratio"]["value"] == 1
+    agreement = {task["metric"]: task["value"] for task in same["tasks"] if task["task"] == "writing"}
+    assert agreement["tokens as the control's"] == agreement["agreement when told the control's"] == 1
 
 
 def test_convert_into_an_empty_folder(attnswap, files):

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import hf_attnswap
-from hf_attnswap.evaluation.generating import agreement, continuations, repetition_rate
 from hf_attnswap.evaluation.likelihood import Request, encode_pair, log_likelihoods
-from hf_attnswap.evaluation.retrieval import found_needles, needles, recalled, recalls, word_tokens
+from hf_attnswap.evaluation.tasks.needle import found_needles, needles
+from hf_attnswap.evaluation.tasks.recall import recalled, recalls, word_tokens
+from hf_attnswap.evaluation.tasks.writing import agreement, continuations, repetition_rate
 
 
 class Letters:
@@ -112,7 +113,7 @@ def test_a_model_agrees_with_itself():
     assert original.shape == (3, 8)
     found = agreement(tiny(), prompts, original)
     assert (found.same, found.prefix, found.told) == ([1.0] * 3, [8] * 3, [1.0] * 3)
-    assert found.repetition == found.repetition_of_control
+    assert found.repetition == [repetition_rate(row) for row in original.tolist()]
 
 
 def test_agreement_by_hand():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from hf_attnswap import UsageError
 from hf_attnswap.evaluation.choices import Item, read_items, score_choices
 from hf_attnswap.evaluation.result import Result, perplexity
-from hf_attnswap.evaluation.tasks import check_tasks, run_tasks
+from hf_attnswap.evaluation.tasks import TaskInputs, check_tasks, run_tasks
 from hf_attnswap.sources.models import load
 
 CHOICES = [
@@ -72,9 +74,13 @@ def test_files_that_are_not_there_and_unknown_tasks_are_refused(tmp_path, monkey
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UsageError, match="is empty"):
         check_tasks([str(tmp_path / "empty.jsonl")])
-    monkeypatch.setattr("hf_attnswap.evaluation.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_attnswap.evaluation.tasks.running.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'lm-eval is not installed: pip install "hf_attnswap\[eval\]"'):
         check_tasks(["needle", "hellaswag"])
+    with pytest.raises(UsageError, match=r"Unknown task 'nedle'. Did you mean 'needle'\? Available: needle, recall"):
+        check_tasks(["nedle"])
+    with pytest.raises(UsageError, match="task 'writing' goes on from a text: give one by --validation_file"):
+        check_tasks(["writing"], has_text=False)
 
 
 def test_scores_by_hand(stories260k, files):
@@ -148,9 +154,9 @@ def test_a_metric_that_is_no_mean():
 
 def test_generated_and_local_tasks_together(stories260k, files):
     model, tokenizer = load(stories260k)
-    told = dict(lengths=[160, 320], limit=2)
+    inputs = TaskInputs(lengths=[160, 320], limit=2)
     results = run_tasks(
-        model, tokenizer, ["needle", "recall", files["pairs"], files["choices"], files["words"]], **told
+        model, tokenizer, ["needle", "recall", files["pairs"], files["choices"], files["words"]], inputs
     )
     labels = [(r.task, r.metric, len(r.scores)) for r in results]
     assert labels == [
@@ -161,4 +167,55 @@ def test_generated_and_local_tasks_together(stories260k, files):
     ]  # fmt: skip
     assert all(0 <= r.value <= 1 for r in results[:-1]) and results[-1].value > 1
     with pytest.raises(UsageError, match="a haystack of 20 tokens has no room"):
-        run_tasks(model, tokenizer, ["needle"], lengths=[20])
+        run_tasks(model, tokenizer, ["needle"], TaskInputs(lengths=[20]))
+
+
+TASK = '''
+from dataclasses import dataclass
+
+from hf_attnswap.evaluation.result import Result
+from hf_attnswap.evaluation.tasks import Task, register
+
+
+@register
+@dataclass(frozen=True)
+class FirstToken(Task):
+    """Compare the likeliest first token with that of the control."""
+
+    name = "first_token"
+    measures = "Whether the model and its control begin a text of one token alike."
+    texts: int = 5
+
+    def answer(self, model, tokenizer, inputs):
+        ids = inputs.tokens.reshape(-1)[: inputs.limit or self.texts, None]
+        return model(input_ids=ids).logits[:, -1].argmax(-1).tolist()
+
+    def run(self, model, tokenizer, inputs, control=None):
+        pairs = zip(self.answer(model, tokenizer, inputs), control, strict=True)
+        return [Result(self.name, "same", tuple(float(a == b) for a, b in pairs))]
+'''
+
+
+def test_a_task_is_one_file(stories260k, text_file, tmp_path):
+    """Found in the folder of tasks, listed, and run by both commands."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "first_token.py").write_text(TASK)
+    start = "import sys; from hf_attnswap.evaluation import tasks; tasks.__path__.append(sys.argv.pop(1)); "
+    start += "from hf_attnswap.cli import main; main()"
+
+    def attnswap(line):
+        command = [sys.executable, "-c", start, str(tmp_path / "tasks"), *line.split()]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert len(TASK.strip().splitlines()) <= 30
+    assert "first_token" in attnswap("evaluate --help")
+    line = f"evaluate {stories260k} --control {stories260k} --validation_file {text_file} --context_length 64 "
+    (row,) = json.loads(attnswap(line + "--max_eval_tokens 128 --tasks first_token --limit 3 --json"))["tasks"]
+    assert (row["task"], row["metric"], row["value"], row["control"], row["items"]) == ("first_token", "same", 1, 1, 3)
+    line = f"tradeoff {stories260k} --train_file {text_file} --output_dir {tmp_path / 'out'} --arm none --no_controls "
+    line += "--context_length 64 --max_eval_tokens 128 --block_size 64 --align_tokens 0 --length 16 --rounds 1 "
+    attnswap(line + "--decode_tokens 1 --tasks first_token")
+    arms = json.loads((tmp_path / "out" / "report.json").read_text())["arms"]
+    assert [arm["tasks"][0]["task"] for arm in arms] == ["first_token"] * 2 and arms[0]["tasks"][0]["value"] == 1

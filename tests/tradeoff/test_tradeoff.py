@@ -12,7 +12,7 @@ import torch
 from tiny_models import tiny
 
 from hf_attnswap import UsageError, attentions, report, swap
-from hf_attnswap.evaluation.generating import agreement, continuations
+from hf_attnswap.evaluation.tasks.writing import agreement, continuations
 from hf_attnswap.sources.texts import TextSource, token_blocks
 from hf_attnswap.statistics import paired_bootstrap
 from hf_attnswap.tradeoff import Arm, Settings, measure, with_controls
@@ -89,10 +89,12 @@ def test_tasks_are_compared_on_the_same_items(measured, text):
     hybrid, kept = arms["elu+window:window=4,sinks=1"], measured[1] / "measured"
     names = [(entry.task, entry.metric, entry.items) for entry in hybrid]
     assert names == [
-        ("pairs", "acc", 8), ("pairs", "acc_norm", 8), ("writing", "tokens as softmax's", 8),
-        ("writing", "agreement when told softmax's", 8), ("writing", "repetition", 8),
+        ("pairs", "acc", 8), ("pairs", "acc_norm", 8), ("writing", "tokens as the control's", 8),
+        ("writing", "tokens before the first other", 8), ("writing", "agreement when told the control's", 8),
+        ("writing", "repetition", 8),
     ]  # fmt: skip
-    assert all(entry.difference.few for entry in hybrid) and [entry.value for entry in arms["softmax"]][2:4] == [1, 1]
+    assert all(entry.difference.few for entry in hybrid)
+    assert [entry.value for entry in arms["softmax"]][2:5] == [1, 64, 1]
     assert all(entry.difference is None for entry in arms["softmax"])
     for entry, softmax, linear in zip(hybrid, arms["softmax"], arms["elu"], strict=True):
         assert entry.difference.value == pytest.approx(entry.value - softmax.value)
@@ -100,7 +102,7 @@ def test_tasks_are_compared_on_the_same_items(measured, text):
         assert against.value == pytest.approx(entry.value - linear.value)
     # The interval is that of a paired bootstrap over the items.
     swapped, original = swap(tiny(), "elu"), tiny()
-    written = torch.tensor(json.loads((kept / "written.json").read_text()))
+    written = torch.tensor(json.loads((kept / "answers.json").read_text())["writing"])
     assert written.shape == (8, 64)
     tokens = token_blocks(text, Letters(), 32)
     starts = tokens[-math.ceil(len(tokens) / 5) :].reshape(-1)[: 8 * 64].view(8, 64)

@@ -1,0 +1,64 @@
+"""The interface of a generated task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..result import Result
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """What every task is given beside the model.
+
+    Attributes:
+        lengths: tokens of the texts that a task makes, where it makes texts of a length.
+        limit: the most items, per length where there are lengths; None leaves the number to the task.
+        batch_size: items that a task may put through the model at once.
+        seed: of all that a task draws.
+        tokens: held-out text, int64 of any shape, read as one stream; None where no text was given.
+    """
+
+    lengths: Sequence[int] = (512,)
+    limit: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A generated task: a subclass in a file of this folder, a frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: what `--tasks` calls the task.
+        measures: what the task measures, in one sentence.
+        text_tokens: tokens of held-out text (`TaskInputs.tokens`) without which the task has nothing to do.
+    """
+
+    name = ""
+    measures = ""
+    text_tokens = 0
+
+    def answer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: TaskInputs) -> Any:
+        """Return what `run` has to know of the control, the model that others are compared with, as JSON.
+
+        None, as here, where a task compares nothing but its results.
+        """
+        return None
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: TaskInputs, control: Any = None
+    ) -> list[Result]:
+        """Run the task on `model` and return its metrics, the scores by item so that two models can be paired.
+
+        Args:
+            control: the `answer` of the control; None where the task has none, or where there is no control.
+
+        Raises:
+            UsageError: the task does not fit the model or its inputs.
+        """
+        raise NotImplementedError

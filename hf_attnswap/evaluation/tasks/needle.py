@@ -1,0 +1,103 @@
+"""A needle in a haystack: a number that stands somewhere in a long text, and is asked for at its end."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ...errors import UsageError
+from ..likelihood import Request, encode_pair, log_likelihoods
+from ..result import Result
+from .base import Task
+from .registry import register
+
+_HAY = (
+    "The grass is green. The sky is blue. The sun is warm. The road goes on. The river runs to the sea. "
+    "The birds sing in the trees. The children play by the house. The old man reads his book. "
+)
+_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
+_QUESTION = "What is the pass key? The pass key is"
+
+
+@register
+@dataclass(frozen=True)
+class NeedleTask(Task):
+    """Hide a number in texts of each of the lengths, at depths that come in turn.
+
+    Attributes:
+        texts: texts per length, unless `TaskInputs.limit` says another number.
+        depths: where the number is hidden, 0 (at the start) to 1 (at the question).
+    """
+
+    name = "needle"
+    measures = "Whether the model says a number of five digits that stands somewhere in a long text."
+    texts: int = 20
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def run(self, model, tokenizer, inputs, control=None) -> list[Result]:
+        texts, results = inputs.limit or self.texts, []
+        for length in inputs.lengths:
+            try:
+                items = needles(tokenizer, [length], self.depths, ceil(texts / len(self.depths)), inputs.seed)[:texts]
+            except ValueError as error:
+                raise UsageError(str(error)) from error
+            results.append(Result(f"needle at {length}", "found", tuple(map(float, found_needles(model, items)))))
+        return results
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One text with a number hidden in it.
+
+    Attributes:
+        length: tokens, the question included. depth: where it is hidden, 0 (at the start) to 1 (at the question).
+    """
+
+    length: int
+    depth: float
+    request: Request
+
+
+def needles(
+    tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], depths: Sequence[float], repeats: int = 1, seed: int = 0
+) -> list[Needle]:
+    """Return `repeats` texts for every length and depth, each with another number of five digits.
+
+    Within a length the depths come in turn.
+
+    After the passkey task of Mohtashami and Jaggi, "Landmark attention", 2023.
+
+    Raises:
+        ValueError: a length that leaves no room for needle and question.
+    """
+    numbers = random.Random(seed)
+    made = []
+    for length in lengths:
+        for _ in range(repeats):
+            for depth in depths:
+                made.append(
+                    Needle(length, depth, _hide(tokenizer, str(numbers.randint(10_000, 99_999)), length, depth))
+                )
+    return made
+
+
+def _hide(tokenizer, key: str, length: int, depth: float) -> Request:
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    question = encode_pair(tokenizer, _QUESTION, f" {key}")
+    hay, needle = encode(_HAY), encode(_NEEDLE.format(key=key))
+    room = length - len(needle) - len(question.prompt) - len(question.target)
+    if room < 0:
+        raise ValueError(f"a haystack of {length} tokens has no room for its needle: give at least {length - room}")
+    before = round(room * depth)
+    straw = (hay * (room // len(hay) + 1))[:room]
+    return Request((*straw[:before], *needle, *straw[before:], *question.prompt), question.target)
+
+
+def found_needles(model: nn.Module, items: Sequence[Needle], batch_size: int = 1) -> list[bool]:
+    """Return by item whether the model, reading greedily, says the number: each of its tokens is the most likely."""
+    return [found.greedy for found in log_likelihoods(model, [item.request for item in items], batch_size)]

@@ -1,0 +1,97 @@
+"""Run tasks by name, from three sources: generated ones, local .jsonl files, and those of lm-eval (extra `eval`)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...errors import UsageError
+from ..choices import read_items, score_choices
+from ..result import Result, perplexity
+from .base import Task, TaskInputs
+from .registry import get, names, unknown
+
+Progress = Callable[[str], None]
+
+
+def check_tasks(chosen: Sequence[str], has_text: bool = True) -> None:
+    """Raise UsageError for a task that cannot run: a file that is not there, a name that nobody knows, a missing text.
+
+    A name that only lm-eval can know is looked up when it runs, where lm-eval is installed.
+    """
+    for name in chosen:
+        if name.endswith(".jsonl"):
+            read_items(name, 1)
+        elif name in names():
+            if get(name).text_tokens and not has_text:
+                raise UsageError(f"task {name!r} goes on from a text: give one by --validation_file or --dataset_name")
+        elif find_spec("lm_eval") is None:
+            raise unknown(name, ', and lm-eval is not installed: pip install "hf_attnswap[eval]"')
+
+
+def text_tokens(chosen: Sequence[str]) -> int:
+    """Return the tokens of held-out text that the chosen tasks need, 0 where none of them reads a text."""
+    return max((task.text_tokens for task in _generated(chosen)), default=0)
+
+
+def answers_of(
+    control: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: Sequence[str], inputs: TaskInputs
+) -> dict[str, Any]:
+    """Return by name what the chosen tasks have to know of the control, as JSON, for `run_tasks(answers=...)`."""
+    answers = {task.name: task.answer(control, tokenizer, inputs) for task in _generated(chosen)}
+    return {name: answer for name, answer in answers.items() if answer is not None}
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Sequence[str],
+    inputs: TaskInputs,
+    *,
+    answers: Mapping[str, Any] | None = None,
+    include_path: str | None = None,
+    progress: Progress = lambda line: None,
+) -> list[Result]:
+    """Run tasks on a model, swapped or not, and return their metrics; those of lm-eval come last.
+
+    Args:
+        chosen: names of generated tasks (`names()`), paths of .jsonl files (see `choices`), or tasks of lm-eval.
+        answers: what `answers_of` returns for the control; None where there is no control.
+        include_path: a folder of task files (yaml) for lm-eval.
+
+    Raises:
+        UsageError: an unknown task, or one that does not fit the model.
+    """
+    check_tasks(chosen, inputs.tokens is not None)
+    results: list[Result] = []
+    others = [name for name in chosen if name not in names() and not name.endswith(".jsonl")]
+    for name in (name for name in chosen if name not in others):
+        progress(name)
+        if name.endswith(".jsonl"):
+            results += _choices(model, tokenizer, name, inputs)
+        else:
+            results += get(name).run(model, tokenizer, inputs, (answers or {}).get(name))
+    if others:
+        from ..harness import harness_tasks
+
+        progress(", ".join(others))
+        results += harness_tasks(
+            model, tokenizer, others, inputs.limit, include_path, inputs.batch_size, inputs.seed
+        )  # fmt: skip
+    return results
+
+
+def _generated(chosen: Sequence[str]) -> list[Task]:
+    return [get(name) for name in chosen if name in names()]
+
+
+def _choices(model, tokenizer, path: str, inputs: TaskInputs) -> list[Result]:
+    scores, task = score_choices(model, tokenizer, read_items(path, inputs.limit), inputs.batch_size), Path(path).stem
+    results = [Result(task, "acc", tuple(scores.acc))]
+    if scores.acc_norm:
+        results.append(Result(task, "acc_norm", tuple(scores.acc_norm)))
+    if scores.log_likelihood:
+        results.append(Result(task, "perplexity", tuple(scores.log_likelihood), False, perplexity))
+    return results

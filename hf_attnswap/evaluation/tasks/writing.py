@@ -1,0 +1,110 @@
+"""Free generation: how long a swapped model says what the original says, and whether it repeats itself.
+
+A small difference in likelihood becomes a large one where a model reads its own words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UsageError
+from ..result import Result
+from .base import Task, TaskInputs
+from .registry import register
+
+
+@register
+@dataclass(frozen=True)
+class WritingTask(Task):
+    """Write on greedily from the starts of a text, and compare with what the control writes there.
+
+    Without a control only the repetition is measured.
+
+    Attributes:
+        prompts: starts, taken one after another from the text, whatever `TaskInputs.limit` says.
+        text_tokens: tokens of a start.
+        new_tokens: tokens that are written after each.
+    """
+
+    name = "writing"
+    measures = "How long the model writes on as its control does, and whether it repeats itself."
+    prompts: int = 8
+    text_tokens: int = 64
+    new_tokens: int = 64
+
+    def answer(self, model, tokenizer, inputs) -> list[list[int]]:
+        return continuations(model, self.starts(inputs), self.new_tokens).tolist()
+
+    def run(self, model, tokenizer, inputs, control=None) -> list[Result]:
+        starts = self.starts(inputs)
+        if control is None:
+            written = continuations(model, starts, self.new_tokens).tolist()
+            return [Result(self.name, "repetition", tuple(map(repetition_rate, written)), higher_is_better=False)]
+        result = agreement(model, starts, torch.tensor(control))
+        return [
+            Result(self.name, "tokens as the control's", tuple(result.same)),
+            Result(self.name, "tokens before the first other", tuple(map(float, result.prefix))),
+            Result(self.name, "agreement when told the control's", tuple(result.told)),
+            Result(self.name, "repetition", tuple(result.repetition), higher_is_better=False),
+        ]
+
+    def starts(self, inputs: TaskInputs) -> Tensor:
+        """Return the starts that are continued, int64 `[N, text_tokens]`."""
+        stream = inputs.tokens.reshape(-1)
+        if len(stream) < self.text_tokens:
+            raise UsageError(f"task {self.name!r} needs a text of {self.text_tokens} tokens, not {len(stream)}")
+        return stream[: len(stream) // self.text_tokens * self.text_tokens].view(-1, self.text_tokens)[: self.prompts]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model writes what another one, the original, writes; lists of one number per prompt.
+
+    Attributes:
+        same: share of the new tokens that are, at their place, those of the original.
+        prefix: tokens before the first that differs.
+        told: share of the original's tokens that are the most likely ones where the model reads the original's text.
+        repetition: `repetition_rate` of what the model writes.
+    """
+
+    same: list[float]
+    prefix: list[int]
+    told: list[float]
+    repetition: list[float]
+
+
+@torch.no_grad()
+def continuations(model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
+    """Write exactly `new_tokens` tokens after each of the prompts `[N, n]`, greedily: int64 `[N, new_tokens]`."""
+    prompts = prompts.to(next(model.parameters()).device)
+    told = {"do_sample": False, "num_beams": 1, "pad_token_id": model.generation_config.pad_token_id or 0}
+    told |= {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "attention_mask": torch.ones_like(prompts)}
+    return model.generate(prompts, **told)[:, prompts.shape[1] :].cpu()
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, prompts: Tensor, original: Tensor) -> Agreement:
+    """Compare what `model` writes after `prompts` `[N, n]` with `original`, the `continuations` of another model."""
+    prompts = prompts.cpu()
+    written = continuations(model, prompts, original.shape[1])
+    equal = written == original
+    text = torch.cat([prompts, original], dim=1).to(next(model.parameters()).device)
+    logits = model(input_ids=text, use_cache=False).logits[:, prompts.shape[1] - 1 : -1]
+    ends = model.generation_config.eos_token_id  # which `continuations` does not let a model say
+    if ends is not None:
+        logits[..., torch.tensor(ends)] = -torch.inf
+    said = logits.argmax(-1).cpu()
+    return Agreement(
+        same=equal.double().mean(1).tolist(),
+        prefix=equal.long().cumprod(1).sum(1).tolist(),
+        told=(said == original).double().mean(1).tolist(),
+        repetition=[repetition_rate(row) for row in written.tolist()],
+    )
+
+
+def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
+    """Return the share of the runs of `n` tokens that occurred before; 0 where there is no such run."""
+    runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
