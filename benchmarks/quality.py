@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
     def measure(label: str, model: str, about: dict[str, Any]) -> None:
         nonlocal shape
         arm = known.get(label)
-        if arm is None or any(getattr(arm, name) != value for name, value in about.items()):
+        stages, tokens = stages_of(about.get("training", [])), about.get("training_tokens", 0)
+        if arm is None or (stages_of(arm.training), arm.training_tokens) != (stages, tokens):
             arm, shape = measured(label, model, about, args, named(original))
-        arms[label] = arm
+        arms[label] = replace(arm, **about)
         reports.write(report(), path)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,7 @@ def compare(arms: dict[str, types.Arm]) -> None:
         own.ratio, own.against = None, []
         if label == ORIGINAL:
             continue
-        stages = stages_of(arm)
+        stages = stages_of(arm.training)
         control = alike(arms, stages, CONTROL, since=-1)
         if stages[-1]["stage"] == "distill":
             control = teacher(label, stages)
@@ -212,9 +214,9 @@ def beside(control: str, arms: dict[str, types.Arm]) -> Callable[[types.Perplexi
     return lambda own: perplexity_ratio(control, *(Perplexity(0, tuple(e.block_nll)) for e in (own, other)))
 
 
-def stages_of(arm: types.Arm) -> list[dict[str, Any]]:
-    """Return the stages of an arm with their arguments, as its recipe has them."""
-    return [{"stage": stage.stage} | stage.arguments for stage in arm.training]
+def stages_of(training: list[types.Stage]) -> list[dict[str, Any]]:
+    """Return stages with their arguments, as a recipe has them."""
+    return [{"stage": stage.stage} | stage.arguments for stage in training]
 
 
 def attention(stages: list[dict[str, Any]]) -> str:
@@ -243,7 +245,7 @@ def alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str, sin
         return [{name: value for name, value in stage.items() if name not in ASIDE} for stage in kept]
 
     for key, other in arms.items():
-        stages = stages_of(other)
+        stages = stages_of(other.training)
         if stages and attention(stages) == name and training(stages) == training(ours):
             return key
     return None

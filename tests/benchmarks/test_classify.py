@@ -264,7 +264,7 @@ def test_intervals_are_paired(script):
     assert identity.difference.value == -0.25 and identity.ratio.value == pytest.approx(2 / 3)
     # 10 of 40 lost: a standard error of sqrt(0.25 * 0.75 / 40) = 0.068
     assert identity.difference.low == pytest.approx(-0.25 - 1.96 * 0.068, abs=0.03)
-    assert identity["difference"]["high"] == pytest.approx(-0.25 + 1.96 * 0.068, abs=0.03)
+    assert identity.difference.high == pytest.approx(-0.25 + 1.96 * 0.068, abs=0.03)
 
 
 @pytest.mark.long

@@ -130,11 +130,14 @@ def test_the_table_compares_each_stage_with_its_control(convert, script, held_ou
         yaml.safe_load((tmp_path / "table" / "window" / "recipe.yaml").read_text())["stages"][0]["stage"] == "distill"
     )
 
-    def again(*args):
+    def not_again(*args):
         raise AssertionError("measured twice")
 
-    monkeypatch.setattr(quality, "measured", again)
-    assert by_label(quality.main(command)) == models
+    monkeypatch.setattr(quality, "measured", not_again)
+    again = by_label(quality.main(command))
+    assert list(again) == list(models)
+    for key, entry in again.items():
+        assert entry.block_nll == pytest.approx(models[key].block_nll) and entry.tokens == models[key].tokens
     with pytest.raises(UsageError, match="other text"):
         quality.main([*command[:-1], str(tmp_path / "table"), "--max_eval_tokens", str(4 * BLOCK)])
 
