@@ -11,9 +11,24 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(tempfile.gettempdir()) / f"attnswap_t
 
 import pytest
 import torch
+from device_under_test import DEVICE, FILES, OnDevice
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+if DEVICE.type != "cpu":
+    # TF32 keeps 10 bits of a float32 factor, less than the tolerances of the tests allow for.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    OnDevice().__enter__()  # before the test files are imported, which make tensors too
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what is about the CPU, or about files and commands, where another device is tested."""
+    skip = pytest.mark.skip(reason=f"runs on the CPU alone, not on ATTNSWAP_TEST_DEVICE={DEVICE}")
+    for item in items:
+        where = item.path.relative_to(Path(__file__).parent).as_posix()
+        if DEVICE.type != "cpu" and not where.startswith(FILES):
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session", autouse=True)

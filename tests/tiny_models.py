@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from device_under_test import DEVICE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 _SIZES = dict(
@@ -56,7 +57,7 @@ def tiny(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides)
     """A model of a family in eval mode; `overrides` must not change the shapes of its weights."""
     model = AutoModelForCausalLM.from_config(_config(family, **overrides))
     model.load_state_dict(_weights(family))
-    return model.to(dtype).eval()
+    return model.to(DEVICE, dtype).eval()
 
 
 def tokens(length: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -78,4 +79,4 @@ def tiny_encoder():
     """A BERT without its heads, in eval mode."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("bert", intermediate_size=48, **_SIZES)
-    return AutoModel.from_config(config).eval()
+    return AutoModel.from_config(config).to(DEVICE).eval()

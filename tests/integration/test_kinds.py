@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import NAMES, SCALING, assert_near, build, gradients, inputs, mask_of, named
+from device_under_test import DEVICE
 from tiny_models import randomise, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
 
@@ -48,7 +49,7 @@ ANY_MASK = named(lambda cls: cls.any_mask)
 
 def made(family: str, auto=AutoModel, **overrides):
     torch.manual_seed(0)
-    return auto.from_config(AutoConfig.for_model(family, **MODELS[family] | overrides)).eval()
+    return auto.from_config(AutoConfig.for_model(family, **MODELS[family] | overrides)).to(DEVICE).eval()
 
 
 def batch(family: str) -> dict:
@@ -103,7 +104,7 @@ def test_swaps_saves_and_restores(family, name, tmp_path):
     model.save_pretrained(tmp_path)
     again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any("attnswap" in key for keys in info.values() for key in keys)
-    assert torch.equal(output(again.eval(), family), found)
+    assert torch.equal(output(again.to(DEVICE).eval(), family), found)
     for each in (model, again):
         assert torch.equal(output(hf_attnswap.restore(each), family), expected)
 
@@ -134,7 +135,7 @@ def test_parts_that_are_not_swapped_stay_as_they_are(tmp_path):
     assert model.config.vision_config._attn_implementation == "sdpa"
     found = output(model, "llava")
     model.save_pretrained(tmp_path)
-    again = AutoModel.from_pretrained(tmp_path).eval()
+    again = AutoModel.from_pretrained(tmp_path).to(DEVICE).eval()
     assert torch.equal(output(again, "llava"), found)
     assert again.config.vision_config._attn_implementation == "sdpa"
     assert {entry.part for entry in hf_attnswap.inspect(again) if entry.swapped} == {"text_config"}
@@ -153,7 +154,7 @@ def test_the_text_model_of_clip_is_causal():
 def test_a_decoder_that_goes_by_its_mask_alone_is_causal(name):
     settings = SEQ2SEQ | dict(stagger_local_blocks=False, block_size=8, num_global_tokens=2)
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model("pegasus_x", **settings)).eval()
+    model = AutoModel.from_config(AutoConfig.for_model("pegasus_x", **settings)).to(DEVICE).eval()
     own = [module for module in model.modules() if getattr(module, "is_decoder", None) is True]
     assert len(own) == 4 and not any(module.is_causal for module in own)
     kinds = {entry.name: entry.kind for entry in hf_attnswap.inspect(model) if not entry.reason}
@@ -269,7 +270,7 @@ def test_random_features_approximate_softmax(name):
     exact = torch.exp(query @ key.mT * SCALING)
     errors = []
     for size in (4, 512) if name == "performer" else (1, 64):
-        made = attentions.get(name)(attentions.Heads(2, 2, 8), **{option: size})
+        made = attentions.get(name)(attentions.Heads(2, 2, 8), **{option: size}).to(DEVICE)
         found = made.kernel(query, key, SCALING)
         if name == "performer":  # queries are scaled by row
             found, target = found / found.sum(-1, keepdim=True), exact / exact.sum(-1, keepdim=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import Largest, build, inputs
+from device_under_test import DEVICE
 
 from hf_attnswap.integration.mask_function import attnswap_mask
 from hf_attnswap.masks import Mask, Packed, find_segments, from_segments, parse, split
@@ -37,13 +38,13 @@ def segments_matrix(segments):
 def test_no_mask_is_causal():
     assert parse(None, 3, 5) == Mask(3, 5)
     expected = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
-    assert torch.equal(parse(None, 3, 5).matrix()[0, 0], expected)
+    assert torch.equal(parse(None, 3, 5).matrix(DEVICE)[0, 0], expected)
 
 
 def test_2d_bool_is_padding():
     mask = parse(LEFT, N, N)
     assert mask.valid is not None and mask.dense is None
-    assert torch.equal(mask.matrix(), padded(LEFT))
+    assert torch.equal(mask.matrix(DEVICE), padded(LEFT))
     assert torch.equal(mask.new_tokens(), LEFT)
 
 
@@ -71,7 +72,7 @@ class Test4D:
         mask = parse(form(padded(valid)), N, N)
         assert isinstance(mask, Mask) and mask.dense is None
         rows = valid[:, None, :, None]
-        assert torch.equal(mask.matrix() & rows, padded(valid) & rows)
+        assert torch.equal(mask.matrix(DEVICE) & rows, padded(valid) & rows)
 
     def test_right_padding(self, form):
         valid = LEFT.flip(1)
@@ -95,14 +96,14 @@ class Test4D:
     def test_with_a_past(self, form):
         dense = padded(LEFT)[:, :, -4:]
         mask = parse(form(dense), 4, N)
-        assert mask.dense is None and torch.equal(mask.matrix(), dense)
+        assert mask.dense is None and torch.equal(mask.matrix(DEVICE), dense)
         assert torch.equal(mask.new_tokens(), LEFT[:, -4:])
 
     def test_one_row_with_a_past(self, form):
         assert parse(form(CAUSAL[:, :, -1:]), 1, N) == Mask(1, N)
         hole = CAUSAL[:, :, -1:].clone()
         hole[..., 3] = False
-        assert torch.equal(parse(form(hole), 1, N).matrix(), hole)
+        assert torch.equal(parse(form(hole), 1, N).matrix(DEVICE), hole)
 
     def test_per_head(self, form):
         dense = CAUSAL.expand(1, 2, N, N).clone()
@@ -120,7 +121,7 @@ def test_what_an_additive_mask_adds_is_a_bias(value):
     given = additive(CAUSAL)
     given[0, 0, 5, 2] = value
     mask = parse(given, N, N)
-    assert torch.equal(mask.matrix(), CAUSAL) and mask.causal and not mask.plain
+    assert torch.equal(mask.matrix(DEVICE), CAUSAL) and mask.causal and not mask.plain
     assert mask.bias[0, 0, 5, 2] == value and mask.bias.count_nonzero() == 1
 
 
@@ -128,7 +129,7 @@ def test_a_bias_on_packed_texts_keeps_both():
     given = additive(packed(SEGMENTS))
     given[0, 0, 2, 1] = 0.5
     mask = parse(given, N, N)
-    assert torch.equal(mask.matrix(), packed(SEGMENTS)) and mask.bias[0, 0, 2, 1] == 0.5
+    assert torch.equal(mask.matrix(DEVICE), packed(SEGMENTS)) and mask.bias[0, 0, 2, 1] == 0.5
 
 
 def test_nan_is_refused():
@@ -172,7 +173,7 @@ class TestBidirectional:
 def test_nothing_forbidden():
     assert parse(None, 3, 5, causal=False) == Mask(3, 5, causal=False)
     assert parse(torch.ones(1, 1, 1, 5).bool(), 3, 5) == Mask(3, 5, causal=False)
-    assert Mask(3, 5, causal=False).matrix().expand(1, 1, 3, 5).all()
+    assert Mask(3, 5, causal=False).matrix(DEVICE).expand(1, 1, 3, 5).all()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_nothing_forbidden():
 )
 def test_any_other_matrix_stays_a_matrix(dense):
     mask = parse(dense, N, N)
-    assert not mask.plain and torch.equal(mask.matrix(), dense)
+    assert not mask.plain and torch.equal(mask.matrix(DEVICE), dense)
 
 
 @pytest.mark.parametrize("shape", ((N,), (1, N, N), (1, 1, 1, N, N)))
@@ -201,16 +202,16 @@ def test_a_mask_changed_in_place_is_read_again():
     assert parse(dense, N, N) == Mask(N, N)
     dense[:, :, 8:, :4] = False
     found = parse(dense, N, N)
-    assert not isinstance(found, Mask) or torch.equal(found.matrix(), dense)
+    assert not isinstance(found, Mask) or torch.equal(found.matrix(DEVICE), dense)
 
 
 def test_tiles_cover_every_row_once():
     bidirectional = Mask(N, N, valid=LEFT, causal=False)
     for mask in (Mask(N, N), Mask(5, N), Mask(N, N, valid=LEFT), Mask(N, N, dense=padded(LEFT)), bidirectional):
         rows = torch.zeros(mask.query_length, dtype=torch.long)
-        for tile in mask.tiles(4):
+        for tile in mask.tiles(4, DEVICE):
             rows[tile.rows] += 1
-            matrix = mask.matrix().expand(-1, -1, mask.query_length, -1)[:, :, tile.rows]
+            matrix = mask.matrix(DEVICE).expand(-1, -1, mask.query_length, -1)[:, :, tile.rows]
             allowed = matrix[..., tile.columns]
             assert allowed[..., : tile.free].all()
             assert torch.equal(tile.allowed.expand(-1, -1, matrix.shape[2], -1), allowed[..., tile.free :])
