@@ -2,7 +2,8 @@
 
 `name` and `params` are what a kernel matches, `tensors` are what a kernel reads and what a gradient may be wanted of,
 and `f` is the same computation in torch, which the reference and the portable forms call. `f` is a plain function: all
-that it depends on stands in `params` and `tensors`, which are passed to it as keywords.
+that it depends on stands in `params` and `tensors`, which are passed to it as keywords. Nobody changes a spec; these
+classes are not frozen only because a spec is made at every call, which takes several times as long where they are.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 ALL_HEADS: slice = slice(None)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Denominator:
     """What the sum of a row is divided by, d_i.
 
@@ -54,7 +55,7 @@ def _total_or_one(total, count, eps):
     return total + eps if eps else torch.where(total > 0, total, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Activation:
     """The weights on scores: `a_ij = f(factor s_ij, ...)` and `o_i = sum_j a_ij v_j / d_i`.
 
@@ -99,7 +100,7 @@ class Activation:
         return self.f(scores, count, peak, **self.params, **tensors)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FeatureMap:
     """The map of linear attention, whose product `phi(q_i) . phi(k_j)` stands for the weight of key j in row i.
 
