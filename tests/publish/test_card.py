@@ -173,14 +173,18 @@ def test_training_is_told_by_stage_and_can_be_repeated(demo):
     config = config_of("hedgehog", {})
     text = render(trained(demo), config)
     assert "| distill | all weights | book.txt | 614,400 | 7 | 1e-05 | 0.812 to 0.250 |" in text
-    assert "convert.py --recipe recipe.yaml" in text and "| hedgehog of mine |" in text and "| hedgehog |" in text
+    assert (
+        "hf_attnswap.training --recipe recipe.yaml" in text
+        and "| hedgehog of mine |" in text
+        and "| hedgehog |" in text
+    )
     assert not unknown(text, demo, config)
     assert card.recipe(demo, config, BASE) == {
         "model_name_or_path": "SmolLM2-135M-Instruct.Q4_1.gguf",
         "attention": "hedgehog",
         "stages": [
-            {"stage": "align", "train_file": "book.txt", "max_train_tokens": 204_800},
-            {"stage": "distill", "train_file": "book.txt", "use_lora": True},
+            {"stage": "align", "max_train_tokens": 204_800},
+            {"stage": "distill", "use_lora": True},
         ],
     }
     demo.arms[-1].metrics = [Metric("needle", "accuracy", True, 0.75, 0.0625, 48)]
