@@ -42,10 +42,13 @@ class Cosformer(LinearAttention):
         return tuple(torch.cat([x.to(dtype), angle.expand(*x.shape[:-1], 1)], dim=-1) for x in (query, key))
 
     def feature_map(self):
-        return FeatureMap("cosformer", cosformer_features)
+        return COSFORMER
 
 
 def cosformer_features(x: Tensor) -> Tensor:
     """Return the features of queries or keys whose last number is the angle of their position."""
     features, angle = torch.relu(x[..., :-1]), x[..., -1:]
     return torch.cat([features * angle.cos(), features * angle.sin()], dim=-1)
+
+
+COSFORMER = FeatureMap("cosformer", cosformer_features)

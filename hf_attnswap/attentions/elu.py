@@ -17,7 +17,7 @@ class Elu(LinearAttention):
     source = "Katharopoulos 2020"
 
     def feature_map(self):
-        return FeatureMap("elu", elu_features)
+        return ELU
 
 
 def elu_features(x):
@@ -42,3 +42,6 @@ class _EluPlusOne(torch.autograd.Function):
     def backward(ctx, grad):
         (phi,) = ctx.saved_tensors
         return grad * phi.clamp(max=1)
+
+
+ELU = FeatureMap("elu", elu_features)

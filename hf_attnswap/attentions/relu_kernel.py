@@ -9,6 +9,8 @@ from ..ops.spec import FeatureMap
 from .linear import LinearAttention
 from .registry import register
 
+RELU = FeatureMap("relu", torch.relu)
+
 
 @register
 class ReluKernel(LinearAttention):
@@ -20,4 +22,4 @@ class ReluKernel(LinearAttention):
     source = "Kasai 2021, Cai 2023"
 
     def feature_map(self):
-        return FeatureMap("relu", torch.relu)
+        return RELU
