@@ -218,4 +218,4 @@ def test_a_task_is_one_file(stories260k, text_file, tmp_path):
     line += "--context_length 64 --max_eval_tokens 128 --block_size 64 --align_tokens 0 --length 16 --rounds 1 "
     attnswap(line + "--decode_tokens 1 --tasks first_token")
     arms = json.loads((tmp_path / "out" / "report.json").read_text())["arms"]
-    assert [arm["tasks"][0]["task"] for arm in arms] == ["first_token"] * 2 and arms[0]["tasks"][0]["value"] == 1
+    assert [arm["metrics"][0]["task"] for arm in arms] == ["first_token"] * 2 and arms[0]["metrics"][0]["value"] == 1
