@@ -1,4 +1,4 @@
-"""The accelerator of a program that `accelerate launch` or torchrun may start, and what such a program prints."""
+"""Build the accelerator of a program that `accelerate launch` or torchrun may start, and print its messages."""
 
 import os
 import sys
@@ -21,8 +21,8 @@ def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) ->
         arguments: further arguments of `accelerate.Accelerator`.
 
     Raises:
-        UsageError: the accelerator has another number of processes or another kind of sharding than was asked for.
-            Processes that do not know of each other would each train alone, and write over one another.
+        UsageError: the accelerator has another number of processes or another kind of sharding than the launcher was
+            asked for. Processes that do not know of each other would each train alone, and write over one another.
     """
     # The plugin, because Accelerator(gradient_accumulation_steps=) fails on the "auto" of a DeepSpeed config.
     plugin = GradientAccumulationPlugin(num_steps=gradient_accumulation_steps, sync_with_dataloader=False)
@@ -52,7 +52,15 @@ def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) ->
 
 
 def unit_bar(accelerator: Accelerator, total: int, initial: int = 0, unit: str = "tokens") -> tqdm:
-    """Return a bar with units done, units per second and time left, which is seldom redrawn where stderr is a file."""
+    """Return a progress bar that shows units done, units per second and time left, on the main process only.
+
+    Where stderr is a file and no terminal, the bar is redrawn at most every 30 seconds.
+
+    Args:
+        total: units of the whole work.
+        initial: units that were done before.
+        unit: what the units are called.
+    """
     return tqdm(
         total=total,
         initial=initial,
@@ -65,6 +73,6 @@ def unit_bar(accelerator: Accelerator, total: int, initial: int = 0, unit: str =
 
 
 def say(accelerator: Accelerator, line: str) -> None:
-    """Print a line to stderr, once for all processes."""
+    """Print `line` to stderr, once for all processes."""
     if accelerator.is_main_process:
         print(line, file=sys.stderr, flush=True)

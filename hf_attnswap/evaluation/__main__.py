@@ -27,7 +27,7 @@ from .processes import blocks_of_process, shared_perplexity
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for, print a table, and write it where `--output_file` says."""
+    """Measure what the command line asks for, print a table, and write the numbers to `--output_file` as JSON."""
     parser = argparse.ArgumentParser(
         prog="hf_attnswap.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +69,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context: int) -> dict[str, float | int | None]:
-    """Return the row of one context length."""
+    """Return the row of the table for one context length, computed by all processes together.
+
+    Args:
+        tokens: int64 `[N]`, the text as one stream.
+        context: tokens per block.
+
+    Returns:
+        `context`, `perplexity`, `nll` (nats per token), `standard_error` (of `nll`; None for a single block) and
+            `tokens` (the number of tokens predicted).
+    """
     blocks = tokens[: len(tokens) // context * context].view(-1, context)
     share = len(blocks_of_process(accelerator, len(blocks)))
     with unit_bar(accelerator, share * context) as bar:

@@ -1,4 +1,4 @@
-"""Perplexity over several processes: each measures a share of the blocks, and all of them know all results."""
+"""Measure perplexity over several processes: each measures a share of the blocks, and all processes get all results."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from .perplexity import Perplexity, perplexity
 def shared_perplexity(
     accelerator: Accelerator, model: nn.Module, blocks: Tensor, progress: Callable[[int], None] | None = None
 ) -> Perplexity:
-    """Return the perplexity of blocks of tokens, of which each process measures every so many-th.
+    """Return the perplexity of blocks of tokens that are shared out among the processes.
 
-    All processes take equally many blocks, some of them twice, because under FSDP each forward pass is one of all
-    processes.
+    All processes take equally many blocks, some of the blocks twice, because under FSDP every process has to take part
+    in each forward pass.
 
     Args:
         blocks: int64 `[N, n]`; each block is a context.
@@ -28,6 +28,6 @@ def shared_perplexity(
 
 
 def blocks_of_process(accelerator: Accelerator, count: int) -> list[int]:
-    """Return which of `count` blocks this process measures."""
+    """Return the indices of those of `count` blocks that this process measures, equally many for each process."""
     rounds = range(0, count, accelerator.num_processes)
     return [(first + accelerator.process_index) % count for first in rounds]

@@ -1,4 +1,4 @@
-"""What a task finds: a metric over its items, with its standard error and its paired difference to a control."""
+"""Hold a metric of a task over its items, with its standard error and its paired difference to a control."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,23 +12,34 @@ RESAMPLES = 1000  # of what is no mean, which takes as many calls
 
 
 def mean(scores: Sequence[float]) -> float:
+    """Return the arithmetic mean of `scores`."""
     return math.fsum(scores) / len(scores)
 
 
 def perplexity(log_likelihoods: Sequence[float]) -> float:
-    """exp of the mean over items, not over tokens, as lm-eval has it for LAMBADA; inf where that overflows."""
+    """Return the exponential of the mean negative log-likelihood over items; inf where the exponential overflows.
+
+    The mean is over items, not over tokens, as in lm-eval for LAMBADA.
+
+    Args:
+        log_likelihoods: one per item, in nats.
+    """
     loss = -mean(log_likelihoods)
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
 class Result:
-    """One metric of one task.
+    """Hold one metric of one task.
 
     Attributes:
+        task: name of the task.
+        metric: name of the metric.
         scores: one entry per item, in the order of the items: a number, or what `aggregate` takes, such as a
-            log-likelihood with the words that it is of.
-        aggregate: makes the value of the scores; where it is not the mean, error and interval come from resampling.
+            log-likelihood with the words of the item.
+        higher_is_better: whether a higher value is better.
+        aggregate: makes the value from the scores. Where it is not `mean`, standard error and interval come from
+            resampled items.
     """
 
     task: str
@@ -39,11 +50,12 @@ class Result:
 
     @property
     def value(self) -> float:
+        """Return the value of the metric over all items."""
         return float(self.aggregate(self.scores))
 
     @property
     def standard_error(self) -> float:
-        """From the spread between items; NaN for a single one."""
+        """Return the standard error of the value, from the spread between items; NaN for a single item."""
         n = len(self.scores)
         if n < 2:
             return math.nan
@@ -52,9 +64,12 @@ class Result:
         return math.sqrt(math.fsum((x - self.value) ** 2 for x in self.scores) / (n - 1) / n)
 
     def row(self, control: "Result | None" = None) -> dict[str, Any]:
-        """Return plain data, with the paired difference to the control on the same items.
+        """Return the metric as JSON values, with the paired difference to `control` where one is given.
 
-        low, high and verdict are None where the items are too few for an interval.
+        `low`, `high` and `verdict` are None where the items are too few for an interval.
+
+        Raises:
+            ValueError: `control` has another number of items.
         """
         error = self.standard_error
         row = {
@@ -73,6 +88,10 @@ class Result:
         return row | {"control": control.value, "difference": bounds, "verdict": verdict}
 
     def less(self, control: "Result") -> Estimate:
-        """Return this value less that of `control` on the same items, with its interval."""
+        """Return this value minus that of `control` on the same items, with its interval.
+
+        Raises:
+            ValueError: `control` has another number of items.
+        """
         given = {} if self.aggregate is mean else {"aggregate": self.aggregate, "resamples": RESAMPLES}
         return paired_bootstrap(self.scores, control.scores, **given)
