@@ -1,4 +1,4 @@
-"""How fast models read one text, by its length: for encoders, which write nothing."""
+"""Time models that read one text, by its length: for encoders, which write nothing."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,11 +14,17 @@ from .measure import interleaved, peak_memory_mib, speedup
 def reading(
     models: Mapping[str, nn.Module], lengths: Sequence[int], rounds: int, vocab_size: int
 ) -> dict[str, list[Speed]]:
-    """Time the forward pass of each model at each length, beside the first model's round by round, and its memory.
+    """Time the forward pass of each model at each length, in the same rounds as the first model, and measure its
+    memory.
 
     Args:
-        models: in eval mode, on one device; the first is the control.
-        lengths: tokens of a text, which are random; one text at a time.
+        models: models by label, in eval mode, on one device; the first is the control.
+        lengths: tokens of a text; one text of random tokens is read at a time.
+        rounds: timed rounds per length, after one that does not count.
+        vocab_size: number of token ids to draw from.
+
+    Returns:
+        For each label one `Speed` per length, in seconds and MiB.
     """
     control, device = next(iter(models)), next(next(iter(models.values())).parameters()).device
     found: dict[str, list[Speed]] = {label: [] for label in models}

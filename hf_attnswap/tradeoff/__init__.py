@@ -1,4 +1,4 @@
-"""The comparison of arms on one model: what `attnswap tradeoff` measures, as a `Report`."""
+"""Compare arms on one model: what `attnswap tradeoff` measures, as a `Report`."""
 
 from .arms import DEFAULT_ARMS, Arm, Settings, parse_options, share_weights, with_controls
 from .machine import describe_model, machine, now, versions

@@ -1,4 +1,4 @@
-"""What a run was made with: the model, the machine, the versions."""
+"""Describe what a run was made with: the model, the machine, the versions."""
 
 import datetime
 import os
@@ -31,7 +31,7 @@ def describe_model(model: PreTrainedModel, name: str) -> Model:
 
 
 def machine(device: torch.device) -> Machine:
-    """Return what this process runs on."""
+    """Return the processor, memory, device and platform that this process runs on."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -49,12 +49,12 @@ def machine(device: torch.device) -> Machine:
 
 
 def now() -> str:
-    """Return the date and time of a report."""
+    """Return the date and time of a report in UTC, in ISO 8601 to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what the numbers depend on."""
+    """Return the versions of Python and of the packages that the numbers depend on, by name."""
     return {
         "hf_attnswap": __version__,
         "torch": torch.__version__,

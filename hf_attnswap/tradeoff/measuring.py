@@ -1,7 +1,7 @@
-"""Every arm of a comparison on one model: swap, align where there is something to align, measure, report.
+"""Measure every arm of a comparison on one model: swap, align variants with parameters, evaluate, time, report.
 
-What is measured is kept arm by arm and round by round in `output_dir/measured`, each file whole by rename, so that an
-interrupted run goes on where it was when the same command is given again.
+What is measured is kept arm by arm and round by round in `output_dir/measured`. Each file appears whole by rename, so
+an interrupted run continues where it stopped when the same command is given again.
 """
 
 import hashlib
@@ -63,11 +63,16 @@ def measure(
     """Measure all arms and return the report.
 
     Args:
-        evaluation_text: held-out text; None keeps the last fifth of the training text out of training for it.
-        observe: is told of every step, and of how much of the whole run is done.
+        evaluation_text: held-out text; where it is None, the last fifth of the training text is held out.
+        settings: what is measured.
+        output_dir: a new or empty folder, or the folder of an earlier run with the same settings, model and texts.
+        model_name: name of the model in the report.
+        command: the command of the run, for the report.
+        observe: called at every step with the progress of the whole run.
 
     Raises:
-        UsageError: unknown arms, too little text, or an `output_dir` that holds something else.
+        UsageError: an arm or task is unknown, a text is too short, settings do not fit together, or `output_dir` holds
+            something else.
     """
     arms = [Arm.parse(text) for text in dict.fromkeys(("softmax", *settings.arms))]
     check_tasks(settings.tasks)
@@ -106,7 +111,7 @@ def measure(
 def _course(
     arms: Sequence[Arm], model: PreTrainedModel, settings: Settings, folder: Path, observe: Callable[[Progress], None]
 ) -> Course:
-    """Return the course of the run: the weight of all steps, and of those that an earlier run has done."""
+    """Return the course of the run: the weight of all steps, and of the steps that an earlier run has done."""
     layers = inspect(model)
     heads = head_shape(model, layers)
     weights = [progress.quality(arm, settings, len(layers), _is_aligned(arm, heads, settings)) for arm in arms]
@@ -119,7 +124,7 @@ def _course(
 
 
 def _is_aligned(arm: Arm, heads: Heads, settings: Settings) -> bool:
-    """Whether the run trains the arm: a variant with parameters of its own that no conversion brings along."""
+    """Return whether the run trains the arm: a variant with parameters, and not of a conversion."""
     if arm.conversion is not None or arm.attention == "softmax" or not settings.align_tokens:
         return False
     return any(True for _ in attentions.get(arm.attention)(heads, **arm.options).parameters())
@@ -150,14 +155,14 @@ def _texts(tokenizer, training_text, evaluation_text, settings: Settings) -> tup
 
 
 def _called(text: TextSource) -> str:
-    """A file without the folders that it lies in here."""
+    """Return the name of a text; for a file, without the folders that hold it."""
     return Path(text.name).name if Path(text.name).is_file() else text.name
 
 
 def _open(
     output_dir: Path, settings: Settings, arms: Sequence[Arm], model_name: str, *texts: TextSource | None
 ) -> Path:
-    """The folder of partial results, new or of a run with the same settings."""
+    """Return the folder of partial results: a new one, or that of a run with the same settings."""
     folder = output_dir / "measured"
     saved = {a.label: (a.conversion.folder / "config.json").stat().st_mtime_ns for a in arms if a.conversion}
     run = {"format": FORMAT, "model": model_name, "texts": [t and asdict(t) for t in texts], "saved": saved}
@@ -190,7 +195,7 @@ def _file(folder: Path, arm: Arm, suffix: str) -> Path:
 def _quality(
     arm: Arm, model, tokenizer, train_blocks, eval_tokens, settings: Settings, folder: Path, course: Course
 ) -> dict:
-    """Align and evaluate one arm, or read what an earlier run found."""
+    """Return what was measured of the quality of one arm: align and evaluate it, or read what an earlier run kept."""
     path = _file(folder, arm, ".json")
     if path.is_file():
         course.say(f"{arm.label}: already measured")

@@ -1,4 +1,4 @@
-"""How far a comparison is: all steps of all arms, weighted by the tokens that a model reads in them."""
+"""Track how far a comparison is: all steps of all arms, weighted by the tokens that a model reads in each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,12 @@ TASK_ITEMS = 20
 
 @dataclass(frozen=True)
 class Progress:
-    """What is done now, and how much of the whole is done, in tokens read."""
+    """Hold what a run does now and how much of the whole run is done.
+
+    Attributes:
+        line: what is done now, in words.
+        done, total: weight of the finished steps and of all steps, in tokens read.
+    """
 
     line: str
     done: float
@@ -21,10 +26,12 @@ class Progress:
 
 
 class Course:
-    """Counts what is done and tells `observe` of every step.
+    """Count what is done and report every step to `observe`.
 
     Args:
-        total: the weight of the whole run. done: what an earlier run of the same command has done of it.
+        observe: called with the progress at every step.
+        total: weight of the whole run, in tokens read.
+        done: the part of that weight that an earlier run of the same command has done.
     """
 
     def __init__(self, observe: Callable[[Progress], None], total: float, done: float) -> None:
@@ -32,12 +39,12 @@ class Course:
         self.say("starting")
 
     def say(self, line: str) -> None:
-        """Tell what is done now."""
+        """Report `line` as what is done now."""
         self.line = line
         self.observe(Progress(line, min(self.done, self.total), self.total))
 
     def advance(self, weight: float) -> None:
-        """Count work as done."""
+        """Add `weight` to what is done, and report the progress."""
         self.done += weight
         self.say(self.line)
 
@@ -48,7 +55,7 @@ def alignment(settings: Settings) -> float:
 
 
 def diagnosis(settings: Settings, layers: int) -> float:
-    """Return the weight of a look into `layers` layers: each is swapped alone once, and there are gradients."""
+    """Return the weight of a diagnosis: a pass with each of `layers` layers alone swapped, and two of gradients."""
     return settings.diagnose_tokens * (layers + 2 * TRAINING)
 
 
@@ -58,7 +65,12 @@ def tasks(settings: Settings) -> float:
 
 
 def quality(arm: Arm, settings: Settings, layers: int, aligned: bool) -> float:
-    """Return the weight of all but the speed of an arm."""
+    """Return the weight of all but the speed of an arm.
+
+    Args:
+        layers: attention layers of the model.
+        aligned: whether the run trains the arm.
+    """
     swapped = arm.attention != "softmax"
     weight = settings.max_eval_tokens * len(settings.context_lengths) + tasks(settings)
     weight += alignment(settings) if aligned else 0

@@ -1,4 +1,4 @@
-"""From what was measured to the arms of the report."""
+"""Turn what was measured into the arms of the report."""
 
 import math
 import statistics
@@ -16,7 +16,13 @@ SOFTMAX = "softmax"
 
 
 def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> types.Arm:
-    """Return what the report says of one arm, from what was measured of all."""
+    """Return the entry of one arm in the report.
+
+    Args:
+        results: what was measured of the quality of every arm, by label.
+        runs: rounds of timings by length, see `speed.Rounds`.
+        units: words and bytes of the held-out text, by context length.
+    """
     result = results[arm.label]
     training = [stage_of(stage) for stage in arm.conversion.training] if arm.conversion else []
     alignment = types.Alignment(**result["alignment"]) if result["alignment"] else None
@@ -47,12 +53,12 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
 
 
 def stage_of(stage: dict[str, Any]) -> types.Stage:
-    """Return a stage that a conversion recorded."""
+    """Return the report's entry for a training stage that a conversion recorded."""
     return types.Stage(**{"size" if key == "tokens" else key: value for key, value in stage.items()})
 
 
 def diagnostics(found: dict[str, Any]) -> types.Diagnostics:
-    """Return what `evaluation.diagnose` found as the report has it."""
+    """Return the report's entry for a diagnosis, which `evaluation.diagnose` returned."""
     layers = [
         types.Layer(
             **layer
@@ -65,10 +71,15 @@ def diagnostics(found: dict[str, Any]) -> types.Diagnostics:
 
 
 def describe(attention: str, groups: list[dict[str, Any]], kept: int) -> dict[str, Any]:
-    """Return what the variants say of themselves; of several, and where layers keep softmax, the highest cost class.
+    """Return formula, cost, cost class and source of the variants of an arm, and whether all of them are controls.
+
+    The texts of several variants are joined. The cost class is the highest one, softmax's included where some layers
+    keep softmax.
 
     Args:
-        attention: the name of an arm without groups. groups: what is swapped. kept: how many layers are not.
+        attention: the variant of an arm that swaps nothing.
+        groups: groups of layers that are swapped, each with `attention` and `layers`.
+        kept: number of attention layers that are not swapped.
     """
     names = dict.fromkeys(group["attention"] for group in groups) if groups else [attention]
     classes = [attentions.get(name) for name in names if name != "mixed"]
@@ -85,18 +96,18 @@ def describe(attention: str, groups: list[dict[str, Any]], kept: int) -> dict[st
 
 
 def compared(arm: str, value: Estimate, lower_is_better: bool) -> types.Comparison:
-    """Return a difference to `arm` with its verdict."""
+    """Return a difference to `arm`, with its interval and its verdict."""
     return types.Comparison(arm, value.value, value.low, value.high, value.items, value.verdict(lower_is_better))
 
 
 def perplexity_ratio(arm: str, ours: Perplexity, control: Perplexity) -> types.Comparison:
-    """Return a perplexity over that of `arm` on the same blocks."""
+    """Return the perplexity of `ours` divided by that of `arm` on the same blocks, with interval and verdict."""
     made = ratio(ours, control)
     return types.Comparison(arm, *(made[key] for key in ("value", "low", "high", "items", "verdict")))
 
 
 def _growths(label: str, runs: dict) -> dict[str, Any]:
-    """Return how the seconds of every run grow with the length, for what was timed at enough lengths."""
+    """Return how the seconds of prefill, decoding and training grow with the length, where enough were timed."""
     grown = {}
     for key in ("prefill_s", "decode_s", "train_s"):
         points = [
@@ -136,7 +147,7 @@ def _finite(value: float) -> float | None:
 
 
 def _metrics(label: str, results: dict[str, dict]) -> list[types.Metric]:
-    """Return every metric of the tasks, beside the same of the other arms."""
+    """Return every metric of the tasks of an arm, compared with the same metric of the other arms."""
     rows = []
     for number, metric in enumerate(results[label]["tasks"]):
         others = {other: result["tasks"][number] for other, result in results.items() if result["tasks"]}
@@ -154,9 +165,9 @@ def _metrics(label: str, results: dict[str, dict]) -> list[types.Metric]:
 
 
 def _difference(arm: str, ours: dict[str, Any], control: dict[str, Any]) -> types.Comparison | None:
-    """Return the metric less that of `arm` on the same items; None where either value is not finite.
+    """Return the metric minus that of `arm` on the same items; None where either value is not finite.
 
-    Both were measured on the same resamples of the items, so the differences of these are a paired bootstrap.
+    Both metrics were computed on the same resamples of the items, so their differences give a paired bootstrap.
     """
     value = ours["value"] - control["value"]
     if not math.isfinite(value):
@@ -187,6 +198,6 @@ def _speed(label: str, length: int, rounds: list[dict]) -> types.Speed:
 
 
 def _paired(label: str, rounds: list[dict], key: str) -> tuple[list[dict], list[dict]]:
-    """Return what the arm and softmax took in the rounds in which both have `key`."""
+    """Return what the arm and softmax measured in the rounds in which both have `key`."""
     both = [(r[label], r[SOFTMAX]) for r in rounds if all(key in r.get(name, {}) for name in (label, SOFTMAX))]
     return [ours for ours, _ in both], [control for _, control in both]

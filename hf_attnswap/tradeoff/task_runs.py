@@ -1,7 +1,7 @@
-"""Run the tasks of an arm: what likelihood hides.
+"""Run the tasks on each arm, which show what likelihood hides.
 
-Of every metric its value for each of a fixed set of resamples of the items is kept. They are the same items for all
-arms, so the difference of two arms in each resample gives the interval of a paired bootstrap, for any metric.
+For each metric the value on each of a fixed set of resamples of the items is kept. All arms have the same resamples, so
+the differences of two arms give the interval of a paired bootstrap, for any metric.
 """
 
 import json
@@ -31,13 +31,17 @@ def measure_tasks(
     path: Path,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run the tasks on an arm and return a dict per metric: task, metric, value, standard error, items, and its value
-    for each resample.
+    """Run the tasks on an arm and return one dict per metric.
 
     Args:
-        original: the model of softmax, whose answers the tasks may ask for.
-        tokens: held-out text.
-        path: the file that keeps the answers of the original, for all arms.
+        original: the model with softmax, whose answers the tasks compare with.
+        tokens: held-out text, int64.
+        path: the JSON file that keeps the answers of the original for all arms; written by the first arm.
+        progress: called with a line of text for each part of the work.
+
+    Returns:
+        Dicts of `task`, `metric`, `higher_is_better`, `value`, `standard_error` (None for a single item), `items`
+            (their number) and `resampled` (the value on each of `RESAMPLES` resamples).
     """
     inputs = TaskInputs(settings.context_lengths, settings.task_limit, seed=settings.seed, tokens=tokens)
     if not path.is_file():
