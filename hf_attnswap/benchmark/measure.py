@@ -71,8 +71,7 @@ def speedup(control: list[float], ours: list[float]) -> Spread:
 
 
 def peak_memory_mib(run: Callable[[], Any], device: torch.device | str = "cpu") -> float | None:
-    """Return the peak memory of a call in MiB, beyond what was in use before; None where the system does not report
-    memory.
+    """Return the MiB that a call needs at its peak beyond what was in use before; None where the system does not tell.
 
     On CUDA the numbers come from torch's allocator; on Linux from the peak resident size of the process, which is reset
     before the call. Other systems do not report memory, nor do sandboxes that forbid the reset.

@@ -14,8 +14,7 @@ from .measure import interleaved, peak_memory_mib, speedup
 def reading(
     models: Mapping[str, nn.Module], lengths: Sequence[int], rounds: int, vocab_size: int
 ) -> dict[str, list[Speed]]:
-    """Time the forward pass of each model at each length, in the same rounds as the first model, and measure its
-    memory.
+    """Time the forward pass of each model by length, in the same rounds as the first model, and measure its memory.
 
     Args:
         models: models by label, in eval mode, on one device; the first is the control.

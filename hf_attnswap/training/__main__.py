@@ -1,4 +1,4 @@
-"""`python -m hf_attnswap.training`."""
+"""Run `python -m hf_attnswap.training`."""
 
 from ..errors import one_line_errors
 from .command import PROGRAM, main

@@ -1,4 +1,4 @@
-"""The command `python -m hf_attnswap.training`: one stage, or a recipe that chains several."""
+"""Define the command `python -m hf_attnswap.training`, which runs one stage, or a recipe that chains several."""
 
 import importlib
 import sys
@@ -28,6 +28,9 @@ output_dir:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage that the first word names, or the recipe that --recipe names.
 
+    Args:
+        argv: the words of the command line; None for those of this process.
+
     Raises:
         UsageError: an unknown stage, recipe or option, or an unfit value.
     """
@@ -53,7 +56,7 @@ def run_stage(name: str, words: Sequence[str]) -> None:
 
 
 def run_recipe(words: Sequence[str]) -> None:
-    """Run a recipe; the options on its command line stand in place of those at the top of the recipe."""
+    """Run a recipe; options on the command line replace those at the top of the recipe."""
     parser = Parser(
         prog=PROGRAM, usage=f"{PROGRAM} --recipe NAME_OR_FILE [options]", description=recipe.__doc__,
         epilog=OUTPUT_OF_A_RECIPE,

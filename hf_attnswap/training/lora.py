@@ -1,4 +1,4 @@
-"""LoRA on the attention's projections."""
+"""Add LoRA to the attention's projections, and merge the LoRA weights into a plain model."""
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -15,10 +15,10 @@ from .options import LoraOptions
 def with_lora(model: PreTrainedModel, options: LoraOptions, accelerator: Accelerator) -> nn.Module:
     """Return the model, with LoRA on the projections of its attention modules where `use_lora` is set.
 
-    The variants' parameters train beside LoRA. `merged` takes the model apart again.
+    The variants' parameters train beside LoRA. `merged` makes a plain model again.
 
     Raises:
-        UsageError: FSDP, or peft is not installed.
+        UsageError: the model runs under FSDP, or peft is not installed.
     """
     if not options.use_lora:
         return model
@@ -48,5 +48,5 @@ def with_lora(model: PreTrainedModel, options: LoraOptions, accelerator: Acceler
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
-    """Return a plain model, with the LoRA weights added to those that they stand on."""
+    """Return a plain model, with the LoRA weights added to the weights that they change."""
     return model if isinstance(model, PreTrainedModel) else model.merge_and_unload()

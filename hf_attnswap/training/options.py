@@ -1,4 +1,4 @@
-"""The options of training: dataclass fields that are arguments on the command line and keys in a recipe.
+"""Define the options of training: dataclass fields that are arguments on the command line and keys in a recipe.
 
 A field is part of the identity of a run, which a resumed run must share, unless the field says that it is not.
 """
@@ -39,7 +39,12 @@ def argument(
 
 
 def positive(text: str) -> int:
-    """Read a positive integer."""
+    """Return the positive integer that `text` stands for.
+
+    Raises:
+        argparse.ArgumentTypeError: the integer is below 1.
+        ValueError: the text is no integer.
+    """
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -48,7 +53,7 @@ def positive(text: str) -> int:
 
 @dataclass(kw_only=True)
 class TrainingOptions:
-    """The options of every program that trains a model."""
+    """Hold the options of every program that trains a model; each field has its `--help` text."""
 
     model_name_or_path: str = argument(help="a Hub id, a folder or a .gguf file")
     dtype: str = argument("float32", "dtype of the weights")
@@ -85,7 +90,11 @@ class TrainingOptions:
 
 @dataclass(kw_only=True)
 class TextOptions(TrainingOptions):
-    """The options of a stage that trains on blocks of text."""
+    """Hold the options of a stage that trains on blocks of text.
+
+    Raises:
+        UsageError: not exactly one of `train_file` and `dataset_name`, or of `max_train_steps` and `max_train_tokens`.
+    """
 
     train_file: str | None = argument(None, "text, json, jsonl, parquet, csv or tsv", compared_as="text")
     dataset_name: str | None = argument(None, "a dataset of the Hub, in place of --train_file", compared_as="text")
@@ -110,7 +119,7 @@ class TextOptions(TrainingOptions):
 
 @dataclass(kw_only=True)
 class LoraOptions:
-    """The options of a stage that can train the projections by LoRA."""
+    """Hold the options of a stage that can train the projections by LoRA."""
 
     use_lora: bool = argument(False, "train LoRA weights on the attention's projections in place of all weights")
     lora_r: int = argument(16, "rank of LoRA", type=positive)
@@ -120,7 +129,7 @@ class LoraOptions:
 
 @dataclass(kw_only=True)
 class WholeModelOptions(LoraOptions):
-    """The options of a stage that trains what the whole model computes."""
+    """Hold the options of a stage that trains on the output of the whole model."""
 
     gradient_checkpointing: bool = argument(
         False,
@@ -140,7 +149,7 @@ class WholeModelOptions(LoraOptions):
 
 
 def identity(options: Any) -> dict[str, Any]:
-    """Return what a run and one that goes on from it must share: all fields but those marked otherwise."""
+    """Return what a run and one that continues it must share: all fields except those marked otherwise."""
     kept = [
         field.name
         for field in dataclasses.fields(options)
@@ -150,8 +159,10 @@ def identity(options: Any) -> dict[str, Any]:
 
 
 def deeds(options: Any) -> dict[str, Any]:
-    """Return the options that say what a run did, as keys of a recipe: those that differ from their defaults, but for
-    those that say where the run took place."""
+    """Return the options that say what a run did, as keys of a recipe.
+
+    These are the options that differ from their defaults, except those that say where the run took place.
+    """
     kept = {
         field.name: _plain(getattr(options, field.name))
         for field in dataclasses.fields(options)
@@ -165,7 +176,7 @@ def _plain(value: Any) -> Any:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a UsageError, which programs print as one line."""
+    """Parse arguments as argparse does, but raise each error as a UsageError, which programs print as one line."""
 
     def __init__(self, **arguments: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
@@ -177,11 +188,11 @@ class Parser(argparse.ArgumentParser):
 def add_options(
     parser: argparse.ArgumentParser, options: type, *, optional: bool = False, without: Sequence[str] = ()
 ) -> None:
-    """Add an argument for each field of a dataclass, but for those that the parser has.
+    """Add an argument to `parser` for each field of a dataclass that the parser does not have yet.
 
     Args:
-        optional: True leaves what is not given out of the namespace, and nothing is required.
-        without: fields that are left out.
+        optional: True leaves options that are not given out of the namespace, and requires none.
+        without: names of fields that are left out.
     """
     hints, known = get_type_hints(options), {action.dest for action in parser._actions}
     for field in dataclasses.fields(options):
@@ -213,7 +224,11 @@ def add_options(
 
 
 def parse(options: type[Options], words: Sequence[str], **parser: Any) -> Options:
-    """Read the words of a command line.
+    """Return the options that the words of a command line give.
+
+    Args:
+        options: the dataclass of the options.
+        parser: arguments of `argparse.ArgumentParser`.
 
     Raises:
         UsageError: an unknown, unfit or missing argument.
@@ -224,7 +239,7 @@ def parse(options: type[Options], words: Sequence[str], **parser: Any) -> Option
 
 
 def words(given: dict[str, Any]) -> list[str]:
-    """Return options, with those of the variant as a dict under `options`, as the words of a command line."""
+    """Return options as the words of a command line; the variant's options are a dict under `options`."""
     result: list[str] = []
     for name, value in given.items():
         if name == "options":

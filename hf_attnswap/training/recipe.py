@@ -44,7 +44,7 @@ StageOptions = tuple[str, dict[str, Any]]  # the name of a stage, and the option
 
 
 def names() -> dict[str, Path]:
-    """Return the recipes of this package by their names."""
+    """Return the paths of the recipes of this package by their names."""
     folder = Path(str(files(__package__) / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -55,11 +55,11 @@ def describe(name: str) -> str:
 
 
 def read_recipe(recipe: str | Path, arguments: dict[str, Any] | None = None) -> list[StageOptions]:
-    """Return the stages of a recipe, each with all that is given to it.
+    """Return the stages of a recipe, each with all options that are given to it.
 
     Args:
         recipe: a file, or the name of a recipe of this package.
-        arguments: options by name, which stand in place of those at the top of the recipe.
+        arguments: options by name, which replace those at the top of the recipe.
 
     Raises:
         UsageError: no such recipe, or one with an unknown or unfit key or value.
@@ -110,11 +110,14 @@ def read_recipe(recipe: str | Path, arguments: dict[str, Any] | None = None) -> 
 def convert(recipe: list[StageOptions], output_dir: Path) -> Path:
     """Run the stages of a recipe one after the other, and return the folder of the last model.
 
-    `output_dir` holds `recipe.yaml`, the stages as they run, and a folder for each of them. What is done is not done
-    again: a run that was cut off goes on from its newest checkpoint in the stage in which it stopped.
+    `output_dir` gets `recipe.yaml`, the stages as they run, and a folder for each of the stages. Finished stages are
+    not run again: a run that was cut off continues from the newest checkpoint of the stage in which the run stopped.
+
+    Args:
+        recipe: what `read_recipe` returns.
 
     Raises:
-        UsageError: `output_dir` holds the run of another recipe.
+        UsageError: `output_dir` holds the run of another recipe, or other files.
     """
     accelerator = build_accelerator()
     _keep(accelerator, recipe, output_dir / "recipe.yaml")
@@ -142,7 +145,10 @@ def convert(recipe: list[StageOptions], output_dir: Path) -> Path:
 
 
 def _content(recipe: str | Path, folder: Path = Path(".")) -> dict[str, Any]:
-    """Return the keys of a recipe and of those that it builds on, which are beside it or in this package."""
+    """Return the keys of a recipe, with those of the recipe that it builds on.
+
+    A recipe that is built on lies beside the other recipe or in this package.
+    """
     path = names().get(str(recipe)) or folder / recipe
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -160,7 +166,7 @@ def _content(recipe: str | Path, folder: Path = Path(".")) -> dict[str, Any]:
 
 
 def _with(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of both, where those above win; options of the variant one by one."""
+    """Return the keys of both dicts, where those above win; options of the variant are merged one by one."""
     hidden = {other for pair in EITHER for other in pair if set(pair) & above.keys()}
     merged = {key: value for key, value in below.items() if key not in hidden} | above
     if below.get("options") and above.get("options"):
@@ -201,7 +207,11 @@ def _parsed(name: str, given: dict[str, Any], folder: Path, *more: str) -> stage
 
 
 def _keep(accelerator: Accelerator, recipe: list[StageOptions], path: Path) -> None:
-    """Write the stages down; UsageError where the folder holds a run of other ones."""
+    """Write the stages to `path`.
+
+    Raises:
+        UsageError: the folder holds a run of other stages, or other files.
+    """
     given = [{"stage": name, **options} for name, options in recipe]
     accelerator.wait_for_everyone()
     if path.exists():

@@ -1,4 +1,4 @@
-"""A run: the model and the text that its options ask for, its steps, and the model that it saves."""
+"""Run a training: load the text that its options ask for, swap the model, run the steps, and save the model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +28,10 @@ SHUFFLED_TOKENS = 1_000_000
 
 
 def start(options: TrainingOptions) -> Accelerator:
-    """Return the accelerator of a run, after its output folder and its trackers are found to be fit.
+    """Return the accelerator of a run, after checking its output folder and its trackers.
 
     Raises:
-        UsageError: an output folder that is not empty, or a tracker that is not installed.
+        UsageError: the output folder is not empty, a tracker is not installed, or `build_accelerator` raises.
     """
     accelerator = build_accelerator(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -47,9 +47,12 @@ def start(options: TrainingOptions) -> Accelerator:
 
 
 def swap_as_asked(model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, attention: str) -> None:
-    """Swap the model to `attention`, with the layers and the variant's options that `options` name.
+    """Swap the model to `attention` in place, with the layers and the variant's options that `options` name.
 
-    A conversion to `softmax`, the control that was trained, computes what the original did, and is swapped like one.
+    A conversion to `softmax`, the control that was trained, computes what the original did, so its softmax is replaced.
+
+    Raises:
+        UsageError: an unknown variant, layer or option, or a model that is swapped to another variant already.
     """
     if {variant.name for variant in swapped_modules(model).values()} == {"softmax"}:
         say(accelerator, f"{options.model_name_or_path} has {describe(model)}, which gives way to {attention}")
@@ -66,16 +69,17 @@ def embeddings_of(model: nn.Module) -> list[nn.Module]:
 
 
 def count_steps(options: TextOptions, accelerator: Accelerator) -> tuple[int, int]:
-    """Return the number of optimiser steps, and the tokens of each."""
+    """Return the number of optimiser steps, and the tokens of each step over all processes."""
     tokens = options.per_device_train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     tokens *= options.block_size
     return options.max_train_steps or max(1, options.max_train_tokens // tokens), tokens
 
 
 def read_text(options: TextOptions, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Return the blocks to train on, `[N, block_size, ...]`.
+    """Return the blocks to train on, `[N, block_size]`, or `[N, block_size, 2]` with separate documents.
 
-    There are as many as the steps take, and for a short run those that the steps are drawn from. Tokens are cached.
+    The function reads as many tokens as the steps take, but at least `SHUFFLED_TOKENS`, from which a short run draws
+    its blocks; a shorter text is read whole. Tokens are cached.
     """
     steps, tokens = count_steps(options, accelerator)
     source = TextSource(
@@ -109,9 +113,18 @@ def run_steps(
     """Train what requires a gradient, with a progress bar, and return the loss of each step.
 
     Args:
-        step_size: units of one step; unit: what they are called.
-        learning_rate, output_dir: in place of those of the options.
-        validate: called with 0 before the first step, and with the number of each step after it.
+        loader: the batches of token blocks.
+        step_loss: `(model, batch) -> loss` of one batch.
+        steps: number of optimiser steps.
+        step_size: units per step.
+        unit: what the units are called.
+        learning_rate: highest learning rate of all parameters, with a cosine to 0; None for the learning rates of the
+            options.
+        output_dir: where checkpoints and log go; None for the `output_dir` of the options.
+        validate: called with 0 before the first step, and with the number of each step after that step.
+
+    Raises:
+        UsageError, FloatingPointError, OSError: as `train` does.
     """
     output_dir = output_dir or options.output_dir
     say(accelerator, what_trains(model))
@@ -158,7 +171,7 @@ def run_steps(
 
 
 def what_trains(model: nn.Module) -> str:
-    """Return in words how many parameters of which kind train, of how many."""
+    """Return in words how many parameters of which kind train, and how many the model has."""
     embeddings = {id(p) for part in embeddings_of(model) for p in part.parameters()}
     counts = dict.fromkeys(("the swapped attention", "LoRA", "the embeddings", "other weights"), 0)
     for name, parameter in model.named_parameters():
@@ -178,7 +191,7 @@ def what_trains(model: nn.Module) -> str:
 def save(
     options: TrainingOptions, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Path:
-    """Write the model and its tokenizer to `output_dir/model`, which appears whole, and end what trackers record."""
+    """Write the model and its tokenizer to `output_dir/model`, which appears whole, and close the trackers."""
     folder = options.output_dir / "model"
     state = accelerator.get_state_dict(model)  # of all processes together
     if accelerator.is_main_process:
@@ -195,7 +208,15 @@ def save(
 def progress_bar(
     accelerator: Accelerator, steps: int, step_size: int, unit: str
 ) -> Iterator[Callable[[int, float], None]]:
-    """Draw a bar of `steps` steps of `step_size` units each, on the main process; yields what `train` calls."""
+    """Draw a progress bar on the main process, while the context is open.
+
+    Yields the function that `train` calls with each step and its loss.
+
+    Args:
+        steps: number of steps.
+        step_size: units per step.
+        unit: what the units are called.
+    """
     bar = None
 
     def progress(step: int, loss: float) -> None:

@@ -1,7 +1,7 @@
-"""What a stage of training is: its options, what it trains, its loss, and one sentence about it.
+"""Define what a stage of training is: its options, what trains, its loss, and one sentence about it.
 
-A file in `stages/` that holds a subclass of `Stage` is a stage: its `name` is a command of
-`python -m hf_attnswap.training` and a value of `stage` in a recipe.
+A file in `stages/` that holds a subclass of `Stage` is a stage: its `name` is a command of `python -m
+hf_attnswap.training` and a value of `stage` in a recipe.
 """
 
 import json
@@ -33,13 +33,13 @@ RECORD = "stage.json"  # what a run did, beside its log
 
 @dataclass(kw_only=True)
 class Stage(TextOptions):
-    """Base of all stages: a dataclass whose fields are the options of a run, see `options.argument`.
+    """Define the base of all stages: a dataclass whose fields are the options of a run, see `options.argument`.
 
     A stage sets `name`, writes `loss` and `trains`, and overrides what else differs.
 
     Attributes:
         name: the word for the stage on the command line and in a recipe.
-        fsdp: why the stage does not run under FSDP; None where it does.
+        fsdp: why the stage does not run under FSDP; None where the stage does.
     """
 
     name: ClassVar[str]
@@ -50,15 +50,19 @@ class Stage(TextOptions):
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
     def trains(self) -> str:
-        """Return what trains, as the model card says it."""
+        """Return what trains, in the words of the model card."""
         raise NotImplementedError(f"{type(self).__name__} does not say what trains")
 
     def moves_the_original(self) -> bool:
-        """Return whether the model with softmax switched on is another one after the stage than before it."""
+        """Return whether the stage changes what the model computes with softmax switched on."""
         return True
 
     def prepare(self, model: PreTrainedModel, blocks: Tensor, accelerator: Accelerator) -> nn.Module:
-        """Swap the model where `attention` is given, choose what requires a gradient, and return what trains."""
+        """Swap the model where `attention` is given, choose what requires a gradient, and return the module to train.
+
+        Raises:
+            UsageError: the options do not fit each other or the model.
+        """
         if self.attention:
             swap_as_asked(model, self, accelerator, self.attention)
         elif self.layers or self.option:
@@ -67,18 +71,22 @@ class Stage(TextOptions):
 
     @contextmanager
     def training(self, model: nn.Module) -> Iterator[None]:
-        """Open what the steps need and close it after them; nothing in most stages."""
+        """Open what the steps need and close it after them; the default opens nothing."""
         yield
 
     def finish(self, model: nn.Module, blocks: Tensor) -> None:
-        """Change the trained model before it is saved; nothing in most stages."""
+        """Change the trained model before it is saved; the default changes nothing."""
 
     def read_validation(self, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor | None:
         """Return blocks `[N, block_size]` on which the perplexity is logged; None for no validation."""
         return None
 
     def run(self, accelerator: Accelerator) -> Path:
-        """Train, save, and return the folder of the trained model."""
+        """Train, save, and return the folder of the trained model.
+
+        Raises:
+            UsageError: the stage does not run under FSDP, or the options do not fit each other, the model or the text.
+        """
         if self.fsdp and accelerator.distributed_type == DistributedType.FSDP:
             raise UsageError(f"{self.name} does not work under FSDP: {self.fsdp}")
         model, tokenizer = load(self.model_name_or_path, dtype=self.dtype, device=accelerator.device)
@@ -119,7 +127,8 @@ class Stage(TextOptions):
 
 @dataclass(kw_only=True)
 class WholeModelStage(WholeModelOptions, Stage):
-    """Base of the stages that train what the whole model computes: all weights, or LoRA on the projections."""
+    """Define the base of the stages that train on the output of the whole model: all weights, or LoRA on projections.
+    """
 
     def trains(self) -> str:
         if self.use_lora:

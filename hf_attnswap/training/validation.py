@@ -1,4 +1,4 @@
-"""The perplexity of held-out text while a stage trains, over all processes, and its log."""
+"""Measure and log the perplexity of held-out text while a stage trains, over all processes."""
 
 import json
 import math
@@ -33,7 +33,15 @@ def read_validation(options, accelerator: Accelerator, tokenizer: PreTrainedToke
 def log_validation(
     accelerator: Accelerator, model: nn.Module, blocks: Tensor, log: Path, step: int, tokens: int
 ) -> None:
-    """Add the perplexity after `step` to the log; what a run cut off had logged from there on goes."""
+    """Measure the perplexity of `blocks` after `step` and add it to the log.
+
+    Entries of `step` and later steps, which a run that was cut off left in the log, are removed.
+
+    Args:
+        blocks: integers `[N, n]`.
+        log: the file `validation_log.jsonl`.
+        tokens: tokens trained on so far.
+    """
     result = shared_perplexity(accelerator, model, blocks.long())
     if not accelerator.is_main_process:
         return

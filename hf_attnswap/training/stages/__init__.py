@@ -1,4 +1,4 @@
-"""The stages of training by name: a file of this folder that holds a `Stage` is found without being named anywhere."""
+"""Look up the stages of training by name; a file of this folder that holds a `Stage` is discovered automatically."""
 
 import importlib
 import pkgutil
@@ -9,7 +9,11 @@ from ..stage import Stage
 
 
 def available() -> dict[str, type[Stage]]:
-    """Return all stages by their names."""
+    """Return all stages by their names.
+
+    Raises:
+        ValueError: two stages have the same name.
+    """
     stages: dict[str, type[Stage]] = {}
     for file in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{file.name}")
@@ -26,7 +30,7 @@ def get(name: str) -> type[Stage]:
     """Return the stage of this name.
 
     Raises:
-        UsageError: an unknown name, with the names that are known.
+        UsageError: an unknown name; the message lists the known names.
     """
     known = available()
     if name not in known:
