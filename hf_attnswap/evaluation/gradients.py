@@ -164,8 +164,7 @@ def _layer_inputs(model: nn.Module, norms: dict[str, dict[str, float]]) -> Itera
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Turn off the gradients of the parameters, which cost as much again and are not needed, while the context is open.
-    """
+    """Turn off the gradients of the parameters, which would double the cost, while the context is open."""
     training = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in training:

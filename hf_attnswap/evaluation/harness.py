@@ -1,13 +1,13 @@
 """Run tasks of lm-eval (extra `eval`), which scores a swapped model like any other transformers model.
 
-lm-eval pads on the right where it scores and on the left where it generates. Its numbers differ from the numbers of
-this package on the same text only where lm-eval defines something else:
+lm-eval pads on the right where it scores and on the left where it generates. The numbers of lm-eval differ from those
+of this package on the same text only where lm-eval defines something else:
 
 - `loglikelihood_rolling` (WikiText) puts the token that starts a text first, and predicts the whole text from windows
-  of the model's full length that share one token. lm-eval thus computes `sliding_perplexity` with `stride = context -
-  1` on a text that starts with that token, less the last tokens that fill no stride. Where the tokenizer itself writes
-  the start token, the text starts with two start tokens. lm-eval counts words in the raw text, empty ones at the ends
-  of the text included.
+  of the model's full length that share one token. lm-eval thus computes `sliding_perplexity` with
+  `stride = context - 1` on a text that starts with that token, less the last tokens that fill no stride. Where the
+  tokenizer itself writes the start token, the text starts with two start tokens. lm-eval counts words in the raw text,
+  empty ones at the ends of the text included.
 - lm-eval cuts the start off a prompt that is too long; this package refuses such a prompt.
 - The standard error of a metric that is no mean comes from 1,000 resamples here and from 100,000 in lm-eval.
 """

@@ -77,7 +77,7 @@ def describe(attention: str, groups: list[dict[str, Any]], kept: int) -> dict[st
     keep softmax.
 
     Args:
-        attention: the variant of an arm that swaps nothing.
+        attention: the variant of an arm without groups.
         groups: groups of layers that are swapped, each with `attention` and `layers`.
         kept: number of attention layers that are not swapped.
     """

@@ -257,7 +257,7 @@ def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) ->
 def projection_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Freeze the model except its swapped attention modules, and return the parameters of these modules.
 
-    These parameters are what `aligning_projections` has losses for.
+    `aligning_projections` gives the losses that train these parameters.
     """
     return _only(model, [p for path in swapped_modules(model) for p in model.get_submodule(path).parameters()])
 

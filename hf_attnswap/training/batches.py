@@ -74,8 +74,7 @@ def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = Fal
 
 
 def next_tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the labels `[B, n]` for `inputs`; the first token of a separate document is not predicted and gets -100.
-    """
+    """Return the labels `[B, n]` for `inputs`; the first token of a separate document has the label -100."""
     positions = inputs.get("position_ids")
     return inputs["input_ids"] if positions is None else inputs["input_ids"].masked_fill(positions == 0, -100)
 

@@ -161,7 +161,7 @@ def identity(options: Any) -> dict[str, Any]:
 def deeds(options: Any) -> dict[str, Any]:
     """Return the options that say what a run did, as keys of a recipe.
 
-    These are the options that differ from their defaults, except those that say where the run took place.
+    The options are those that differ from their defaults, except those that say where the run took place.
     """
     kept = {
         field.name: _plain(getattr(options, field.name))

@@ -1,7 +1,7 @@
 """Define what a stage of training is: its options, what trains, its loss, and one sentence about it.
 
-A file in `stages/` that holds a subclass of `Stage` is a stage: its `name` is a command of `python -m
-hf_attnswap.training` and a value of `stage` in a recipe.
+A file in `stages/` that holds a subclass of `Stage` is a stage: its `name` is a command of
+`python -m hf_attnswap.training` and a value of `stage` in a recipe.
 """
 
 import json
@@ -127,8 +127,7 @@ class Stage(TextOptions):
 
 @dataclass(kw_only=True)
 class WholeModelStage(WholeModelOptions, Stage):
-    """Define the base of the stages that train on the output of the whole model: all weights, or LoRA on projections.
-    """
+    """Define the base of the stages that train all weights, or LoRA on the projections, by the output of the model."""
 
     def trains(self) -> str:
         if self.use_lora:

@@ -16,7 +16,7 @@ from .registry import register
 @register
 @dataclass(frozen=True)
 class RecallTask(Task):
-    """Ask for as many values as an eighth of the length, at most 32; a small vocabulary makes shorter texts.
+    """Ask for `length / 8` values per text, at most 32; a small vocabulary makes shorter texts.
 
     Attributes:
         texts: texts per length where `TaskInputs.limit` is None.

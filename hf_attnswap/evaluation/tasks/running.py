@@ -17,7 +17,7 @@ Progress = Callable[[str], None]
 
 
 def check_tasks(chosen: Sequence[str], has_text: bool = True) -> None:
-    """Check that the chosen tasks can run, before any model is loaded.
+    """Check that the chosen tasks can run, without running them.
 
     A name that only lm-eval can know is looked up when the task runs, where lm-eval is installed.
 
@@ -26,7 +26,8 @@ def check_tasks(chosen: Sequence[str], has_text: bool = True) -> None:
         has_text: whether a held-out text is given.
 
     Raises:
-        UsageError: a file does not exist or holds no item, a name is unknown, or a task needs a text and none is given.
+        UsageError: a file does not exist or holds no item, a name is unknown and lm-eval is not installed, or a task
+            needs a text and none is given.
     """
     for name in chosen:
         if name.endswith(".jsonl"):
