@@ -53,7 +53,7 @@ def sdpa_kernel(inputs: Sequence[Tensor]) -> str:
 
     Returns:
         The name of the operator, such as `_scaled_dot_product_flash_attention_for_cpu`, or "math" where torch writes
-            out the products and the softmax.
+        out the products and the softmax.
     """
     called: list[str] = []
 

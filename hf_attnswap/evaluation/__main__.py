@@ -77,7 +77,7 @@ def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context:
 
     Returns:
         `context`, `perplexity`, `nll` (nats per token), `standard_error` (of `nll`; None for a single block) and
-            `tokens` (the number of tokens predicted).
+        `tokens` (the number of tokens predicted).
     """
     blocks = tokens[: len(tokens) // context * context].view(-1, context)
     share = len(blocks_of_process(accelerator, len(blocks)))

@@ -112,8 +112,8 @@ def weight_facts(weights: Tensor, mask: Mask) -> dict[str, Tensor]:
 
     Returns:
         `row_sum`, `negative`, `entropy` (nats), `effective_keys` and `sparsity`, float64 `[B, H, T]` (see
-            `LayerFacts`); `share`, float64 `[B, H, T, S]`, the weights divided by the sum of their magnitudes in the
-            row; and `rows`, bool `[B, H, T]`, which rows may attend to something.
+        `LayerFacts`); `share`, float64 `[B, H, T, S]`, the weights divided by the sum of their magnitudes in the row;
+        and `rows`, bool `[B, H, T]`, which rows may attend to something.
     """
     allowed = allowed_keys(mask, weights)
     weights = weights.double().masked_fill(~allowed, 0)

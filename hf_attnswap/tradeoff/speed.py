@@ -40,7 +40,7 @@ def measure_speed(
 
     Returns:
         By length a list of rounds. A round holds for each label the fields of `benchmark.generation.Run` and `train_s`,
-            in seconds, or `error` and `train_error` in their place.
+        in seconds, or `error` and `train_error` in their place.
     """
     done: Rounds = json.loads(path.read_text()) if path.is_file() else {}
     for length in settings.lengths:

@@ -41,7 +41,7 @@ def measure_tasks(
 
     Returns:
         Dicts of `task`, `metric`, `higher_is_better`, `value`, `standard_error` (None for a single item), `items`
-            (their number) and `resampled` (the value on each of `RESAMPLES` resamples).
+        (their number) and `resampled` (the value on each of `RESAMPLES` resamples).
     """
     inputs = TaskInputs(settings.context_lengths, settings.task_limit, seed=settings.seed, tokens=tokens)
     if not path.is_file():

@@ -31,7 +31,8 @@ def start(options: TrainingOptions) -> Accelerator:
     """Return the accelerator of a run, after checking its output folder and its trackers.
 
     Raises:
-        UsageError: the output folder is not empty, a tracker is not installed, or `build_accelerator` raises.
+        UsageError: the output folder is not empty (of a resumed run: holds a model already), or no tracker of
+            `report_to` is installed; or as `build_accelerator` does.
     """
     accelerator = build_accelerator(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -121,7 +122,7 @@ def run_steps(
         learning_rate: highest learning rate of all parameters, with a cosine to 0; None for the learning rates of the
             options.
         output_dir: where checkpoints and log go; None for the `output_dir` of the options.
-        validate: called with 0 before the first step, and with the number of each step after that step.
+        validate: called with 0 before the first step of a new run, and with the number of each step after that step.
 
     Raises:
         UsageError, FloatingPointError, OSError: as `train` does.
