@@ -3,21 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
-ARMS := softmax none window relu_norm relu_power relu_power:p=8 identity elu hedgehog hedgehog+window
 
 .PHONY: demo report test lint docs clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
+	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
-		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt $(ARMS:%=--arm %) \
-		--length 256 --length 1024 --rounds 2
+		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
+		--length 256 --length 1024
 
 report: $(VENV)/.demo
-	$(BIN)/python examples/demo_inputs.py --output_dir $(INPUTS)
+	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir full_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
-		$(foreach arm,$(filter-out identity relu_power:p=8,$(ARMS)),--arm $(arm)) --rounds 2 \
 		--context_length 512 --context_length 1024 --length 256 --length 1024 --length 2048 \
 		--train_length 256 --train_length 1024 --tasks needle,recall,writing --limit 20 --diagnose_tokens 128
 

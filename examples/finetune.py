@@ -1,55 +1,81 @@
-"""Fine-tune a model on the next token, swapped or not: all weights, or LoRA on the attention's projections.
+"""Fine-tune a swapped model on the next token, with the whole training loop in sight: all weights, or LoRA.
 
-Train the softmax model in the same way for a control. There is no dropout but that of LoRA: the swapped attention has
-none. With LoRA, the swapped attention's own parameters train in full, and the saved model is a plain one: the LoRA
-weights are merged into it.
+The command `accelerate launch -m hf_attnswap.training finetune` does the same with checkpoints, logs and more options.
 
-    accelerate launch examples/finetune.py --model_name_or_path aligned/model --use_lora \\
-        --train_file book.txt --max_train_tokens 500000 --learning_rate 1e-4 --output_dir finetuned
+    pip install hf_attnswap[finetune]
+    accelerate launch finetune.py --model_name_or_path aligned --train_file book.txt --use_lora --output_dir finetuned
 """
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from arguments import add_whole_model_arguments, training_parser
-from launch import run_script
-from lora import add_lora_arguments, merged, with_lora_if_asked
-from training_run import freeze_as_asked, load_as_asked, read_text, run, save
-from validation import read_validation
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_attnswap.errors import one_line_errors
-from hf_attnswap.integration.swapping import describe
-from hf_attnswap.training.loop import next_token_loss
-from hf_attnswap.training.recompute import recompute_layers
+import hf_attnswap
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = training_parser(__doc__, learning_rate=5e-5)
-    add_whole_model_arguments(parser)
-    add_lora_arguments(parser)
-    return parser
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="a conversion, or a model for --attention")
+    parser.add_argument("--attention", help="swap to this variant first, see `attnswap ls`")
+    parser.add_argument("--train_file", required=True, help="a text file")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--use_lora", action="store_true", help="train LoRA on the query and value projections")
+    parser.add_argument("--block_size", type=int, default=512, help="tokens per block")
+    parser.add_argument("--max_train_steps", type=int, default=1000)
+    parser.add_argument("--per_device_train_batch_size", type=int, default=1)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    args = parser.parse_args(argv)
+    accelerator = Accelerator()
+    set_seed(0)
 
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    if args.attention:
+        hf_attnswap.swap(model, args.attention)
+    if args.use_lora:
+        from peft import LoraConfig, get_peft_model
 
-def stage(args: argparse.Namespace, accelerator: Accelerator) -> Path:
-    model, tokenizer = load_as_asked(args, accelerator)
-    freeze_as_asked(model, args)
-    trained = with_lora_if_asked(model, args, accelerator)
-    if args.gradient_checkpointing:
-        recompute_layers(trained)
-    blocks, validation = (read(args, accelerator, tokenizer) for read in (read_text, read_validation))
-    history = run(args, accelerator, trained, blocks, next_token_loss, validation)
-    model = merged(trained)
-    folder = save(args, accelerator, model, tokenizer)
-    accelerator.print(f"{folder}: {describe(model)}, loss {history[0]:.4f} -> {history[-1]:.4f}")
-    return folder
+        model = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if ".attnswap." in name:  # the new parameters of the swapped attention train in full
+                parameter.requires_grad_(True)
+    with open(args.train_file, encoding="utf-8") as file:
+        tokens = tokenizer(file.read(), return_tensors="pt").input_ids[0]
+    blocks = tokens[: len(tokens) // args.block_size * args.block_size].view(-1, args.block_size)
+    loader = DataLoader(blocks, batch_size=args.per_device_train_batch_size, shuffle=True)
 
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_train_steps)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_script(build_parser(), stage, argv)
+    step = 0
+    while step < args.max_train_steps:
+        for batch in loader:
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            if step == 1 or step % 10 == 0:
+                accelerator.print(f"step {step}: loss {loss.item():.4f}")
+            if step == args.max_train_steps:
+                break
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(model)
+        if args.use_lora:
+            model = model.merge_and_unload()  # a plain model again
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
 
 
 if __name__ == "__main__":
-    with one_line_errors("finetune"):
-        main()
+    main()

@@ -1,5 +1,6 @@
 """Which attention goes where: what the user says, what is saved in config.json."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ Plan = dict[int, tuple[str, dict[str, Any]]]
 
 @dataclass
 class SwapConfig:
-    """A swap, as the user describes it.
+    """Describe a swap, as the user does.
 
     Attributes:
         attention: name of a variant, see `hf_attnswap.available()`.
@@ -50,7 +51,7 @@ class SwapConfig:
             raise UsageError("kinds is empty; leave it out to swap all self-attention")
 
     def plan(self, indices: Sequence[int]) -> Plan:
-        """For each layer to swap, of those with these indices: the variant and all its options with their values.
+        """Return for each of these layers that is to be swapped the variant and all its options with their values.
 
         Raises:
             UsageError: an unknown variant, option or layer, or a layer named twice.
@@ -101,8 +102,9 @@ class SwapConfig:
 
 
 def plans_to_dict(plans: Mapping[str, Plan], kept: str) -> dict[str, Any]:
-    """What goes into the config of one part: groups of layers with the same attention and options (None where nothing
-    is swapped in this part), and a format version.
+    """Return what goes into the config of one part of a model: a format version, and what is swapped there.
+
+    That is groups of layers with the same attention and options, or None where nothing is swapped in this part.
 
     Args:
         plans: by kind of attention.
@@ -121,7 +123,7 @@ def plans_to_dict(plans: Mapping[str, Plan], kept: str) -> dict[str, Any]:
 
 
 def plans_from_dict(saved: Any) -> dict[str, Plan]:
-    """Back from config.json, by kind of attention.
+    """Read what config.json says, and return the plans by kind of attention.
 
     Raises:
         UsageError: a newer format, or something that this package did not write.
@@ -156,7 +158,7 @@ def plans_from_dict(saved: Any) -> dict[str, Plan]:
 
 
 def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> list[int]:
-    """The indices that `layers` names; negative indices count from the end.
+    """Return the indices that `layers` names; negative indices count from the end.
 
     Raises:
         UsageError: an index that the model does not have, or a slice that selects nothing.
@@ -199,3 +201,23 @@ def _get(name: str) -> type[attentions.Attention]:
         return attentions.get(name)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def parse_options(assignments: list[str]) -> dict[str, Any]:
+    """Return options such as `["window=64", "shift=none"]` as a dict.
+
+    A value is read as JSON where it is JSON, else as text.
+
+    Raises:
+        UsageError: an option without a value.
+    """
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"option {assignment!r} has no value; expected name=value")
+        try:
+            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options

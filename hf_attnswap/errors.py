@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be: an unknown name, an unfit option, a model or file that is not what it should be.
+    """Say that what was asked for cannot be.
 
+    An unknown name, an unfit option, a model or a file that is not what it should be.
     Its message is one sentence with the value, the place and what to do.
     """
 

@@ -1,8 +1,22 @@
 """One file per variant. To add one, write one: see CONTRIBUTING.md."""
 
+from ..ops.spec import Activation, FeatureMap, by_count, by_total
 from .base import Attention, Heads, Option
 from .linear import LinearAttention
 from .registry import get, names, register
 from .scores import ScoreAttention
 
-__all__ = ["Attention", "Heads", "LinearAttention", "Option", "ScoreAttention", "get", "names", "register"]
+__all__ = [
+    "Activation",
+    "Attention",
+    "FeatureMap",
+    "Heads",
+    "LinearAttention",
+    "Option",
+    "ScoreAttention",
+    "by_count",
+    "by_total",
+    "get",
+    "names",
+    "register",
+]

@@ -2,13 +2,15 @@
 
 import difflib
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..masks import Mask
-from ..ops.heads import compute_dtype, mix
+from ..ops.heads import mix
 
 # What an attention module does: a text to its own past, a text to itself, a text to another.
 KINDS = ("causal", "bidirectional", "cross")
@@ -72,11 +74,13 @@ class Attention(nn.Module):
     Attributes:
         name: what the user types. formula: o_i in one line. source: paper, year.
         cost: time per head. cost_class: "quadratic", "linear" or "constant" in the number of keys.
+        family: what a conversion can train of the variant, which names its recipe in `hf_attnswap.training`: "plain"
+            for nothing of its own, "gain" for a factor per head, "maps" for parameters that align before all else.
         control: True for what every comparison needs and nobody would deploy.
         stateful: keeps a state of constant size in place of keys and values when generating.
         kinds: the kinds of attention that it can stand in for, of `KINDS`.
         kind, place: of the module it stands on: one of `KINDS`, and its layer in words.
-        ops: the ops of `hf_attnswap.ops.backends` that its fast form is made of; none where it is one call of torch.
+        ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where it is one call of torch.
         any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The others take causal and
             bidirectional masks with padding, and packed texts.
     """
@@ -86,6 +90,7 @@ class Attention(nn.Module):
     cost: ClassVar[str]
     cost_class: ClassVar[str]
     source: ClassVar[str]
+    family: ClassVar[str] = "plain"
     control: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = KINDS
@@ -93,6 +98,7 @@ class Attention(nn.Module):
     ops: ClassVar[tuple[str, ...]] = ()
     kind: str = "causal"
     place: str = "attention"
+    _answer: "Answer | None" = None
 
     def __init__(self, heads: Heads, **options: Any):
         super().__init__()
@@ -163,6 +169,21 @@ class Attention(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    @contextmanager
+    def answered_by(self, answer: "Answer") -> Iterator[None]:
+        """Let `answer` give the results of this layer while the context is open; see `integration.observing`."""
+        before, self._answer = self._answer, answer
+        try:
+            yield
+        finally:
+            self._answer = before
+
+    def answer(self, query, key, value, mask, scaling, state=None) -> Tensor:
+        """Return what the layer gives to a call: the result of `forward`, or of what `answered_by` put in its place."""
+        if self._answer is not None:
+            return self._answer(self, query, key, value, mask, scaling)
+        return self(query, key, value, mask, scaling, state)
+
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         """Set parameters from what the layer sees, before training; shapes as in `forward`. Most variants need none."""
 
@@ -170,17 +191,10 @@ class Attention(nn.Module):
         return ", ".join(f"{n}={v!r}" for n, v in self.option_values().items())
 
 
+# (the variant, query, key, value, mask, scaling) -> what its layer gives, `[B, H, T, Dv]`
+Answer = Callable[[Attention, Tensor, Tensor, Tensor, Mask, float], Tensor]
+
+
 def suggestion(name: str, known) -> str:
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def by_definition(attention: Attention, query, key, value, mask, scaling, state=None) -> Tensor:
-    """The `reference` form of a whole variant."""
-    dtype = compute_dtype(query.dtype)
-    return attention.reference(*(t.to(dtype) for t in (query, key, value)), mask, scaling).to(query.dtype)
-
-
-def needs_state(attention: Attention, query, key, value, mask, scaling, state=None) -> str | None:
-    """Why `by_definition` cannot serve a call."""
-    return None if state is None else "the definition keeps no state for generation"

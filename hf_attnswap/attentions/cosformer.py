@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.spec import FeatureMap
 from .base import Option
 from .linear import LinearAttention, positions
 from .registry import register
@@ -40,6 +41,14 @@ class Cosformer(LinearAttention):
         angle = (position.clamp(min=0).to(dtype) * (math.pi / 2 / self.max_length))[:, None, :, None]
         return tuple(torch.cat([x.to(dtype), angle.expand(*x.shape[:-1], 1)], dim=-1) for x in (query, key))
 
-    def feature_map(self, x: Tensor) -> Tensor:
-        features, angle = torch.relu(x[..., :-1]), x[..., -1:]
-        return torch.cat([features * angle.cos(), features * angle.sin()], dim=-1)
+    def feature_map(self):
+        return COSFORMER
+
+
+def cosformer_features(x: Tensor) -> Tensor:
+    """Return the features of queries or keys whose last number is the angle of their position."""
+    features, angle = torch.relu(x[..., :-1]), x[..., -1:]
+    return torch.cat([features * angle.cos(), features * angle.sin()], dim=-1)
+
+
+COSFORMER = FeatureMap("cosformer", cosformer_features)

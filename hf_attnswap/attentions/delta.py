@@ -25,10 +25,11 @@ class Delta(Attention):
     formula = "S_i q_i, S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T, q, k = silu(x) / |silu(x)|"
     cost = "O(n d^2)"
     cost_class = "linear"
+    family = "maps"
     source = "Schlag 2021, Yang 2024 (DeltaNet)"
     stateful = True
     kinds = ("causal",)
-    ops = ("causal_delta",)
+    ops = ("delta",)
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..ops.spec import FeatureMap
 from .linear import LinearAttention
 from .registry import register
 
@@ -15,8 +16,12 @@ class Elu(LinearAttention):
     cost = "O(n d^2)"
     source = "Katharopoulos 2020"
 
-    def feature_map(self, x):
-        return _EluPlusOne.apply(x) if torch.is_grad_enabled() else _elu_plus_one(x)
+    def feature_map(self):
+        return ELU
+
+
+def elu_features(x):
+    return _EluPlusOne.apply(x) if torch.is_grad_enabled() else _elu_plus_one(x)
 
 
 def _elu_plus_one(x):
@@ -37,3 +42,6 @@ class _EluPlusOne(torch.autograd.Function):
     def backward(ctx, grad):
         (phi,) = ctx.saved_tensors
         return grad * phi.clamp(max=1)
+
+
+ELU = FeatureMap("elu", elu_features)

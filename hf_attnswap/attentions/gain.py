@@ -15,6 +15,7 @@ from .softmax import Softmax
 class GainedScores(ScoreAttention):
     """`weights` are those before the gain."""
 
+    family = "gain"
     gain = Option(False, "learn a factor per head on the output, 1 at the start")
 
     def __init__(self, heads, **options):
@@ -26,8 +27,8 @@ class GainedScores(ScoreAttention):
         if self.gain:
             nn.init.ones_(self.output_gain)
 
-    def finish(self, out):
-        return out * self.output_gain.to(out.dtype)[:, None, None] if self.gain else out
+    def head_gain(self):
+        return self.output_gain if self.gain else None
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):
@@ -35,11 +36,11 @@ class GainedScores(ScoreAttention):
         if not self.gain:
             return
         nn.init.ones_(self.output_gain)
-        ours, softmax = (a(query, key, value, mask, scaling).float() for a in (self, Softmax(self.heads)))
+        unscaled, softmax = (a(query, key, value, mask, scaling).float() for a in (self, Softmax(self.heads)))
         valid = mask.new_tokens()
         if valid is not None:
-            ours = ours * valid[:, None, :, None]
-        size = ours.square().sum((0, 2, 3))
+            unscaled = unscaled * valid[:, None, :, None]
+        size = unscaled.square().sum((0, 2, 3))
         # A head without any output tells nothing.
-        found = torch.where(size > 0, (ours * softmax.nan_to_num(0.0)).sum((0, 2, 3)) / size.clamp(min=1e-30), 1.0)
-        self.output_gain.copy_(found)
+        fitted = (unscaled * softmax.nan_to_num(0.0)).sum((0, 2, 3)) / size.clamp(min=1e-30)
+        self.output_gain.copy_(torch.where(size > 0, fitted, 1.0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.gated import causal_gated
 from ..ops.heads import compute_dtype, scores
 from .base import Attention
-from .elu import Elu
+from .elu import elu_features
 from .registry import register
 
 
@@ -41,12 +41,13 @@ class Gated(Attention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), S_i = g_i S_{i-1} + phi(k_i) v_i^T, phi = elu(x) + 1"
     cost = "O(n d^2)"
     cost_class = "linear"
+    family = "maps"
     source = "Yang 2024 (GLA), Sun 2023 (RetNet)"
     stateful = True
     kinds = ("causal",)
-    ops = ("causal_gated",)
+    ops = ("gated",)
     eps = 1e-6
-    feature_map = Elu.feature_map
+    feature_map = staticmethod(elu_features)
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)

@@ -9,12 +9,13 @@ scaled: the features are then sharp enough to train.
 import torch
 from torch import Tensor, nn
 
+from ..ops.spec import FeatureMap
 from .linear import LinearAttention
 from .registry import register
 
 
 class HedgehogMap(nn.Module):
-    """`[B, heads, t, D]` -> `[B, heads, t, 2 D]`. W = 1 + `delta`, so that weight decay draws to the identity."""
+    """The parameters of a map. W = 1 + `delta`, so that weight decay draws to the identity."""
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -24,16 +25,28 @@ class HedgehogMap(nn.Module):
     def reset_parameters(self):
         nn.init.zeros_(self.delta)
 
-    def mixed(self, x: Tensor) -> Tensor:
-        """Wx."""
-        delta = self.delta.to(x.dtype)
-        if x.shape[2] < x.shape[3]:  # the smaller of the two additions
-            return x + x @ delta
-        return x @ (delta + torch.eye(x.shape[3], dtype=x.dtype, device=x.device))
+    def feature_map(self) -> FeatureMap:
+        return FeatureMap("hedgehog", hedgehog_features, tensors={"delta": self.delta}, beside=hedgehog_beside_softmax)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.mixed(x)
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+
+def hedgehog_mixed(x: Tensor, delta: Tensor) -> Tensor:
+    """Return Wx."""
+    delta = delta.to(x.dtype)
+    if x.shape[2] < x.shape[3]:  # the smaller of the two additions
+        return x + x @ delta
+    return x @ (delta + torch.eye(x.shape[3], dtype=x.dtype, device=x.device))
+
+
+def hedgehog_features(x: Tensor, delta: Tensor) -> Tensor:
+    y = hedgehog_mixed(x, delta)
+    return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+
+
+def hedgehog_beside_softmax(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `[exp(Wx), exp(-Wx)]`: the softmax would rob the row of its scale, which only alone cancels."""
+    y = hedgehog_mixed(x, delta)
+    largest = y.detach().abs().amax(-1, keepdim=True)
+    return torch.cat([y - largest, torch.sub(-largest, y)], dim=-1).exp_(), largest
 
 
 @register
@@ -44,20 +57,15 @@ class Hedgehog(LinearAttention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [softmax(Wx), softmax(-Wx)]"
     cost = "O(n d 2d)"
     source = "Zhang 2024 (Hedgehog, LoLCATs)"
+    family = "maps"
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)
         self.query_map = HedgehogMap(heads.num_attention_heads, heads.head_dim)
         self.key_map = HedgehogMap(heads.num_key_value_heads, heads.head_dim)
 
-    def map_query(self, x):
-        return self.query_map(x)
+    def feature_map_of_queries(self):
+        return self.query_map.feature_map()
 
-    def map_key(self, x):
-        return self.key_map(x)
-
-    def map_query_beside_softmax(self, x):
-        """`[exp(Wx), exp(-Wx)]`: the softmax would rob the row of its scale, which only alone cancels."""
-        y = self.query_map.mixed(x)
-        largest = y.detach().abs().amax(-1, keepdim=True)
-        return torch.cat([y - largest, torch.sub(-largest, y)], dim=-1).exp_(), largest
+    def feature_map_of_keys(self):
+        return self.key_map.feature_map()

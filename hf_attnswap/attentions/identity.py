@@ -3,6 +3,7 @@
 The product re-associates, (Q K^T) V = Q (K^T V): this, not an activation on the scores, is what makes it O(n).
 """
 
+from ..ops.spec import FeatureMap
 from .linear import LinearAttention
 from .registry import register
 
@@ -19,5 +20,12 @@ class Identity(LinearAttention):
     divide_by_count = True
     hybrid = False  # its weights may be negative: no denominator to share with softmax
 
-    def feature_map(self, x):
-        return x
+    def feature_map(self):
+        return IDENTITY
+
+
+def unchanged(x):
+    return x
+
+
+IDENTITY = FeatureMap("identity", unchanged)

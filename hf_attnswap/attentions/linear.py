@@ -8,49 +8,47 @@ from torch import Tensor
 from ..masks import Mask
 from ..ops.heads import scores
 from ..ops.linear import causal_linear, full_linear
+from ..ops.spec import FeatureMap
 from .base import Attention
 
 
 class LinearAttention(Attention):
     """Variants with `phi(q) . phi(k)` in place of `exp(s)`: the product re-associates, O(n) in time and memory.
 
-    o_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps), or / n_i where `divide_by_count`.
-    The maps see query and key as they are, or times sqrt(scaling) where `scaled`. With `hybrid` there is an `X+window`.
+    `o_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps)`, or / n_i where `divide_by_count`. A variant
+    of this family writes `feature_map`, or the two others where queries and keys differ.
+
+    Attributes:
+        scaled: the maps see query and key times sqrt(scaling), not as they are.
+        divide_by_count: divide by the number of keys in place of the sum of the weights.
+        hybrid: whether there is an `X+window`.
+        eps: added to the sum of the weights.
     """
 
     cost_class = "linear"
     stateful = True
-    ops = ("causal_linear", "full_linear")
+    ops = ("linear",)
     scaled: ClassVar[bool] = False
     divide_by_count: ClassVar[bool] = False
     hybrid: ClassVar[bool] = True
     eps: ClassVar[float] = 1e-6
 
-    def map_query(self, x: Tensor) -> Tensor:
-        """Feature map of the queries, `[B, H, t, D]` -> `[B, H, t, F]`."""
-        return self.feature_map(x)
-
-    def map_key(self, x: Tensor) -> Tensor:
-        """Feature map of the keys, `[B, Hkv, t, D]` -> `[B, Hkv, t, F]`."""
-        return self.feature_map(x)
-
-    def feature_map(self, x: Tensor) -> Tensor:
-        """The map where queries and keys share it."""
+    def feature_map(self) -> FeatureMap:
+        """Return the map that queries and keys share, with the parameters that it needs."""
         raise NotImplementedError(f"{type(self).__name__} defines no feature map")
 
-    def map_query_beside_softmax(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The map of the queries in `X+window`, where a factor of the row does not cancel.
+    def feature_map_of_queries(self) -> FeatureMap:
+        """Return the map of the queries, `[B, H, t, D]` -> `[B, H, t, F]`."""
+        return self.feature_map()
 
-        Returns:
-            Features, and the log of a factor of each row that was left out of them, `[B, H, t, 1]`; None for 0. Any
-            number that keeps the features in range will do for it, so it is a constant to the gradient.
-        """
-        return self.map_query(x), None
+    def feature_map_of_keys(self) -> FeatureMap:
+        """Return the map of the keys, `[B, Hkv, t, D]` -> `[B, Hkv, t, F]`."""
+        return self.feature_map()
 
     def kernel(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        """`phi(q_i) . phi(k_j)`, `[B, H, T, S]`: O(n^2), for the definition."""
+        """Return `phi(q_i) . phi(k_j)`, `[B, H, T, S]`: O(n^2), for the definition."""
         scale = scaling**0.5 if self.scaled else 1.0
-        return scores(self.map_query(query * scale), self.map_key(key * scale))
+        return scores(self.feature_map_of_queries()(query * scale), self.feature_map_of_keys()(key * scale))
 
     def weights(self, query, key, mask, scaling):
         allowed = mask.matrix(query.device)
@@ -60,34 +58,26 @@ class LinearAttention(Attention):
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
 
     def prepare(self, query: Tensor, key: Tensor, mask: Mask, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Query and key as the maps want them, where these need more than each token by itself."""
+        """Return query and key as the maps want them, where these need more than each token by itself."""
         return query, key
 
     def forward(self, query, key, value, mask, scaling, state=None):
         dtype = query.dtype
         query, key = self.prepare(query, key, mask, state)
-        maps = {
-            "map_query": self.map_query,
-            "map_key": self.map_key,
+        maps = self.feature_map_of_queries(), self.feature_map_of_keys()
+        given = {
             "scale": scaling**0.5 if self.scaled else 1.0,
             "eps": None if self.divide_by_count else self.eps,
         }
         if not mask.causal:
-            out, _ = full_linear(query, key, value, **maps, key_mask=mask.valid)
+            out, _ = full_linear(query, key, value, *maps, **given, key_mask=mask.valid)
             if self.divide_by_count:
                 counts = key.shape[2] if mask.valid is None else mask.valid.sum(1).clamp(min=1)[:, None, None, None]
                 out = out / counts
             return out.to(dtype)
         valid = mask.new_tokens()
-        out, _, after = causal_linear(
-            query,
-            key,
-            value,
-            **maps,
-            parameters=tuple(self.parameters()) if torch.is_grad_enabled() else (),
-            key_mask=valid,
-            state=None if state is None else state.get("S"),
-        )
+        before = None if state is None else state.get("S")
+        out, _, after = causal_linear(query, key, value, *maps, **given, key_mask=valid, state=before)
         if self.divide_by_count:
             out, counts = self._divide(out, query, valid, state)
             if state is not None:
@@ -105,9 +95,10 @@ class LinearAttention(Attention):
 
 
 def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:
-    """How many valid tokens stand before each of the new ones, those in `state["count"]` included: int `[B, T]`.
+    """Return how many valid tokens stand before each of the new ones, int `[B, T]`.
 
-    Padding has the position of the valid token before it (-1 where there is none).
+    Those in `state["count"]` are included. Padding has the position of the valid token before it (-1 where there is
+    none).
     """
     batch, _, length, _ = query.shape
     if valid is None:

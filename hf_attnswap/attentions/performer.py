@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.spec import FeatureMap
 from .base import Option
 from .linear import LinearAttention
 from .registry import register
@@ -46,14 +47,23 @@ class Performer(LinearAttention):
         rows = torch.cat([torch.linalg.qr(block).Q.T for block in blocks])[: self.features]
         self.projection.copy_(rows * math.sqrt(dim))
 
-    def exponents(self, x: Tensor) -> Tensor:
-        """`w x - |x|^2 / 2`, `[B, heads, t, D]` -> `[B, heads, t, m]`."""
-        return x @ self.projection.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
+    def feature_map_of_queries(self):
+        return FeatureMap("performer", query_features, tensors={"projection": self.projection})
 
-    def map_query(self, x):
-        """Divided by the largest of the row, which cancels."""
-        exponents = self.exponents(x)
-        return (exponents - exponents.amax(-1, keepdim=True).detach()).exp() / math.sqrt(self.features)
+    def feature_map_of_keys(self):
+        return FeatureMap("performer", key_features, tensors={"projection": self.projection})
 
-    def map_key(self, x):
-        return self.exponents(x).clamp(max=_LARGEST_EXPONENT).exp() / math.sqrt(self.features)
+
+def exponents(x: Tensor, projection: Tensor) -> Tensor:
+    """Return `w x - |x|^2 / 2`, `[B, heads, t, D]` -> `[B, heads, t, m]`."""
+    return x @ projection.to(x.dtype).T - x.square().sum(-1, keepdim=True) / 2
+
+
+def query_features(x: Tensor, projection: Tensor) -> Tensor:
+    """Return the features divided by the largest of the row, which cancels."""
+    e = exponents(x, projection)
+    return (e - e.amax(-1, keepdim=True).detach()).exp() / math.sqrt(len(projection))
+
+
+def key_features(x: Tensor, projection: Tensor) -> Tensor:
+    return exponents(x, projection).clamp(max=_LARGEST_EXPONENT).exp() / math.sqrt(len(projection))

@@ -1,45 +1,93 @@
-"""Names to variants. A file of this folder that registers a class is found without being named anywhere."""
+"""Names to variants. A file of this folder that registers a class is found without being named anywhere.
+
+Other packages add variants through the entry-point group `hf_attnswap.attentions`: an entry names a module that
+registers its classes when it is imported.
+"""
 
 import importlib
+import logging
 import pkgutil
+import threading
+from collections.abc import Callable
+from importlib.metadata import entry_points
 
 from .base import Attention, suggestion
-from .linear import LinearAttention
+
+log = logging.getLogger(__name__)
+
+GROUP = "hf_attnswap.attentions"
 
 _registered: dict[str, type[Attention]] = {}
+# By suffix of the name: the class that is made from another one, or None where that one has none.
+_derived: dict[str, Callable[[type[Attention]], type[Attention] | None]] = {}
+_lock = threading.RLock()
+_loaded = False
 
 
 def register(cls: type[Attention]) -> type[Attention]:
-    """Class decorator: make a variant known under `cls.name`. ValueError on a name that is taken."""
-    if cls.name.endswith("+window"):
-        raise ValueError(f"attention {cls.name!r} is already taken: names with +window are made from linear variants")
+    """Make a variant known under `cls.name`; a class decorator.
+
+    Raises:
+        ValueError: a name that is taken.
+    """
+    if "+" in cls.name:
+        raise ValueError(f"attention {cls.name!r} is already taken: names with + are made from other variants")
     if cls.name in _registered and _registered[cls.name].__qualname__ != cls.__qualname__:
         raise ValueError(f"attention {cls.name!r} is already registered by {_registered[cls.name].__module__}")
     _registered[cls.name] = cls
     return cls
 
 
+def derive(suffix: str, make: Callable[[type[Attention]], type[Attention] | None]) -> None:
+    """Make `X` + suffix known for every variant X of which `make` returns a class, the same at every call."""
+    _derived[suffix] = make
+
+
 def names() -> list[str]:
-    """All names: controls first, then the variants by cost, then `X+window` for every linear one that has it."""
-    _load()
+    """Return all names: controls first, then the variants by cost, then those that are made from others."""
+    load()
     order = sorted(_registered.values(), key=lambda cls: (not cls.control, cls.cost_class, cls.name))
-    hybrids = [f"{cls.name}+window" for cls in order if issubclass(cls, LinearAttention) and cls.hybrid]
-    return [*(cls.name for cls in order), *hybrids]
+    made = [f"{cls.name}{suffix}" for suffix, make in _derived.items() for cls in order if make(cls) is not None]
+    return [*(cls.name for cls in order), *made]
 
 
 def get(name: str) -> type[Attention]:
-    """The class of a variant; ValueError, with a suggestion, for an unknown name."""
-    known = names()
-    if name not in known:
+    """Return the class of a variant.
+
+    Raises:
+        ValueError: an unknown name; the error suggests the nearest one.
+    """
+    if not _loaded:
+        load()
+    base, plus, suffix = str(name).partition("+")
+    cls = _registered.get(base)
+    if cls is not None and plus:
+        make = _derived.get(plus + suffix)
+        cls = None if make is None else make(cls)
+    if cls is None:
+        known = names()
         raise ValueError(f"Unknown attention {name!r}.{suggestion(name, known)} Available: {', '.join(known)}")
-    if name not in _registered:
-        from .hybrid import hybrid_of  # the one place that needs the class, not only its name
-
-        return hybrid_of(_registered[name.removesuffix("+window")])
-    return _registered[name]
+    return cls
 
 
-def _load() -> None:
-    package = importlib.import_module(__package__)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{__package__}.{module.name}")
+def load(again: bool = False) -> None:
+    """Import every file of this folder and every entry point of other packages; once, unless `again`."""
+    global _loaded
+    if _loaded and not again:
+        return
+    with _lock:  # who comes second waits until all are there
+        if _loaded and not again:
+            return
+        package = importlib.import_module(__package__)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{__package__}.{module.name}")
+        for entry in entry_points(group=GROUP):
+            try:
+                entry.load()
+            except Exception as error:  # whatever another package does wrong must not take the variants of this one
+                source = entry.dist.name if entry.dist else "an unknown package"
+                log.warning(
+                    "the variants of entry point %s (%s, of %s) are missing: %s: %s",
+                    entry.name, entry.value, source, type(error).__name__, error,
+                )  # fmt: skip
+        _loaded = True

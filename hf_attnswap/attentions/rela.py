@@ -7,9 +7,12 @@ multiplied by sigmoid(w u), channel by channel. Zhang et al., "Sparse attention 
 import torch
 from torch import nn
 
-from ..ops.heads import mix, scores
+from ..ops.heads import compute_dtype, mix, scores
+from ..ops.scores import score_attention
+from ..ops.spec import Activation
 from .base import Option
 from .registry import register
+from .relu import relu
 from .scores import ScoreAttention
 
 
@@ -35,13 +38,22 @@ class Rela(ScoreAttention):
         if self.gate:
             nn.init.zeros_(self.gate_weight)
 
-    def activate(self, scores, count, peak, heads):
-        return scores.relu_()
+    def activation(self):
+        return Activation("relu", relu)
 
-    def finish(self, out):
+    def normalised(self, out):
+        """Return RMSNorm of `[B, H, T, Dv]`, times the gate."""
         normed = out * (out.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         normed = normed * self.norm_gain.to(out.dtype)[:, None, :]
         return normed * torch.sigmoid(out * self.gate_weight.to(out.dtype)[:, None, :]) if self.gate else normed
+
+    def reference(self, query, key, value, mask, scaling):
+        return self.normalised(super().reference(query, key, value, mask, scaling))
+
+    def forward(self, query, key, value, mask, scaling, state=None):
+        dtype = compute_dtype(query.dtype)  # the sum may be too large for float16; the norm brings it back
+        out = score_attention(query, key, value, mask, scaling, self.activation(), result_dtype=dtype)
+        return self.normalised(out).to(query.dtype)
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):

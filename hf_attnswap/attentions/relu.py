@@ -4,21 +4,41 @@ Wortsman et al., "Replacing softmax with ReLU in vision transformers", 2023 (rel
 number of keys that the row may attend to. The activation stands on the product of q and k: O(n^2) remains.
 """
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 
+from ..ops.spec import Activation, by_count
 from .base import Option
 from .gain import GainedScores
 from .registry import register
+
+
+def relu(scores, count, peak):
+    return scores.relu_()
+
+
+def squared_relu(scores, count, peak):
+    return scores.relu_().square()
+
+
+def gelu(scores, count, peak):
+    return F.gelu(scores.clamp(min=-100))  # of -inf it is NaN; here it is zero from -15 on
+
+
+def softplus(scores, count, peak):
+    return F.softplus(scores)
 
 
 class ActivatedScores(GainedScores):
     """Unnormalised: rows do not sum to one, and the scale of the output depends on the text."""
 
     source = "Wortsman 2023"
+    curve: ClassVar[tuple]  # its name and function
     alpha = Option(1.0, "exponent of the number of keys in the denominator", minimum=0.0)
 
-    def denominator(self, total, count):
-        return count**self.alpha
+    def activation(self):
+        return Activation(*self.curve, denominator=by_count(self.alpha))
 
 
 @register
@@ -27,9 +47,7 @@ class Relu(ActivatedScores):
 
     name = "relu"
     formula = "sum_j relu(s_ij) v_j / n_i^alpha"
-
-    def activate(self, scores, count, peak, heads):
-        return scores.relu_()
+    curve = ("relu", relu)
 
 
 @register
@@ -38,9 +56,7 @@ class Relu2(ActivatedScores):
 
     name = "relu2"
     formula = "sum_j relu(s_ij)^2 v_j / n_i^alpha"
-
-    def activate(self, scores, count, peak, heads):
-        return scores.relu_().square()
+    curve = ("relu2", squared_relu)
 
 
 @register
@@ -49,9 +65,7 @@ class Gelu(ActivatedScores):
 
     name = "gelu"
     formula = "sum_j gelu(s_ij) v_j / n_i^alpha"
-
-    def activate(self, scores, count, peak, heads):
-        return F.gelu(scores.clamp(min=-100))  # of -inf it is NaN; here it is zero from -15 on
+    curve = ("gelu", gelu)
 
 
 @register
@@ -60,6 +74,4 @@ class Softplus(ActivatedScores):
 
     name = "softplus"
     formula = "sum_j softplus(s_ij) v_j / n_i^alpha"
-
-    def activate(self, scores, count, peak, heads):
-        return F.softplus(scores)
+    curve = ("softplus", softplus)

@@ -5,8 +5,11 @@ Kasai et al., "Finetuning pretrained transformers into RNNs" (T2R, without its p
 
 import torch
 
+from ..ops.spec import FeatureMap
 from .linear import LinearAttention
 from .registry import register
+
+RELU = FeatureMap("relu", torch.relu)
 
 
 @register
@@ -18,5 +21,5 @@ class ReluKernel(LinearAttention):
     cost = "O(n d^2)"
     source = "Kasai 2021, Cai 2023"
 
-    def feature_map(self, x):
-        return torch.relu(x)
+    def feature_map(self):
+        return RELU

@@ -3,53 +3,45 @@
 Shen et al., "A study on ReLU and softmax in transformer", 2023. O(n^2), as every activation on the scores.
 """
 
-import torch.nn.functional as F
-
+from ..ops.spec import Activation, by_total
 from .gain import GainedScores
 from .registry import register
+from .relu import relu, softplus, squared_relu
 
-
-class NormalisedScores(GainedScores):
-    """Rows sum to one where any weight is positive, and are zero otherwise."""
-
-    needs_total = True
-    eps = 1e-6
-
-    def denominator(self, total, count):
-        return total + self.eps
+EPS = 1e-6
 
 
 @register
-class ReluNorm(NormalisedScores):
-    """A row that has no positive score is zero."""
+class ReluNorm(GainedScores):
+    """Rows sum to one where any weight is positive; a row that has no positive score is zero."""
 
     name = "relu_norm"
     formula = "sum_j relu(s_ij) v_j / (sum_j relu(s_ij) + eps)"
     source = "Shen 2023"
 
-    def activate(self, scores, count, peak, heads):
-        return scores.relu_()
+    def activation(self):
+        return Activation("relu", relu, denominator=by_total(EPS))
 
 
 @register
-class Relu2Norm(NormalisedScores):
+class Relu2Norm(GainedScores):
     """The square prefers large scores, as exp does."""
 
     name = "relu2_norm"
     formula = "sum_j relu(s_ij)^2 v_j / (sum_j relu(s_ij)^2 + eps)"
     source = "relu_norm, squared"
 
-    def activate(self, scores, count, peak, heads):
-        return scores.relu_().square()
+    def activation(self):
+        return Activation("relu2", squared_relu, denominator=by_total(EPS))
 
 
 @register
-class SoftplusNorm(NormalisedScores):
+class SoftplusNorm(GainedScores):
     """log(1 + e^s): no row is zero."""
 
     name = "softplus_norm"
     formula = "sum_j softplus(s_ij) v_j / (sum_j softplus(s_ij) + eps)"
     source = "relu_norm, smooth"
 
-    def activate(self, scores, count, peak, heads):
-        return F.softplus(scores)
+    def activation(self):
+        return Activation("softplus", softplus, denominator=by_total(EPS))

@@ -9,6 +9,7 @@ exactly zero where s_ij < c_i - p. alpha-entmax with alpha = 1 + 1/p has the sam
 import torch
 from torch import nn
 
+from ..ops.spec import Activation, by_total
 from .base import Option
 from .gain import GainedScores
 from .registry import register
@@ -21,7 +22,6 @@ class ReluPower(GainedScores):
     name = "relu_power"
     formula = "sum_j a_ij v_j / sum_j a_ij, a_ij = relu(1 + (s_ij - c_i)/p)^p, c_i = max_j s_ij"
     source = "exp(x) = lim (1 + x/p)^p; entmax: Peters 2019"
-    needs_peak = needs_total = True
     p = Option(16, "the power, a power of two; larger is closer to softmax", choices=tuple(2**i for i in range(11)))
     shift = Option(
         "max", "what is subtracted from the scores of a row: its maximum, or nothing", choices=("max", "none")
@@ -39,23 +39,24 @@ class ReluPower(GainedScores):
         if self.temperature:
             nn.init.zeros_(self.log_temperature)
 
-    def score_factor(self):
-        return self.log_temperature.exp()[:, None, None] / self.p if self.temperature else 1 / self.p
+    def activation(self):
+        factor = self.log_temperature.exp() / self.p if self.temperature else 1 / self.p
+        params = {"p": self.p, "shift": self.shift}
+        return Activation("relu_power", relu_power, params, denominator=by_total(), factor=factor, needs_peak=True)
 
-    def activate(self, scores, count, peak, heads):
-        # A row that may attend to nothing has no largest score.
-        peak = peak.clamp(min=torch.finfo(scores.dtype).min)
-        # In place where no gradient needs what is overwritten.
-        learning = torch.is_grad_enabled()
-        if self.shift == "max":
-            a = scores - (peak - 1) if learning else scores.sub_(peak - 1)
-            a = a.relu_()
-        else:  # the largest is 1 with the other shift; a factor of the row cancels
-            largest = (1 + peak).detach().clamp(min=torch.finfo(scores.dtype).tiny)
-            a = torch.relu(1 + scores) / largest
-        for _ in range(self.p.bit_length() - 1):
-            a = a * a if learning else a.mul_(a)
-        return a
 
-    def denominator(self, total, count):
-        return torch.where(total > 0, total, 1)
+def relu_power(scores, count, peak, p, shift):
+    """Return `relu(1 + s - c)^p` of scores and peaks that are divided by p already."""
+    # A row that may attend to nothing has no largest score.
+    peak = peak.clamp(min=torch.finfo(scores.dtype).min)
+    # In place where no gradient needs what is overwritten.
+    learning = torch.is_grad_enabled()
+    if shift == "max":
+        a = scores - (peak - 1) if learning else scores.sub_(peak - 1)
+        a = a.relu_()
+    else:  # the largest is 1 with the other shift; a factor of the row cancels
+        largest = (1 + peak).detach().clamp(min=torch.finfo(scores.dtype).tiny)
+        a = torch.relu(1 + scores) / largest
+    for _ in range(p.bit_length() - 1):
+        a = a * a if learning else a.mul_(a)
+    return a

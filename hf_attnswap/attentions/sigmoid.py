@@ -6,6 +6,7 @@ Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attenti
 import torch
 from torch import nn
 
+from ..ops.spec import Activation
 from .gain import GainedScores
 from .registry import register
 
@@ -27,6 +28,10 @@ class Sigmoid(GainedScores):
         super().reset_parameters()
         nn.init.zeros_(self.offset)
 
-    def activate(self, scores, count, peak, heads):
-        bias = self.offset[heads].to(scores.dtype)[:, None, None] - count.to(scores.dtype).log()
-        return scores.add_(bias).sigmoid_()
+    def activation(self):
+        return Activation("sigmoid", shifted_sigmoid, tensors={"offset": self.offset})
+
+
+def shifted_sigmoid(scores, count, peak, offset):
+    bias = offset.to(scores.dtype)[:, None, None] - count.to(scores.dtype).log()
+    return scores.add_(bias).sigmoid_()

@@ -6,8 +6,13 @@ o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij). Vaswani et al., "Attention is all y
 import torch
 import torch.nn.functional as F
 
+from ..ops.spec import Activation, by_total
 from .registry import register
 from .scores import ScoreAttention
+
+
+def exp_below_peak(scores, count, peak):
+    return torch.exp(scores - peak.clamp(min=torch.finfo(scores.dtype).min))
 
 
 @register
@@ -19,13 +24,8 @@ class Softmax(ScoreAttention):
     source = "Vaswani 2017"
     control = True
 
-    needs_peak = needs_total = True
-
-    def activate(self, scores, count, peak, heads):
-        return torch.exp(scores - peak.clamp(min=torch.finfo(scores.dtype).min))
-
-    def denominator(self, total, count):
-        return torch.where(total > 0, total, 1)
+    def activation(self):
+        return Activation("exp", exp_below_peak, denominator=by_total(), needs_peak=True)
 
     def forward(self, query, key, value, mask, scaling, state=None, dropout=0.0):
         if mask.softcap is not None or mask.sinks is not None:

@@ -7,12 +7,13 @@ transformers into RNNs", 2021, where W starts at random.
 import torch
 from torch import Tensor, nn
 
+from ..ops.spec import FeatureMap
 from .linear import LinearAttention
 from .registry import register
 
 
 class T2RMap(nn.Module):
-    """`[B, heads, t, D]` -> the same. W = 1 + `delta`, so that weight decay draws to the identity."""
+    """The parameters of a map. W = 1 + `delta`, so that weight decay draws to the identity."""
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -24,8 +25,12 @@ class T2RMap(nn.Module):
         nn.init.zeros_(self.delta)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + x @ self.delta.to(x.dtype) + self.bias.to(x.dtype))
+    def feature_map(self) -> FeatureMap:
+        return FeatureMap("t2r", t2r_features, tensors={"delta": self.delta, "bias": self.bias})
+
+
+def t2r_features(x: Tensor, delta: Tensor, bias: Tensor) -> Tensor:
+    return torch.relu(x + x @ delta.to(x.dtype) + bias.to(x.dtype))
 
 
 @register
@@ -36,14 +41,15 @@ class T2R(LinearAttention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(Wx + b)"
     cost = "O(n d^2)"
     source = "Kasai 2021 (T2R)"
+    family = "maps"
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)
         self.query_map = T2RMap(heads.num_attention_heads, heads.head_dim)
         self.key_map = T2RMap(heads.num_key_value_heads, heads.head_dim)
 
-    def map_query(self, x):
-        return self.query_map(x)
+    def feature_map_of_queries(self):
+        return self.query_map.feature_map()
 
-    def map_key(self, x):
-        return self.key_map(x)
+    def feature_map_of_keys(self):
+        return self.key_map.feature_map()

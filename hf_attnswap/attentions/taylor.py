@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops.spec import FeatureMap
 from .base import Option
 from .linear import LinearAttention
 from .registry import register
@@ -23,6 +24,7 @@ class Taylor(LinearAttention):
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [1, y, y y^T / sqrt(2)], y = Px"
     cost = "O(n d r^2)"
     source = "Arora 2024 (Based)"
+    family = "maps"
     scaled = True
     hybrid = False  # it works on scaled queries and keys; beside a softmax the maps see them as they are
     rank = Option(16, "numbers r that a query or key is projected to", minimum=1)
@@ -39,14 +41,16 @@ class Taylor(LinearAttention):
             generator = torch.Generator(projection.device if projection.device.type != "meta" else "cpu")
             nn.init.normal_(projection, std=self.rank**-0.5, generator=generator.manual_seed(0))
 
-    def map_query(self, x):
-        group = self.heads.num_attention_heads // self.heads.num_key_value_heads
-        return _series(x @ self.query_projection.to(x.dtype).repeat_interleave(group, dim=0))
+    def feature_map_of_queries(self):
+        return FeatureMap("taylor", taylor_features, tensors={"projection": self.query_projection})
 
-    def map_key(self, x):
-        return _series(x @ self.key_projection.to(x.dtype))
+    def feature_map_of_keys(self):
+        return FeatureMap("taylor", taylor_features, tensors={"projection": self.key_projection})
 
 
-def _series(y: Tensor) -> Tensor:
+def taylor_features(x: Tensor, projection: Tensor) -> Tensor:
+    """Return the features of `[B, heads, t, D]`, whose heads share the projections `[Hkv, D, r]` in equal groups."""
+    group = x.shape[1] // projection.shape[0]
+    y = x @ projection.to(x.dtype).repeat_interleave(group, dim=0)
     square = (y[..., :, None] * y[..., None, :]).flatten(-2) / math.sqrt(2)
     return torch.cat([torch.ones_like(y[..., :1]), y, square], dim=-1)

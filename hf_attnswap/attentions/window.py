@@ -3,29 +3,19 @@
 Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language models with attention sinks", 2023.
 """
 
-import torch
-
-from ..ops.backends import Op
-from ..ops.chunks import from_chunks
-from ..ops.heads import scores
-from ..ops.rows import by_rows
-from ..ops.window import Step, WindowState, context
-from .base import Attention, Option, by_definition, needs_state
+from ..ops.sliding import WindowState
+from ..ops.window import window_attention
+from ..ops.window.reference import window_weights
+from .base import Attention, Option
 from .registry import register
 
-_window = Op("window")
-WINDOW_STATE = WindowState.__dataclass_fields__
-
-
-def near(allowed: torch.Tensor, window: int, sinks: int) -> torch.Tensor:
-    """Of the keys each row may attend to, the last `window` and the first `sinks`. O(n^2), for definitions."""
-    rank = allowed.long().cumsum(-1)
-    count = rank[..., -1:]
-    return allowed & ((rank > count - window) | (rank <= sinks))
+WINDOW = Option(64, "most recent keys attended to, the token itself included", minimum=1)
+SINKS = Option(4, "first tokens of the text always attended to", minimum=0)
 
 
 def read_state(state: dict | None) -> WindowState | None:
-    return WindowState(**{name: state[name] for name in WINDOW_STATE}) if state else None
+    """Return what the state of a layer says of the window, None at the start of a text."""
+    return WindowState(**{name: state[name] for name in WindowState.__dataclass_fields__}) if state else None
 
 
 @register
@@ -41,36 +31,24 @@ class Window(Attention):
     stateful = True
     kinds = ("causal",)
     ops = ("window",)
-    window = Option(64, "most recent keys attended to, the token itself included", minimum=1)
-    sinks = Option(4, "first tokens of the text always attended to", minimum=0)
+    window = WINDOW
+    sinks = SINKS
 
     def weights(self, query, key, mask, scaling):
-        s = scores(query * scaling, key)
-        s = s.masked_fill(~near(mask.matrix(query.device), self.window, self.sinks), float("-inf"))
-        return torch.softmax(s, dim=-1).nan_to_num(0.0)
+        return window_weights(query, key, mask.matrix(query.device), scaling, self.window, self.sinks)
 
     def forward(self, query, key, value, mask, scaling, state=None):
-        return _window(self, query, key, value, mask, scaling, state)
-
-    def _fast(self, query, key, value, mask, scaling, state):
-        at = context(query, key, value, mask.new_tokens(), self.window, self.sinks, read_state(state))
-        if isinstance(at, Step):
-            numerator, denominator, _ = at.softmax_parts(scaling)
-            out = numerator / denominator
-        else:
-
-            def attend(query, key, value, bias, tile, carry):
-                numerator, denominator, _ = at.softmax_parts(query, key, value, tile, scaling)
-                # Every valid row sees itself, so its denominator is at least 1.
-                out = numerator / denominator.clamp(min=1)
-                return (from_chunks(out, query.shape[0], at.chunk_of(query)),), carry
-
-            (out,), _ = by_rows(attend, at.query, at.key, at.value, at.tiles(), (at.sink_key, at.sink_value))
-            out = at.unalign(out)
+        out, after = window_attention(
+            query,
+            key,
+            value,
+            scaling,
+            window=self.window,
+            sinks=self.sinks,
+            valid=mask.new_tokens(),
+            state=read_state(state),
+            keep_state=state is not None,
+        )
         if state is not None:
-            state.update(vars(at.state()))
-        return out.to(query.dtype)
-
-
-_window.form("torch")(Window._fast)
-_window.form("reference", needs_state)(by_definition)
+            state.update(vars(after))
+        return out

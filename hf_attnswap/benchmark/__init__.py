@@ -1,1 +1,1 @@
-"""Time and memory, always beside a control in the same run."""
+"""Measure time and memory, always beside a control in the same run."""

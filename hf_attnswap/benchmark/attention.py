@@ -1,7 +1,7 @@
-"""The attention alone, at the shape of a model, against torch's scaled_dot_product_attention in the same rounds."""
+"""Time the attention alone, at the shape of a model, beside torch's scaled_dot_product_attention in the same rounds."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,23 +12,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attentions import Attention, Heads
 from ..masks import Mask
-from .growth import Growth, crossover, growth
-from .measure import Spread, interleaved, peak_memory_mib, speedup
+from ..ops.backends import watch
+from ..statistics import Growth, Spread, crossover, growth
+from .measure import interleaved, peak_memory_mib, speedup
 
 
 class Candidate(Protocol):
-    """What is timed: attention of query `[B, H, n, D]` to key and value `[B, Hkv, n, *]`."""
+    """Describe what is timed: attention of query `[B, H, n, D]` to key `[B, Hkv, n, D]` and value `[B, Hkv, n, Dv]`."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
     def step(self, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Any]:
-        """One more token after these n, as a call to be made again and again."""
+        """Return a function that computes one more token after these n tokens, and can be called repeatedly."""
         ...
 
 
 @dataclass(frozen=True)
 class Sdpa:
-    """torch's scaled_dot_product_attention, the control."""
+    """Run torch's scaled_dot_product_attention, the control.
+
+    Attributes:
+        causal: whether each token attends only to itself and to the tokens before.
+    """
 
     causal: bool = True
 
@@ -41,8 +46,15 @@ class Sdpa:
 
 
 def sdpa_kernel(inputs: Sequence[Tensor]) -> str:
-    """Which kernel torch takes for `Sdpa` on these: the name of its operator, such as
-    `_scaled_dot_product_flash_attention_for_cpu`, or "math" for the products and softmax written out."""
+    """Return the name of the kernel that torch chooses for `Sdpa` on these inputs.
+
+    Args:
+        inputs: query `[B, H, n, D]`, key `[B, Hkv, n, D]` and value `[B, Hkv, n, Dv]`.
+
+    Returns:
+        The name of the operator, such as `_scaled_dot_product_flash_attention_for_cpu`, or "math" where torch writes
+        out the products and the softmax.
+    """
     called: list[str] = []
 
     class Note(TorchDispatchMode):
@@ -57,7 +69,13 @@ def sdpa_kernel(inputs: Sequence[Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Variant:
-    """A variant; its step goes from the state after n tokens, or, where it keeps none, to n keys."""
+    """Run the attention of a variant.
+
+    A step reads the state after n tokens, or, for a variant without a state, the n keys and values.
+
+    Attributes:
+        causal: whether each token attends only to itself and to the tokens before.
+    """
 
     attention: Attention
     causal: bool = True
@@ -88,7 +106,15 @@ def random_inputs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal query, key and value, the same for the same length; without a graph."""
+    """Return query, key and value of normal random numbers, equal for equal lengths, without gradients.
+
+    Args:
+        heads: numbers of heads and their dimensions.
+        length: tokens n; also the seed.
+
+    Returns:
+        query `[B, H, n, D]`, key `[B, Hkv, n, D]` and value `[B, Hkv, n, Dv]`.
+    """
     generator = torch.Generator(device=device).manual_seed(length)
     counts = (heads.num_attention_heads, heads.num_key_value_heads, heads.num_key_value_heads)
     dims = (heads.head_dim, heads.head_dim, heads.value_dim)
@@ -99,12 +125,13 @@ def random_inputs(
 
 
 def forward(candidate: Candidate, inputs: Sequence[Tensor]) -> None:
+    """Run the forward pass of `candidate` on query, key and value, without gradients."""
     with torch.no_grad():
         candidate(*inputs)
 
 
 def forward_backward(candidate: Candidate, inputs: Sequence[Tensor]) -> None:
-    """Gradients of all inputs; each call starts without any."""
+    """Run the forward and the backward pass of `candidate`, with new gradients of query, key and value at each call."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     out = candidate(*inputs)
     out.backward(torch.ones_like(out))
@@ -112,8 +139,17 @@ def forward_backward(candidate: Candidate, inputs: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant at one length: speed-up over SDPA, forward alone and with the backward pass, the seconds of each
-    round of the forward pass, and peak memory of both passes."""
+    """Hold what was measured of one variant at one length.
+
+    Attributes:
+        attention: name of the variant.
+        length: tokens of query, key and value.
+        forward, forward_backward: how many times faster than SDPA, forward alone and with the backward pass.
+        forward_s, sdpa_forward_s: seconds of the forward pass in each round.
+        peak_memory_mib, sdpa_peak_memory_mib: MiB that forward and backward pass need; None where the system does not
+            report memory.
+        backends: names of the backends that ran, by op; empty for a variant that is one call of torch.
+    """
 
     attention: str
     length: int
@@ -123,6 +159,7 @@ class Row:
     sdpa_forward_s: tuple[float, ...]
     peak_memory_mib: float | None
     sdpa_peak_memory_mib: float | None
+    backends: dict[str, list[str]] = field(default_factory=dict)
 
 
 def bench(
@@ -136,7 +173,18 @@ def bench(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> list[Row]:
-    """Measure every variant at every length; feature maps included, inputs random."""
+    """Measure every variant at every length on random inputs, feature maps included, with SDPA in the same rounds.
+
+    Args:
+        variants: attention modules by name.
+        heads: numbers of heads and their dimensions.
+        lengths: tokens n of the inputs.
+        rounds: timed rounds per length, after one that does not count.
+        progress: called with each length after it is measured.
+
+    Returns:
+        One row per length and variant.
+    """
     rows = []
     candidates = {"sdpa": Sdpa()} | {name: Variant(attention) for name, attention in variants.items()}
     for length in lengths:
@@ -146,7 +194,12 @@ def bench(
             for work in (forward, forward_backward)
         )
         forwards, trained = (interleaved(runs, rounds, device) for runs in (alone, both))
-        peaks = {name: peak_memory_mib(run, device) for name, run in both.items()}
+        peaks, backends = {}, {}
+        for name, run in both.items():
+            with watch() as ran:
+                alone[name]()
+                peaks[name] = peak_memory_mib(run, device)
+            backends[name] = {op: sorted(chosen) for op, chosen in sorted(ran.items())}
         for name in variants:
             rows.append(
                 Row(
@@ -158,6 +211,7 @@ def bench(
                     tuple(forwards["sdpa"]),
                     peaks[name],
                     peaks["sdpa"],
+                    backends[name],
                 )
             )
         if progress is not None:
@@ -167,8 +221,14 @@ def bench(
 
 @dataclass(frozen=True)
 class Scaling:
-    """Of the forward pass. growth: None for fewer than two lengths. faster_from: tokens; None where it is not faster at
-    the longest length, and for SDPA."""
+    """Hold how the forward pass of one variant grows with the length.
+
+    Attributes:
+        attention: name of the variant, or "sdpa".
+        growth: exponent of the time; None for fewer than three lengths.
+        faster_from: tokens from which on the variant is faster than SDPA; None where the variant is not faster at the
+            longest length, and for SDPA.
+    """
 
     attention: str
     growth: Growth | None
@@ -176,7 +236,11 @@ class Scaling:
 
 
 def scaling(rows: Iterable[Row]) -> list[Scaling]:
-    """How time grows with the length and from where on it is less than SDPA's; SDPA first."""
+    """Return how the time of SDPA and of each variant grows with the length, SDPA first.
+
+    Args:
+        rows: what `bench` returns, with at least one variant.
+    """
     by_name: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.length):
         by_name.setdefault(row.attention, []).append(row)

@@ -1,4 +1,4 @@
-"""A whole model at work: reading a prompt (prefill), then writing token by token (decode)."""
+"""Time a whole model that reads a prompt (prefill) and then writes token by token (decode)."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,15 @@ from .measure import peak_memory_mib, seconds
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt read and continued: seconds until the first token, seconds per further token, bytes of the cache,
-    and the highest memory of the prefill over what was there before (MiB, None where the system does not tell)."""
+    """Hold the time and memory of one prompt that was read and continued.
+
+    Attributes:
+        prefill_s: seconds until the first token.
+        decode_s: seconds per further token.
+        cache_bytes: bytes of the cache at the end.
+        peak_memory_mib: MiB that the prefill needs beyond what was in use before; None where the system does not report
+            memory.
+    """
 
     prefill_s: float
     decode_s: float
@@ -28,7 +35,12 @@ class Run:
 
 @torch.no_grad()
 def run(model: nn.Module, prompt: Tensor, new_tokens: int) -> Run:
-    """Read `prompt` `[B, n]` and write `new_tokens` greedily."""
+    """Time the reading of a prompt and the greedy decoding of `new_tokens` tokens.
+
+    Args:
+        model: a decoder, in eval mode.
+        prompt: int64 `[B, n]`, on the device of the model.
+    """
     device = prompt.device
     cache = DynamicCache(config=model.config)
     logits = {}
@@ -52,7 +64,12 @@ def run(model: nn.Module, prompt: Tensor, new_tokens: int) -> Run:
 
 @torch.no_grad()
 def decode(model: nn.Module, cache: DynamicCache, token: Tensor, steps: int) -> Tensor:
-    """Continue greedily from `token` `[B, 1]`, one token at a time; the last one, `[B, 1]`."""
+    """Decode `steps` tokens greedily, one at a time, and return the last one, int64 `[B, 1]`.
+
+    Args:
+        cache: the cache after the tokens before `token`; each step extends the cache.
+        token: int64 `[B, 1]`.
+    """
     for _ in range(steps):
         token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
     return token
@@ -60,13 +77,13 @@ def decode(model: nn.Module, cache: DynamicCache, token: Tensor, steps: int) -> 
 
 @torch.no_grad()
 def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
-    """The cache of a decoder as after `length` tokens, for one row: of random keys and values and their states.
+    """Return the cache of a decoder as after `length` tokens of one text, filled from random keys and values.
 
-    What a step costs does not depend on which tokens they were, and a prompt of that length need not be read.
+    The cost of a step does not depend on which tokens came before, so no prompt of that length needs to be read.
     """
     cache = DynamicCache(config=model.config)
     for entry in inspect(model):
-        heads, module = head_shape(model, [entry]), model.get_submodule(entry.name)
+        heads, module = head_shape(model, [entry]), entry.module
         query, key, value = random_inputs(heads, length, dtype=model.dtype, device=model.device)
         cache.update(key, value, module.layer_idx)
         variant = getattr(module, NAME, None)

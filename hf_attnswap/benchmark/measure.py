@@ -1,49 +1,21 @@
-"""Clocks and memory: rounds in which the candidates take turns, and ratios with their spread."""
+"""Measure time and memory: rounds in which the candidates take turns, and ratios with their spread."""
 
 import ctypes
 import gc
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Median of repeated measurements with, as low and high, their extremes (`of`) or quartiles (`quartiles`)."""
-
-    median: float
-    low: float
-    high: float
-    runs: int
-
-    @classmethod
-    def of(cls, values) -> "Spread":
-        values = sorted(values)
-        return cls(statistics.median(values), values[0], values[-1], len(values))
-
-    @classmethod
-    def quartiles(cls, values) -> "Spread":
-        """The middle half: one call that something else disturbed does not widen it."""
-        values = list(values)
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        return cls(median, low, high, len(values))
-
-    def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+from ..statistics import Spread
 
 
 def seconds(run: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """Wall time of one call; a GPU is waited for."""
+    """Return the wall time of one call of `run` in seconds; work that the call queues on a GPU counts."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -61,12 +33,19 @@ def interleaved(
     warmup: int = 1,
     budget_s: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; in a round they take turns, so that they share its noise.
+    """Time each candidate in each round.
+
+    In a round the candidates take turns, so that they share the noise of the machine.
 
     Args:
+        candidates: functions to call, by name.
+        rounds: rounds that count.
         warmup: rounds before the others, which do not count.
-        budget_s: no round begins that would end later than this. The first always runs, and where the budget ends the
-            rounds early, all that ran count: calls that long need no warm-up.
+        budget_s: seconds; no round begins that would end later. The first round always runs. Where the budget ends the
+            rounds early, all rounds that ran count, since calls that long need no warm-up.
+
+    Returns:
+        Seconds per round, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     elapsed, done = 0.0, 0
@@ -82,19 +61,20 @@ def interleaved(
 
 
 def ratios(control: list[float], ours: list[float]) -> list[float]:
-    """How many times faster than the control, round by round."""
+    """Return how many times faster than the control `ours` is in each round; both arguments are seconds by round."""
     return [c / o for c, o in zip(control, ours, strict=True)]
 
 
 def speedup(control: list[float], ours: list[float]) -> Spread:
-    """Median and extremes of `ratios`."""
+    """Return the median and the extremes of `ratios`."""
     return Spread.of(ratios(control, ours))
 
 
 def peak_memory_mib(run: Callable[[], Any], device: torch.device | str = "cpu") -> float | None:
-    """What a call needs at its highest on top of what was there before, in MiB; None where the system does not tell.
+    """Return the MiB that a call needs at its peak beyond what was in use before; None where the system does not tell.
 
-    On CUDA from torch's allocator; on Linux from the process's peak resident size, which is reset before the call.
+    On CUDA the numbers come from torch's allocator; on Linux from the peak resident size of the process, which is reset
+    before the call. Other systems do not report memory, nor do sandboxes that forbid the reset.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -115,7 +95,7 @@ def peak_memory_mib(run: Callable[[], Any], device: torch.device | str = "cpu") 
 
 
 def _return_freed_memory() -> None:
-    """Give what earlier calls freed back to the system, or a call that reuses it would seem to need nothing."""
+    """Give memory that earlier calls freed back to the system, or a call that reuses it would seem to need none."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:

@@ -1,27 +1,32 @@
-"""How fast models read one text, by its length: for encoders, which write nothing."""
+"""Time models that read one text, by its length: for encoders, which write nothing."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from .measure import Spread, interleaved, peak_memory_mib, speedup
+from ..report.types import Speed
+from ..statistics import Spread
+from .measure import interleaved, peak_memory_mib, speedup
 
 
 @torch.no_grad()
 def reading(
     models: Mapping[str, nn.Module], lengths: Sequence[int], rounds: int, vocab_size: int
-) -> dict[str, list[dict[str, Any]]]:
-    """For each model and length: seconds of a forward pass, how many times as fast as the first model's, round by
-    round, and the highest memory on top of the weights (MiB).
+) -> dict[str, list[Speed]]:
+    """Time the forward pass of each model by length, in the same rounds as the first model, and measure its memory.
 
     Args:
-        models: in eval mode, on one device; the first is the control.
-        lengths: tokens of a text, which are random; one text at a time.
+        models: models by label, in eval mode, on one device; the first is the control.
+        lengths: tokens of a text; one text of random tokens is read at a time.
+        rounds: timed rounds per length, after one that does not count.
+        vocab_size: number of token ids to draw from.
+
+    Returns:
+        For each label one `Speed` per length, in seconds and MiB.
     """
     control, device = next(iter(models)), next(next(iter(models.values())).parameters()).device
-    found: dict[str, list[dict[str, Any]]] = {label: [] for label in models}
+    found: dict[str, list[Speed]] = {label: [] for label in models}
     for length in lengths:
         ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
         text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -31,13 +36,13 @@ def reading(
         peaks = {label: peak_memory_mib(run, device) for label, run in runs.items()}
         times = interleaved(runs, rounds, device)
         for label in models:
-            faster = None if label == control else speedup(times[control], times[label]).as_dict()
+            peak = peaks[label]
             found[label].append(
-                {
-                    "length": length,
-                    "forward_s": Spread.of(times[label]).as_dict(),
-                    "forward_speedup": faster,
-                    "peak_memory_mib": None if peaks[label] is None else max(0.0, peaks[label]),
-                }
+                Speed(
+                    length=length,
+                    forward_s=Spread.of(times[label]),
+                    forward_speedup=None if label == control else speedup(times[control], times[label]),
+                    peak_memory_mib=None if peak is None else max(0.0, peak),
+                )
             )
     return found

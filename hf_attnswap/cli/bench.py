@@ -36,7 +36,7 @@ def bench(
     from ..benchmark.attention import bench as measure
     from ..benchmark.attention import random_inputs, scaling, sdpa_kernel
     from ..integration.finding import head_shape
-    from ..ops.backends import told, watch
+    from ..ops.backends import told
     from ..sources.models import architecture, find_device, find_dtype
 
     if threads:
@@ -49,7 +49,7 @@ def bench(
     lengths = lengths or [512, 1024, 2048, 4096]
     told_of = {"batch_size": batch_size, "dtype": kind, "device": where}
     kernel = sdpa_kernel(random_inputs(heads, min(lengths), **told_of))
-    with Console(stderr=True).status("measuring") as status, watch() as ran:
+    with Console(stderr=True).status("measuring") as status:
         rows = measure(
             variants, heads, lengths, rounds=rounds, progress=lambda n: status.update(f"{n} tokens: done"), **told_of
         )
@@ -57,10 +57,9 @@ def bench(
     table = Table(
         title=f"times as fast as SDPA ({kernel}), median (lowest to highest of {rounds} rounds)\n{heads}, batch "
         f"{batch_size}, {dtype}, {where}, {torch.get_num_threads()} threads",
-        caption="Backends that ran: " + (told(ran) or "torch's own attention alone"),
     )
-    for column in ("attention", "length", "forward", "forward + backward", "peak MiB", "SDPA's peak MiB"):
-        table.add_column(column, justify="left" if column == "attention" else "right")
+    for column in ("attention", "length", "forward", "forward + backward", "peak MiB", "SDPA's peak MiB", "backend"):
+        table.add_column(column, justify="left" if column in ("attention", "backend") else "right")
     for row in rows:
         table.add_row(
             row.attention,
@@ -68,24 +67,16 @@ def bench(
             str(row.forward),
             str(row.forward_backward),
             *("?" if m is None else f"{m:.0f}" for m in (row.peak_memory_mib, row.sdpa_peak_memory_mib)),
+            told(row.backends) or "torch's own",
         )
     growing = Table(title="how the time of the forward pass grows, and where it becomes less than SDPA's")
     for column in ("attention", "n to the power of (95 %)", "faster from"):
         growing.add_column(column, justify="left" if column == "attention" else "right")
     for found in grown:
-        power = found.growth and f"{found.growth.exponent:.2f} ({found.growth.low:.2f} to {found.growth.high:.2f})"
-        growing.add_row(found.attention, power or "?", _from(found, min(lengths)))
+        growing.add_row(found.attention, str(found.growth or "?"), _from(found, min(lengths)))
     content = {
         "sdpa": kernel,
-        "rows": [
-            {
-                **vars(r),
-                "forward": vars(r.forward),
-                "forward_backward": vars(r.forward_backward),
-                "backends": {op: sorted(ran[op]) for op in variants[r.attention].ops if op in ran},
-            }
-            for r in rows
-        ],
+        "rows": [vars(r) | {"forward": vars(r.forward), "forward_backward": vars(r.forward_backward)} for r in rows],
         "scaling": [vars(found) | {"growth": found.growth and vars(found.growth)} for found in grown],
     }
     show(as_json, content, table, *([growing] if len(set(lengths)) > 1 else []))

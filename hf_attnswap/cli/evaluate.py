@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ..errors import UsageError
 from ..evaluation.tasks import help_text
+from ..statistics import MIN_ITEMS
 from .options import (
     AllowPickle,
     DatasetConfig,
@@ -156,6 +157,9 @@ def _result(ours: dict, against: dict | None) -> tuple[dict[str, Any], list]:
     if tasks:
         compared = {"control": "control", "difference": "difference", "verdict": "verdict"} if against else {}
         tables.append(table_of(title, tasks, **TASKS, **compared))
+    compared_rows = [row.get("difference") or row.get("ratio") for row in (*rows, *tasks)]
+    if any(compared and compared["low"] is None for compared in compared_rows):
+        tables.append(f"no interval: it needs {MIN_ITEMS} blocks or items of a task")
     if any(row.get("few") or (row.get("ratio") or {}).get("few") for row in (*rows, *tasks)):
         tables.append("* or few items: fewer than 500, so the interval is rough")
     content = {"model": ours["model"], "attention": ours["attention"], "control": against and against["model"]}

@@ -69,6 +69,8 @@ def _cell(value: Any) -> str:
     if value is None or value != value:
         return "?"
     if isinstance(value, dict):  # an interval
+        if value["low"] is None:
+            return f"{value['value']:.4g} (no interval)"
         few = "*" if value.get("few") else ""
         return f"{value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g}){few}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

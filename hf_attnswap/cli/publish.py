@@ -16,9 +16,13 @@ Licence = Annotated[str | None, typer.Option("--license", help="where its card d
 
 
 def card(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion, or what convert.py wrote")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a saved conversion, or the output of a training recipe")
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="the repository where it will stand")],
-    report: Annotated[Path, typer.Option("--report", help="of `attnswap tradeoff` or classify_all.py: its JSON")],
+    report: Annotated[
+        Path, typer.Option("--report", help="report.json of `attnswap tradeoff` or a comparison of classifiers")
+    ],
     output_dir: Annotated[
         Path | None, typer.Option("--output_dir", help="of the card; into the conversion by default, for push")
     ] = None,
@@ -37,7 +41,9 @@ def card(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a saved conversion, or what convert.py wrote")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="a saved conversion, or the output of a training recipe")
+    ],
     repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="the repository, made where there is none")],
     private: Annotated[bool, typer.Option("--private", help="a new repository that only you see")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="a branch, made where there is none")] = None,

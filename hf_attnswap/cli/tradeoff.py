@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..evaluation.tasks import help_text
 from .options import (
@@ -82,7 +81,9 @@ def tradeoff(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """What each attention costs in quality and gains in speed on a model: report.json, .md, .html and plots.
+    """Measure what each attention costs in quality and gains in speed on a model: report.json, .md, .html and plots.
+
+    A bar shows how much of the whole run is done. The same command goes on where it was interrupted.
 
     Example: attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct --train_file book.txt --output_dir report
     """
@@ -90,6 +91,7 @@ def tradeoff(
     from ..sources.models import load
     from ..tradeoff import DEFAULT_ARMS, Arm, Settings, measure, with_controls
     from ..training.align import DEFAULT_LEARNING_RATE
+    from .progress import RunBar
 
     arms = arms or DEFAULT_ARMS
     labels = with_controls(arms) if controls else [Arm.parse(arm).label for arm in arms]
@@ -103,19 +105,12 @@ def tradeoff(
     )  # fmt: skip
     training = text_source(train_file, dataset_name, dataset_config_name, "train", text_column)
     evaluation = None if validation_file is None else text_source(validation_file, None, None, "train", text_column)
-    console = Console(stderr=True)
-    with console.status("loading the model") as status:
+    with RunBar() as bar:
         loaded, tokenizer = load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )  # fmt: skip
-
-        def progress(line: str) -> None:
-            status.update(line)
-            if not console.is_terminal and "alignment step" not in line:
-                print(line, file=sys.stderr, flush=True)
-
-        found = measure(
+        measured = measure(
             loaded,
             tokenizer,
             training,
@@ -124,11 +119,10 @@ def tradeoff(
             output_dir,
             model_name=Path(model).name if Path(model).exists() else model,
             command=shlex.join(["attnswap", *map(_without_folders, sys.argv[1:])]),
-            progress=progress,
+            observe=bar,
         )
-        status.update("drawing the report")
-        written = report.write_all(found, output_dir)
-    show(as_json, found, report.show(found))
+        written = report.write_all(measured, output_dir)
+    show(as_json, report.to_json(measured), report.show(measured, output_dir / "report.html"))
     print("\n".join(str(path) for path in written), file=sys.stderr)
 
 

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, with its uncertainty."""
+"""Measure how good a model is, swapped or not: perplexity, tasks, checks and diagnostics."""

@@ -1,4 +1,4 @@
-"""Is a swap what it says it is? Checks that a broken one fails, run before its numbers are believed."""
+"""Check that a swapped model computes what its variants define, before its numbers are believed."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +15,15 @@ TOKENS, PADDING, STEPS = 48, 5, 6  # of the text, before it in a batch, and writ
 
 @dataclass(frozen=True)
 class Check:
-    """worst: the largest difference there was, over the spread (standard deviation) of what was compared; NaN where it
-    could not be computed. limit: what is allowed. says: what a failure means, with the reason where there is one."""
+    """Hold the outcome of one check of a swapped model.
+
+    Attributes:
+        name: the name of the check, see `check_swap`.
+        worst: the largest absolute difference between the two outputs compared, divided by the standard deviation of
+            the expected output; NaN where the check could not be computed.
+        limit: the largest `worst` that passes.
+        says: what a failure means, with the error message where the check could not be computed.
+    """
 
     name: str
     worst: float
@@ -25,21 +32,26 @@ class Check:
 
     @property
     def passed(self) -> bool:
+        """Return whether `worst` is within `limit`; False where `worst` is NaN."""
         return self.worst <= self.limit
 
 
 @torch.no_grad()
 def check_swap(original: nn.Module, swapped: nn.Module, tokens: Tensor) -> list[Check]:
-    """The checks of a swapped causal language model, on some text of at least `TOKENS` tokens.
+    """Check a swapped causal language model against the original and against the definitions of its variants.
 
-    - causal: what comes later changes nothing before it (the mask is there)
-    - padding: a text says the same alone and padded on the left in a batch
-    - state: token by token, with what is kept between calls, as in one pass
-    - definition: every layer answers what its definition, `Attention.reference`, does
-    - seam: with softmax in the swapped layers, through the same masks and scale, it is the original
+    - causal: later tokens change no logits of earlier ones, so the mask reaches the layers
+    - padding: a text has the same logits alone and padded on the left in a batch
+    - state: decoding token by token with a cache gives the same logits as one pass
+    - definition: every layer computes its definition, `Attention.reference`
+    - seam: with softmax in the swapped layers, through the same masks and scale, the logits are the original's
+
+    A check that cannot be computed is returned as failed, with the error in `Check.says`.
 
     Args:
-        original: the model before the swap, in eval mode. swapped: the same weights, swapped.
+        original: the model before the swap, in eval mode.
+        swapped: the same weights, swapped, in eval mode.
+        tokens: int64, any shape, read as one stream of at least `TOKENS` tokens; the first `TOKENS` are used.
     """
     text = tokens.reshape(-1)[None, :TOKENS].to(next(swapped.parameters()).device)
     limit = 0.1 if next(swapped.parameters()).dtype in (torch.bfloat16, torch.float16) else 2e-3

@@ -1,13 +1,13 @@
-"""Multiple choice, minimal pairs and last words from a local .jsonl, scored by log-likelihood.
+"""Score multiple choice, minimal pairs and last words from a local .jsonl file by log-likelihood.
 
-One item a line, in one of these forms:
+Each line holds one item, in one of these forms:
 
     {"prompt": "The sky is", "choices": ["blue", "a fish"], "answer": 0}
     {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps."}
     {"context": "She looked at the", "continuation": "sky"}
 
-`query`, `ctx` or `question` for prompt, `endings` for choices, and `gold` or `label` for answer are read as well, which
-are the names of ARC, HellaSwag and PIQA.
+The names of ARC, HellaSwag and PIQA are read as well: `query`, `ctx` or `question` for `prompt`, `endings` for
+`choices`, and `gold` or `label` for `answer`.
 """
 
 import json
@@ -31,7 +31,13 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Item:
-    """Which of `choices` follows `prompt`? A single choice asks whether the model would say it, word for word."""
+    """Hold one question: which of `choices` follows `prompt`?
+
+    Attributes:
+        prompt: the text before each choice; empty for a minimal pair.
+        choices: the continuations; a single one asks whether the model would write that continuation word for word.
+        answer: index of the right choice.
+    """
 
     prompt: str
     choices: tuple[str, ...]
@@ -39,10 +45,10 @@ class Item:
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
-    """The first `limit` items of a .jsonl file.
+    """Return the first `limit` items of a .jsonl file; all items where `limit` is None.
 
     Raises:
-        UsageError: no such file, or a line that is no item, with its number.
+        UsageError: the file does not exist or is empty, or a line is no item; the message gives the number of the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,12 +91,13 @@ def _item(row: dict[str, Any]) -> Item:
 
 @dataclass(frozen=True)
 class Scores:
-    """By item.
+    """Hold the scores of items, one entry per item in each list.
 
     Attributes:
-        acc: 1.0 where right, else 0.0. acc_norm: the same by log-likelihood per character of the choice, as lm-eval;
-            empty for single choices.
-        log_likelihood: of single choices, nats; else empty.
+        acc: 1.0 where the choice with the highest log-likelihood is the answer, else 0.0. For single choices, 1.0 where
+            each token of the choice is the most likely one.
+        acc_norm: as `acc`, by log-likelihood per character of the choice, as in lm-eval; empty for single choices.
+        log_likelihood: log-likelihood of single choices, in nats; empty for several choices.
     """
 
     acc: list[float]
@@ -105,12 +112,18 @@ def score_choices(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Score items as lm-eval's `multiple_choice` does, with a space before each choice; a tie goes to the first.
+    """Return the scores of `items`, computed as lm-eval's `multiple_choice` does, with a space before each choice.
 
-    A single choice is right where each of its tokens is the most likely one, as in lm-eval's `lambada`.
+    The first of equally likely choices wins. A single choice is right where each of its tokens is the most likely one,
+    as in lm-eval's `lambada`.
+
+    Args:
+        batch_size: choices per forward pass.
+        progress: called with the number of choices scored since the last call.
 
     Raises:
-        UsageError: an item longer than the positions of the model, or single choices mixed with others.
+        UsageError: an item is longer than the positions of the model, or some items have a single choice and others
+            several.
     """
     single = len(items[0].choices) == 1
     if any((len(item.choices) == 1) != single for item in items):

@@ -1,4 +1,4 @@
-"""Scores of labels against references: plain arithmetic on confusion counts."""
+"""Score predicted labels against references by counts of which label was predicted for which."""
 
 import math
 from collections import Counter
@@ -6,16 +6,24 @@ from collections.abc import Hashable, Sequence
 
 
 def accuracy(predictions: Sequence[Hashable], references: Sequence[Hashable]) -> float:
-    """Share of the labels that are right. ValueError for none, or different numbers of them."""
+    """Return the share of the predicted labels that are right, 0 to 1.
+
+    Raises:
+        ValueError: no labels, or different numbers of predictions and references.
+    """
     _check(predictions, references)
     return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
 def f1(predictions: Sequence[Hashable], references: Sequence[Hashable], average: str = "binary") -> float:
-    """Harmonic mean of precision and recall: of label 1 ("binary"), or the mean over all labels ("macro").
+    """Return the harmonic mean of precision and recall, 0 to 1.
+
+    Args:
+        average: "binary" for the score of label 1, "macro" for the mean of the scores of all labels.
 
     Raises:
-        ValueError: another average, or labels other than 0 and 1 with "binary".
+        ValueError: an unknown `average`, labels other than 0 and 1 with "binary", no labels, or different numbers of
+            predictions and references.
     """
     _check(predictions, references)
     labels = set(predictions) | set(references)
@@ -34,7 +42,13 @@ def f1(predictions: Sequence[Hashable], references: Sequence[Hashable], average:
 
 
 def matthews(predictions: Sequence[Hashable], references: Sequence[Hashable]) -> float:
-    """The correlation of Matthews for any number of labels (Gorodkin, 2004); 0 where one side is constant."""
+    """Return the Matthews correlation for any number of labels (Gorodkin, 2004), -1 to 1.
+
+    The correlation is 0 where all predictions or all references are the same label.
+
+    Raises:
+        ValueError: no labels, or different numbers of predictions and references.
+    """
     _check(predictions, references)
     n = len(references)
     right = sum(p == r for p, r in zip(predictions, references, strict=True))

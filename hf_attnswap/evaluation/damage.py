@@ -1,4 +1,4 @@
-"""What each swapped layer costs by itself: one forward pass per layer, all others running softmax."""
+"""Measure what each swapped layer costs alone: one forward pass per layer, while all other layers run softmax."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,12 +15,14 @@ from ..integration.swapping import swapped_modules
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """One layer swapped, the others not. The reference has `layer` None, and no divergence.
+    """Hold what the model loses where one layer runs its variant and all others run softmax.
 
     Attributes:
-        kl: mean over tokens of KL(original || with this layer swapped) of the next token, nats; kl_error its standard
-            error, from the spread between texts (NaN for one text).
-        nll: mean negative log-likelihood of the text. perplexity: its exponential.
+        layer: path of the attention module; None for the reference, which runs softmax in all layers.
+        kl: KL(original || model with this layer swapped) of the next token in nats, the mean over tokens; 0 for the
+            reference.
+        kl_error: standard error of `kl`, from the spread between texts; NaN for a single text.
+        nll: mean negative log-likelihood of the texts, nats per token.
     """
 
     layer: str | None
@@ -30,6 +32,7 @@ class LayerDamage:
 
     @property
     def perplexity(self) -> float:
+        """Return the exponential of `nll`, cut off at e^700."""
         return math.exp(min(self.nll, 700))
 
 
@@ -37,10 +40,13 @@ class LayerDamage:
 def layer_damage(
     model: nn.Module, blocks: Tensor, progress: Callable[[str], None] = lambda line: None
 ) -> list[LayerDamage]:
-    """The damage of every swapped layer of a language model, the reference (softmax in all of them) first.
+    """Return the damage of every swapped layer of a language model, after the reference with softmax in all of them.
+
+    Cost: `N (layers + 1)` forward passes of n tokens.
 
     Args:
-        blocks: texts `[N, n]`, int64; cost: N (layers + 1) forward passes of n tokens.
+        blocks: texts, int64 `[N, n]`.
+        progress: called with a line of text before each forward pass of a layer.
 
     Raises:
         UsageError: the model is not swapped.
@@ -77,10 +83,14 @@ def layer_damage(
 
 
 def by_damage(rows: list[dict[str, Any]]) -> list[int]:
-    """The numbers of the layers, least damage (`kl`) first; what is not finite comes last.
+    """Return the numbers of the layers in the order of their damage (`kl`), the least first.
 
-    Layers are numbered as `swap(layers=...)` counts them. Where several modules have one number (encoder and decoder),
-    the worst of them counts, since they are swapped together.
+    Layers are numbered as `swap(layers=...)` counts them. A layer without a finite `kl` comes last. Where several
+    modules have one number (encoder and decoder), the largest damage among these counts, since `swap` swaps them
+    together.
+
+    Args:
+        rows: one dict per module, with `index`, the number of the layer, and `kl`, nats or None.
     """
     worst: dict[int, float] = {}
     for row in rows:
@@ -90,16 +100,17 @@ def by_damage(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def least_damaged(diagnosis: Mapping[str, Any], count: int) -> list[int]:
-    """The `count` layers that cost least when they alone are swapped, ascending, for `swap(layers=...)`.
+    """Return the `count` layers with the least damage, in ascending order, for `swap(layers=...)`.
 
-    They were measured one at a time: what they cost together is not the sum, and wants measuring.
+    Each layer was measured alone. The damage of several layers together is not the sum of theirs, so measure the chosen
+    layers together.
 
     Args:
         diagnosis: what `diagnose` returns; an entry of `arms` in the file of `attnswap diagnose --output_file`; or
             `diagnostics` of an arm in report.json.
 
     Raises:
-        UsageError: fewer layers, or a diagnosis of an earlier release without `layers_by_damage`.
+        UsageError: `count` is not between 1 and the number of layers, or the diagnosis has no `layers_by_damage`.
     """
     order = diagnosis.get("layers_by_damage")
     if order is None:

@@ -1,4 +1,4 @@
-"""Gradients, distributions and damage of a swapped model together, by layer, as plain data."""
+"""Collect the gradients, the weight distributions and the damage of each layer of a swapped model as plain data."""
 
 import math
 import re
@@ -15,20 +15,27 @@ from .gradients import LayerGradients, gradient_flow
 
 
 def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """What the swapped layers of a language model do, each beside the softmax that it stands in for.
+    """Return what the swapped layers of a language model do, each beside the softmax that the layer replaces.
 
-    Gradients and distributions are seen on the first text, the damage of each layer on all.
+    Gradients and distributions are measured on the first text, the damage of each layer on all texts.
 
     Args:
-        blocks: texts `[N, n]`, int64.
+        blocks: texts, int64 `[N, n]`.
+        progress: called with a line of text for each part of the work.
 
     Returns:
-        `attention`, `context`, `tokens`, `perplexity` (of softmax), `gradient_at_first_layer` (what reaches the
-        input of the first swapped layer, over softmax's: far below 1 gradients vanish, far above they explode),
-        `layers`, a row per layer, and `layers_by_damage`, their numbers, least first (see `damage.least_damaged`).
+        A dict of JSON values, None where a number is not finite:
+
+        - `attention`, `context` (n) and `tokens` (N n)
+        - `perplexity`: of the model with softmax in all layers
+        - `gradient_at_first_layer`: norm of the gradient at the input of the first swapped layer, divided by the norm
+          with softmax; gradients vanish far below 1 and explode far above 1
+        - `layers`: one dict per swapped layer
+        - `layers_by_damage`: the numbers of the layers, least damage first (see `damage.least_damaged`)
 
     Raises:
         UsageError: the model is not swapped.
+        NotImplementedError: a variant has no attention weights.
     """
     progress("gradients")
     ours, control = (gradient_flow(model, blocks[:1], with_softmax) for with_softmax in (False, True))
@@ -68,7 +75,7 @@ def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] =
 
 
 def _finite(value: Any) -> Any:
-    """None in place of what is not finite, which JSON does not know."""
+    """Return `value` with None in place of each number that is not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -81,14 +88,20 @@ def _norms(found: LayerGradients) -> dict[str, float | None]:
 
 
 def _over(row: dict[str, Any], part: str) -> float | None:
-    """Our gradient over softmax's; None where that is 0 or where there is none."""
+    """Return the gradient of `part` divided by that of softmax; None where there is none or softmax's is 0."""
     control = row["gradient_of_softmax"][part]
     ours = row["gradient"][part]
     return ours / control if control and ours is not None else None
 
 
 def summary_rows(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row of numbers per layer, for a table; gradients, effective keys and output scale over softmax's."""
+    """Return one row of numbers per layer of a diagnosis, for a table.
+
+    Gradients and effective keys are divided by those of softmax; `output_scale` is that of the last range of positions.
+
+    Args:
+        found: what `diagnose` returns.
+    """
     return [
         {
             "layer": ".".join(re.findall(r"\d+", row["layer"])) or row["layer"],

@@ -1,7 +1,8 @@
-"""What becomes of the distribution that softmax is: facts of the weights by layer and head, on softmax's own inputs.
+"""Measure the distribution of attention weights by layer and head, beside softmax on the same query and key.
 
-Softmax flows on from layer to layer, so that every layer is seen with the query and key that it was trained for, and
-none pays for what another does. O(n^2) memory per layer: for samples of some hundred tokens.
+Softmax gives the output of every layer during the measurement, so each layer sees the query and key that the model was
+trained for, and no layer suffers from the errors of another. The weights take O(n^2) memory per layer: use samples of
+some hundred tokens.
 """
 
 from dataclasses import dataclass
@@ -19,15 +20,21 @@ FACTS = ("row_sum", "row_sum_spread", "negative", "entropy", "effective_keys", "
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """Of one layer; tensors are float64 `[H]`, means over the rows of the sample.
+    """Hold the facts of the attention weights `w_ij` of one layer, means over the rows i of the sample.
+
+    Tensors are float64 `[H]`, one number per head. Below, `p_ij = w_ij / sum_j |w_ij|`.
 
     Attributes:
-        row_sum, row_sum_spread: mean and standard deviation of `sum_j w_ij`; 1 and 0 for softmax.
-        negative: share of the mass `|w_ij|` that is negative.
-        entropy: of `|w_ij|` over its sum, nats. effective_keys: its exponential, row by row; 0 without any weight.
-        sparsity: share of the keys allowed whose part is below a hundredth of an equal one.
-        distance: half of `sum_j |p_ij - softmax_ij|`, with p the weights over the sum of their magnitudes.
-        output_scale: root mean square of the output, by position: (first, last, over softmax's), all heads together.
+        layer: path of the attention module.
+        row_sum, row_sum_spread: mean and standard deviation over rows of `sum_j w_ij`; 1 and 0 for softmax.
+        negative: share of the mass `sum_j |w_ij|` that is of negative weights.
+        entropy: entropy of `|p_ij|`, nats.
+        effective_keys: exponential of the entropy of each row; 0 in a row without any weight.
+        sparsity: share of the allowed keys whose `|p_ij|` is below a hundredth of an equal share.
+        distance: total variation distance to softmax, `sum_j |p_ij - softmax_ij| / 2`.
+        softmax_entropy, softmax_effective_keys, softmax_sparsity: the same for softmax.
+        output_scale: root mean square of the output divided by that of softmax's output, over all heads, for ranges of
+            positions that double: (first position, last position, scale).
     """
 
     layer: str
@@ -44,10 +51,11 @@ class LayerFacts:
     output_scale: tuple[tuple[int, int, float], ...]
 
     def means(self) -> dict[str, float]:
-        """Over heads."""
+        """Return the mean over heads of each fact that has a number per head, by its name."""
         return {name: getattr(self, name).mean().item() for name in self.__dataclass_fields__ if name not in _OTHER}
 
     def by_head(self) -> dict[str, list[float]]:
+        """Return a list with a number per head of each fact that has one, by its name."""
         return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__ if name not in _OTHER}
 
 
@@ -56,11 +64,14 @@ _OTHER = ("layer", "output_scale")
 
 @torch.no_grad()
 def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
-    """The facts of every swapped layer of `model` on a batch `[B, n]`.
+    """Return the facts of the weights of every swapped layer of `model`, in the order of the layers.
+
+    Args:
+        input_ids: int64 `[B, n]`. Memory: O(n^2) per layer.
 
     Raises:
         UsageError: the model is not swapped.
-        NotImplementedError: a variant without weights.
+        NotImplementedError: a variant has no attention weights.
     """
     found = []
 
@@ -93,9 +104,16 @@ def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
 
 
 def weight_facts(weights: Tensor, mask: Mask) -> dict[str, Tensor]:
-    """By row, `[B, H, T]` in float64, and `share` `[B, H, T, S]`, the weights over the sum of their magnitudes.
+    """Return facts of attention weights by row.
 
-    `rows`: bool, those that may attend to something.
+    Args:
+        weights: `[B, H, T, S]`.
+        mask: which keys each row may attend to; weights of other keys are ignored.
+
+    Returns:
+        `row_sum`, `negative`, `entropy` (nats), `effective_keys` and `sparsity`, float64 `[B, H, T]` (see
+        `LayerFacts`); `share`, float64 `[B, H, T, S]`, the weights divided by the sum of their magnitudes in the row;
+        and `rows`, bool `[B, H, T]`, which rows may attend to something.
     """
     allowed = allowed_keys(mask, weights)
     weights = weights.double().masked_fill(~allowed, 0)

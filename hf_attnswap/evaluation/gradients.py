@@ -1,9 +1,9 @@
-"""Does the swap make gradients vanish or explode? Their norms by layer, beside those of softmax on the same batch."""
+"""Measure whether a swap makes gradients vanish or explode: their norms by layer, beside softmax on the same batch."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,24 @@ from ..attentions import Attention, ScoreAttention
 from ..integration.observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
 from ..integration.swapping import swapped_modules
 from ..masks import Mask
+from ..ops.scores.reference import score_weights
+from ..ops.spec import Activation
 
 FLAT = 0.01  # a weight that changes by less than this part of itself per unit of its score is saturated
 
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Of one layer.
+    """Hold the gradients of one layer and the shares of attention weights through which little or no gradient flows.
 
     Attributes:
-        query, key, value: norm of the gradient of the loss with respect to what the attention was called with.
-        layer_input: with respect to what entered the block of the model that holds it, None where it is in no block.
-        dead: share of the weights allowed that are exactly 0: no gradient passes there, and no value.
-        saturated: of those that are not, share with `|d log w_ij / d s_ij| < 0.01`, their own part of the row sum
-            included; None for variants that do not act on scores.
+        layer: path of the attention module.
+        query, key, value: norm of the gradient of the loss with respect to each input of the attention.
+        layer_input: norm of the gradient with respect to the input of the model's block that holds the attention; None
+            where the attention is in no block.
+        dead: share of the allowed weights that are exactly 0, through which neither a gradient nor a value flows.
+        saturated: share of the allowed weights that are not 0 with `|d log w_ij / d s_ij| < 0.01`, where w_ij includes
+            the division by the row sum if the variant has one; None for variants that do not act on scores s_ij.
     """
 
     layer: str
@@ -38,14 +42,17 @@ class LayerGradients:
 
 
 def gradient_flow(model: nn.Module, input_ids: Tensor, with_softmax: bool = False) -> list[LayerGradients]:
-    """One forward and one backward pass of the language-modelling loss; the layers in their order.
+    """Return the gradients of every swapped layer in one backward pass of the language-modelling loss, in layer order.
+
+    Cost: one forward and one backward pass, and O(n^2) memory per layer for the weights.
 
     Args:
-        input_ids: `[B, n]`, also the labels.
+        input_ids: int64 `[B, n]`; also the labels.
         with_softmax: run softmax in the swapped layers, for comparison.
 
     Raises:
         UsageError: the model is not swapped.
+        NotImplementedError: a variant has no attention weights.
     """
     norms: dict[str, dict[str, float]] = {name: {} for name in swapped_modules(model)}
     shares: dict[str, tuple[float, float | None]] = {}
@@ -79,14 +86,19 @@ def gradient_flow(model: nn.Module, input_ids: Tensor, with_softmax: bool = Fals
 def dead_and_saturated(
     attention: Attention, query: Tensor, key: Tensor, mask: Mask, scaling: float
 ) -> tuple[float, float | None]:
-    """`LayerGradients.dead` and `.saturated` of one call, shapes as in `Attention.weights`."""
+    """Return `LayerGradients.dead` and `LayerGradients.saturated` of one call of `attention`.
+
+    Args:
+        query: `[B, H, T, D]`.
+        key: `[B, Hkv, S, D]`.
+        mask: which keys each row may attend to.
+        scaling: factor of the scores.
+    """
     flatness: list[Tensor] = []
     if isinstance(attention, ScoreAttention):
-        attention.activate = _watched(attention, flatness)
-    try:
+        weights = score_weights(query, key, mask, scaling, _watched(attention.activation(), flatness))
+    else:
         weights = attention.weights(query, key, mask, scaling)
-    finally:
-        attention.__dict__.pop("activate", None)
     allowed = allowed_keys(mask, weights)
     alive = allowed & (weights != 0)
     dead = 1 - alive.sum().item() / max(1, allowed.sum().item())
@@ -96,24 +108,22 @@ def dead_and_saturated(
     return dead, (flat & alive).sum().item() / max(1, alive.sum().item())
 
 
-def _watched(attention: ScoreAttention, flatness: list[Tensor]) -> Callable[..., Tensor]:
-    """The `activate` of a variant, which also notes `|d log w_ij / d s_ij|`."""
-    activate = type(attention).activate.__get__(attention)
-    factor = attention.score_factor()
+def _watched(activation: Activation, flatness: list[Tensor]) -> Activation:
+    """Return the activation of a variant, which also appends `|d log w_ij / d s_ij|` to `flatness` at each call."""
 
-    def watched(scores: Tensor, count: Tensor, peak: Tensor | None, heads: slice) -> Tensor:
+    def watched(scores: Tensor, count: Tensor, peak: Tensor | None, **given) -> Tensor:
         with torch.enable_grad():
             own_scores = scores.detach().clone().requires_grad_()
-            terms = activate(own_scores.clone(), count, peak, heads)
+            terms = activation.f(own_scores.clone(), count, peak, **given)
             (slope,) = torch.autograd.grad(terms.sum(), own_scores)
         terms = terms.detach()
         change = slope / terms
-        if attention.needs_total:
+        if activation.needs_total:
             change = change - slope / terms.sum(-1, keepdim=True)
-        flatness.append((change * factor).abs())
-        return activate(scores, count, peak, heads)
+        flatness.append((change * activation.factor_for(scores)).abs())
+        return activation.f(scores, count, peak, **given)
 
-    return watched
+    return replace(activation, f=watched)
 
 
 def _into(found: dict[str, float], part: str) -> Callable[[Tensor], None]:
@@ -125,7 +135,10 @@ def _into(found: dict[str, float], part: str) -> Callable[[Tensor], None]:
 
 @contextmanager
 def _layer_inputs(model: nn.Module, norms: dict[str, dict[str, float]]) -> Iterator[None]:
-    """Note the gradients of what enters the blocks, the members of a list of layers, that hold the modules."""
+    """Record the gradient norms of the inputs of the blocks that hold the modules, under "layer_input" in `norms`.
+
+    A block is a member of a list of layers: the last part of its path is a number.
+    """
     hooks = []
     for name, found in norms.items():
         block = name
@@ -151,7 +164,7 @@ def _layer_inputs(model: nn.Module, norms: dict[str, dict[str, float]]) -> Itera
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of weights: they would cost as much again, and nobody asks for them."""
+    """Turn off the gradients of the parameters, which would double the cost, while the context is open."""
     training = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in training:

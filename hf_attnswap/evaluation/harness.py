@@ -1,14 +1,15 @@
-"""Tasks of lm-eval (extra `eval`), scored by lm-eval itself; a swapped model is a transformers model to it.
+"""Run tasks of lm-eval (extra `eval`), which scores a swapped model like any other transformers model.
 
-lm-eval pads on the right where it scores and on the left where it generates. Its numbers differ from ours on the same
-text only where it defines something else:
+lm-eval pads on the right where it scores and on the left where it generates. The numbers of lm-eval differ from those
+of this package on the same text only where lm-eval defines something else:
 
 - `loglikelihood_rolling` (WikiText) puts the token that starts a text first, and predicts the whole text from windows
-  of the model's full length that share one token: `sliding_perplexity` with `stride = context - 1` on a text that
-  starts with that token, less the last tokens that fill no stride. A tokenizer that writes the token itself writes
-  it a second time there. Words are counted in the raw text, empty ones at its ends included.
-- A prompt that is too long loses its start; ours are refused.
-- The error of a metric that is no mean comes from 1,000 resamples here and from 100,000 there.
+  of the model's full length that share one token. lm-eval thus computes `sliding_perplexity` with
+  `stride = context - 1` on a text that starts with that token, less the last tokens that fill no stride. Where the
+  tokenizer itself writes the start token, the text starts with two start tokens. lm-eval counts words in the raw text,
+  empty ones at the ends of the text included.
+- lm-eval cuts the start off a prompt that is too long; this package refuses such a prompt.
+- The standard error of a metric that is no mean comes from 1,000 resamples here and from 100,000 in lm-eval.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,13 +30,17 @@ def harness_tasks(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[Result]:
-    """Every metric of every task that `names` stand for (groups and tags give several).
+    """Run tasks of lm-eval and return every metric of each task.
 
     Args:
-        limit: items per task, the first ones. include_path: a folder of task files (yaml), searched first.
+        names: names of tasks, groups or tags; a group or tag gives several tasks.
+        limit: items per task, the first ones; None for all.
+        include_path: a folder of task files (yaml), searched before the tasks of lm-eval.
+        batch_size: batch size of the forward passes of lm-eval.
+        seed: seed of Python's, numpy's and torch's generators and of the few-shot examples.
 
     Raises:
-        UsageError: a name that lm-eval does not know.
+        UsageError: lm-eval does not know one of the names.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

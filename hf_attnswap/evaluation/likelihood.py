@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, batched: what choices, minimal pairs and retrieval are scored by."""
+"""Compute log-likelihoods of continuations in batches, by which choices, minimal pairs and retrieval are scored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Request:
-    """How likely is `target` after `prompt`? Token ids; the prompt must not be empty."""
+    """Hold the question how likely `target` is after `prompt`.
+
+    Attributes:
+        prompt: token ids, at least one.
+        target: token ids, at least one.
+    """
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -18,20 +23,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of the target, summed over its tokens; greedy: whether each of them is the most likely one."""
+    """Hold the log-likelihood of a target.
+
+    Attributes:
+        value: log-likelihood summed over the tokens of the target, nats.
+        greedy: whether each token of the target is the most likely one.
+    """
 
     value: float
     greedy: bool
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> Request:
-    """Prompt and target as lm-eval cuts them.
+    """Return the token ids of a prompt and its target, split as lm-eval splits them.
 
-    Spaces at the end of the prompt belong to the target, and the target is what the whole has more than the prompt. An
-    empty prompt is the token that starts a text, or, in tokenizers without one, the one that ends it.
+    Spaces at the end of the prompt belong to the target, and the target is what prompt and target together have more
+    than the prompt. An empty prompt becomes the token that starts a text, or, in tokenizers without a start token, the
+    token that ends one.
 
     Raises:
-        ValueError: an empty target, or no token for an empty prompt.
+        ValueError: the target adds no tokens, or the prompt is empty and the tokenizer has neither token.
     """
     spaces = len(prompt) - len(prompt.rstrip())
     if spaces:
@@ -57,7 +68,13 @@ def log_likelihoods(
     batch_size: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> list[Likelihood]:
-    """The likelihood of each request, in their order; batches of like length, padded on the left.
+    """Return the log-likelihood of each request, in the order of the requests.
+
+    Requests of similar length share a batch, padded on the left. The log-softmax is computed in float32.
+
+    Args:
+        batch_size: requests per forward pass.
+        progress: called with the number of requests scored since the last call.
 
     Raises:
         ValueError: an empty prompt or target.

@@ -1,4 +1,4 @@
-"""Perplexity per token, word and byte, by context length and by position, with standard errors and paired ratios."""
+"""Measure perplexity per token, word and byte, by context length and position, with errors and paired ratios."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .paired import Difference, paired_bootstrap
+from ..statistics import Estimate, paired_bootstrap
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean negative log-likelihood per token over samples that predict equally many tokens each.
+    """Hold the negative log-likelihood (nll) of samples of a text that predict equally many tokens each.
 
     Attributes:
-        context: the most tokens that a prediction stands on, plus one. nll: mean of each sample.
-        stride: tokens that a sample predicts; None for blocks that are contexts of their own: `context - 1`.
-        by_position: mean nll by position in the context, (first position, last position, nll); empty where sliding.
+        context: tokens of a block or window; a prediction has at most `context - 1` tokens before it.
+        nll: mean nll of each sample, nats per token.
+        stride: tokens that each window predicts; None for separate blocks, which predict `context - 1` tokens each.
+        by_position: mean nll by position in the context: (first position, last position, nll); empty for sliding
+            windows.
     """
 
     context: int
@@ -29,26 +31,28 @@ class Perplexity:
 
     @property
     def tokens(self) -> int:
+        """Return the number of tokens predicted."""
         return len(self.nll) * (self.stride or self.context - 1)
 
     @property
     def mean(self) -> float:
+        """Return the mean nll over all samples, nats per token."""
         return math.fsum(self.nll) / len(self.nll)
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean; inf where that overflows."""
+        """Return the exponential of the mean nll; inf where the exponential overflows."""
         return _exp(self.mean)
 
     @property
     def standard_error(self) -> float:
-        """Of the mean nll, from the spread between samples; NaN for a single one."""
+        """Return the standard error of the mean nll, from the spread between samples; NaN for a single sample."""
         if len(self.nll) < 2:
             return math.nan
         return math.sqrt(math.fsum((x - self.mean) ** 2 for x in self.nll) / (len(self.nll) - 1) / len(self.nll))
 
     def per(self, units: int) -> float:
-        """Perplexity per word or byte of the same text: exp(-log-likelihood / units), as lm-eval has it."""
+        """Return `exp(-log-likelihood / units)`, the perplexity per word or byte of the text, as in lm-eval."""
         return _exp(self.mean * self.tokens / units)
 
 
@@ -64,14 +68,19 @@ def perplexity(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity of `model` on a stream of tokens cut into blocks of `context`, each a context of its own.
+    """Measure the perplexity of `model` on a stream of tokens, cut into blocks that are read independently.
+
+    The log-softmax is computed in float32.
 
     Args:
         tokens: int64, any shape; read as one stream.
-        max_blocks: use the first so many blocks.
+        context: tokens per block.
+        max_blocks: how many blocks are used, from the first on; None for all.
+        batch_size: blocks per forward pass.
+        progress: called with the number of blocks read since the last call.
 
     Raises:
-        ValueError: fewer tokens than one block.
+        ValueError: there are fewer tokens than one block has.
     """
     stream = tokens.reshape(-1)
     blocks = stream[: len(stream) // context * context].view(-1, context)[:max_blocks]
@@ -97,13 +106,20 @@ def sliding_perplexity(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Perplexity where every token is predicted from at least `context - stride` tokens, as far as there are any.
+    """Measure the perplexity of `model` with sliding windows, which give every prediction a long context.
 
-    Windows of `context` tokens move on by `stride`, and each predicts the `stride` tokens that are new in it. Costs
-    `context / stride` times as much as blocks. Windows share text, so the standard error is somewhat too small.
+    Windows of `context` tokens move on by `stride`, and each window predicts its last `stride` tokens. So every token
+    is predicted from at least `context - stride` tokens, as far as the text has so many before that token. The cost is
+    `context / stride` times that of `perplexity`. Windows share text, so the standard error is somewhat too small.
+
+    Args:
+        tokens: int64, any shape; read as one stream.
+        max_windows: how many windows are used, from the first on; None for all.
+        batch_size: windows per forward pass.
+        progress: called with the number of windows read since the last call.
 
     Raises:
-        ValueError: a stride that is not between 1 and `context - 1`, or fewer than `stride + 1` tokens.
+        ValueError: `stride` is not between 1 and `context - 1`, or there are fewer than `stride + 1` tokens.
     """
     if not 1 <= stride < context:
         raise ValueError(f"stride is {stride}; expected 1 to {context - 1}, less than the context")
@@ -121,7 +137,7 @@ def sliding_perplexity(
 
 
 def _token_nll(model, blocks: Tensor, predicted: int, batch_size: int, progress) -> Iterator[Tensor]:
-    """nll of the last `predicted` tokens of each block, float32 `[b, predicted]`, batch by batch."""
+    """Yield the nll of the last `predicted` tokens of each block, float32 `[b, predicted]`, batch by batch."""
     device = next(model.parameters()).device
     for batch in blocks.split(batch_size):
         batch = batch.to(device)
@@ -134,13 +150,18 @@ def _token_nll(model, blocks: Tensor, predicted: int, batch_size: int, progress)
 
 
 def octaves(last: int) -> list[tuple[int, int]]:
-    """Positions 1 to `last` in ranges that double: (1, 1), (2, 3), (4, 7), ..."""
+    """Return the positions 1 to `last` in ranges that double: (1, 1), (2, 3), (4, 7), ..."""
     return [(1 << i, min((2 << i) - 1, last)) for i in range(last.bit_length())]
 
 
 @dataclass(frozen=True)
 class Units:
-    """What the predicted tokens of some text are in other units; words are what white space separates."""
+    """Hold the size of the predicted text in other units than tokens.
+
+    Attributes:
+        words: number of words, which white space separates.
+        bytes: number of bytes in UTF-8.
+    """
 
     words: int
     bytes: int
@@ -149,9 +170,15 @@ class Units:
 def count_units(
     tokenizer: PreTrainedTokenizerBase, tokens: Tensor, context: int, samples: int, stride: int | None = None
 ) -> Units:
-    """The words and UTF-8 bytes of `tokens` that a `Perplexity` of so many samples predicts.
+    """Return the words and UTF-8 bytes of the text that a `Perplexity` of `samples` samples predicts.
 
-    Where `tokens` begins with a token that starts a text, the space that some tokenizers write after it counts.
+    Where `tokens` begins with a token that starts a text, the space that some tokenizers write after that token counts.
+
+    Args:
+        tokens: int64, any shape; read as one stream.
+        context: tokens per block.
+        samples: number of blocks, or of windows where `stride` is given.
+        stride: tokens that each window predicts; None for separate blocks.
     """
     stream = tokens.reshape(-1)
 
@@ -165,8 +192,8 @@ def count_units(
     return Units(sum(len(text(piece[1:]).split()) for piece in pieces), size)
 
 
-def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Difference:
-    """Mean nll of ours less that of the control on the same text, by samples.
+def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Estimate:
+    """Return the mean nll of `ours` minus that of `control` on the same text, with its interval from paired samples.
 
     Raises:
         ValueError: the two were not measured on the same samples.
@@ -177,12 +204,19 @@ def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Difference:
 
 
 def ratio(ours: Perplexity, control: Perplexity, seed: int = 0) -> dict[str, Any]:
-    """Perplexity of ours over that of the control on the same blocks: value, low, high, items, few and verdict.
+    """Return the perplexity of `ours` divided by that of `control` on the same blocks, with its interval.
 
-    The exponential of `compare`, cut off at e^700.
+    The ratio and its bounds are the exponentials of `compare`, cut off at e^700.
+
+    Returns:
+        `value`, `low`, `high`, `items`, `few` and `verdict`; `low`, `high` and `verdict` are None for too few blocks.
+
+    Raises:
+        ValueError: the two were not measured on the same samples.
     """
     found = compare(ours, control, seed)
-    bounds = {name: math.exp(min(getattr(found, name), 700)) for name in ("value", "low", "high")}
+    logs = {name: getattr(found, name) for name in ("value", "low", "high")}
+    bounds = {name: None if log is None else math.exp(min(log, 700)) for name, log in logs.items()}
     return bounds | {"items": found.items, "few": found.few, "verdict": found.verdict(lower_is_better=True)}
 
 

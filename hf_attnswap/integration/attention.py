@@ -1,7 +1,6 @@
 """The attention function: what transformers calls, by its name, for every attention module of a swapped model."""
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,9 @@ _HARMLESS = frozenset(
     "deterministic tokenizer".split()
 )
 # Keywords that `read_mask` turns into a part of the mask, which the variant honours or refuses.
-_HONOURED = frozenset("position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k".split())
+_HONOURED = frozenset(
+    "position_bias softcap s_aux sinks cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx".split()
+)
 # Keywords that change the result and that nothing here honours.
 _REFUSED = {
     "head_mask": "a mask over heads",
@@ -30,8 +31,6 @@ _REFUSED = {
     "indices": "the keys that sparse attention has chosen",
     "block_indices": "the blocks that sparse attention has chosen",
 }
-
-Observer = Callable[..., Tensor]
 
 
 def attnswap_attention(
@@ -44,7 +43,7 @@ def attnswap_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls for every attention module of a model that has swapped layers.
+    """Compute the attention of one module of a model that has swapped layers; transformers calls this function.
 
     Args:
         module: the attention module; its `attnswap` is the variant, absent where the layer keeps softmax.
@@ -91,7 +90,7 @@ def attnswap_attention(
 
 
 def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling, layer=None) -> Tensor:
-    """One variant on one call's tensors; `[B, H, T, Dv]`.
+    """Run one variant on the tensors of one call, and return its result `[B, H, T, Dv]`.
 
     Args:
         layer: the `StateLayer` of a generating call, whose `state` the variant reads and fills.
@@ -117,17 +116,10 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
 
         def one(query, key, value, valid):
             mask_of_texts = Mask(query.shape[2], key.shape[2], None if mask.causal else valid, causal=mask.causal)
-            return _observed(attention, query, key, value, mask_of_texts, scaling, None)
+            return attention.answer(query, key, value, mask_of_texts, scaling)
 
         return unpack_rows(one, query, key, value, mask.segments)
-    return _observed(attention, query, key, value, mask, scaling, layer.state if stateful else None)
-
-
-def _observed(attention, query, key, value, mask, scaling, state):
-    observer: Observer | None = getattr(attention, "observer", None)
-    if observer is not None:
-        return observer(attention, query, key, value, mask, scaling, state)
-    return attention(query, key, value, mask, scaling, state)
+    return attention.answer(query, key, value, mask, scaling, layer.state if stateful else None)
 
 
 def _wanted(kwargs: dict) -> bool:

@@ -21,7 +21,7 @@ Replay = Callable[[dict[str, Tensor], int], object]
 
 
 class Past(NamedTuple):
-    """What one call changed: how many tokens came before it, the state before it, and how to take it in again."""
+    """Hold what one call changed: how many tokens came before it, the state before it, and how to take it in again."""
 
     seen: int
     state: dict[str, Tensor]
@@ -29,7 +29,7 @@ class Past(NamedTuple):
 
 
 class StateLayer(CacheLayerMixin):
-    """Holds what a stateful variant remembers: tensors with the batch first, under names that the variant chooses.
+    """Hold what a stateful variant remembers: tensors with the batch first, under names that the variant chooses.
 
     `update` counts the tokens and hands back only the new keys and values; the variant fills `state`. The mask that
     transformers makes from `get_mask_sizes` covers all tokens seen, as for a layer that keeps them.
@@ -51,26 +51,31 @@ class StateLayer(CacheLayerMixin):
         self.past: list[Past] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note the dtype and the device of the first keys; the variant makes the state itself."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Count the new tokens, and return their keys and values as they came."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys that a mask covers, those of the new tokens included, and where they begin."""
         return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
+        """Return how many tokens have come."""
         return self.seen
 
     def get_max_length(self) -> int:
+        """Return -1: any number of tokens may come."""
         return -1
 
     def nbytes(self) -> int:
-        """Bytes of the state; they do not depend on the number of tokens."""
+        """Return the bytes of the state, which do not depend on the number of tokens."""
         return sum(t.numel() * t.element_size() for t in self.state.values())
 
     def _apply(self, change) -> None:
@@ -81,21 +86,27 @@ class StateLayer(CacheLayerMixin):
         self.past = []  # of other rows
 
     def reset(self) -> None:
+        """Forget everything."""
         self.state, self.seen, self.served, self.packed, self.past = {}, 0, 0, False, []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows that beam search goes on with, `[B]`."""
         self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
         self._select(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
         self._select(lambda t: t[indices])
 
     def offload(self) -> None:
+        """Move the state to the CPU."""
         self._apply(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        """Move the state back to the device of the layer."""
         self._apply(lambda t: t.to(self.device, non_blocking=True))
 
     def activate_past_recording(self) -> None:
@@ -103,7 +114,7 @@ class StateLayer(CacheLayerMixin):
         self.record_past = True
 
     def record(self, replay: Replay) -> None:
-        """Called before new tokens change the state; does nothing unless the past is recorded.
+        """Keep the state as it is before new tokens change it, where the past is recorded.
 
         Args:
             replay: takes in the first n of them again, into a state as it was.
@@ -135,7 +146,7 @@ class StateLayer(CacheLayerMixin):
 
 
 def state_layer(cache: Cache | None, layer: int) -> StateLayer | None:
-    """The `StateLayer` of this layer in the cache that a model passes to its attention, put there at first use.
+    """Return the `StateLayer` of this layer in the cache that a model passes to its attention, put there at first use.
 
     Raises:
         NotImplementedError: a kind of cache whose layers have a fixed size.
@@ -165,7 +176,7 @@ def state_layer(cache: Cache | None, layer: int) -> StateLayer | None:
 
 
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes that a cache holds, keys and values or states."""
+    """Return the bytes that a cache holds, keys and values or states."""
     total = 0
     for layer in cache.layers:
         if isinstance(layer, StateLayer):
@@ -176,7 +187,7 @@ def cache_nbytes(cache: Cache) -> int:
 
 
 def in_static_cache(max_cache_len: int, **kwargs) -> StateLayer:
-    """A state has one size anyway."""
+    """Return the layer of a static cache: a state has one size anyway."""
     return StateLayer()
 
 

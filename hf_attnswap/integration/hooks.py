@@ -24,7 +24,7 @@ Wrapper = Callable[[Any], Any]
 
 
 class Patch(NamedTuple):
-    """`owner.attribute` becomes `wrap(owner.attribute)`; `why` is for the reader."""
+    """Describe one change: `owner.attribute` becomes `wrap(owner.attribute)`, and `why` tells the reader the reason."""
 
     owner: Any
     attribute: str

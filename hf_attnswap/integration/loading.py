@@ -6,7 +6,8 @@ from transformers import PreTrainedModel, modeling_utils
 
 from ..config import GUARD, NAME, plans_from_dict, select
 from ..errors import UsageError
-from .finding import AttentionModule, Group, counted, inspect, model_parts
+from .finding import AttentionModule, Group, counted, inspect
+from .parts import model_parts
 from .swapping import attach, build_variant, detach, mark_swapped, swapped_modules
 
 
@@ -33,25 +34,25 @@ def build_variants(model: PreTrainedModel) -> None:
                 f"{configs[part]._attn_implementation!r} would run softmax: leave attn_implementation out"
             )
     groups: dict[Group, dict[int, AttentionModule]] = {}
-    for entry in inspect(model):
+    modules = inspect(model)
+    for entry in modules:
         groups.setdefault((entry.part, entry.kind), {})[entry.layer] = entry
     for group, entries in groups.items():
         plan = plans.get(group, {})
-        numbered = counted([model.get_submodule(entry.name) for entry in entries.values()])
+        numbered = counted([entry.module for entry in entries.values()])
         if numbered and set(plan) - set(entries):
             select(sorted(plan), sorted(entries))  # says which layer is not there
         for index, entry in entries.items():
-            module = model.get_submodule(entry.name)
-            detach(module)
+            detach(entry.module)
             if index in plan:
                 if entry.reason:
                     raise UsageError(f"config.json says that {entry.name} is swapped, but {entry.reason}")
-                attach(module, build_variant(model, entry, group[1], *plan[index]), group[1], index)
-    mark_swapped(model, saved)
+                attach(entry.module, build_variant(model, entry, group[1], *plan[index]), group[1], index)
+    mark_swapped(model, saved, modules)
 
 
 def check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
-    """UsageError where the weights of a checkpoint and its config.json disagree on what is swapped."""
+    """Raise UsageError where the weights of a checkpoint and its config.json disagree on what is swapped."""
     inside = f".{NAME}."
     wrong = {key: "is not among the weights" for key in info.missing_keys if inside in key}
     for key, found, expected in info.mismatched_keys:
@@ -66,7 +67,7 @@ def check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadState
 
 
 def check_nothing_missing(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:
-    """UsageError where a conversion, loaded as the class that it was saved with, would have new random weights."""
+    """Raise UsageError where a conversion, loaded as the class that it was saved with, would have random weights."""
     if swapped_modules(model) and type(model).__name__ in (model.config.architectures or ()):
         _refuse(load_config, {key: "is not among the weights" for key in info.missing_keys})
 

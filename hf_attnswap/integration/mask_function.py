@@ -12,7 +12,7 @@ from transformers.masking_utils import (
 )
 
 from ..config import NAME
-from ..masks import Packed, find_segments, from_segments
+from ..masks import Packed, find_segments, from_segments, values_are_hidden
 
 
 def attnswap_mask(
@@ -25,7 +25,7 @@ def attnswap_mask(
     attention_mask: Tensor | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """What transformers calls to make the mask of a model with swapped layers.
+    """Make the mask of a model that has swapped layers; transformers calls this function.
 
     Returns:
         None where the module's `is_causal` says all (a whole text or one token, nothing padded); bool `[B, S]` for
@@ -46,7 +46,7 @@ def attnswap_mask(
         # As for SDPA, which then goes by the module's is_causal: some models rely on that.
         skip = kwargs.get("allow_is_bidirectional_skip")
         if attention_mask is not None:
-            skip = skip and not torch.compiler.is_compiling() and valid.all()
+            skip = skip and not values_are_hidden() and valid.all()
         return None if skip else valid.expand(-1, -1, q_length, -1)
     grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
     if not kwargs.get("allow_is_causal_skip", True) and mask_function is causal_mask_function:
@@ -59,7 +59,7 @@ def attnswap_mask(
             return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
         valid = attention_mask[:, columns].bool()
         # torch.compile sees no entries, so it keeps the mask.
-        return None if whole and not torch.compiler.is_compiling() and valid.all() else valid
+        return None if whole and not values_are_hidden() and valid.all() else valid
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def rows(start: int, stop: int) -> Tensor:
@@ -67,7 +67,7 @@ def attnswap_mask(
             batch_size, stop - start, kv_length, q_offset + start, kv_offset, mask_function, attention_mask, **kwargs
         )
 
-    if grows and q_offset == 0 and not torch.compiler.is_compiling():
+    if grows and q_offset == 0 and not values_are_hidden():
         segments = find_segments(rows, kv_length)
         if segments is not None:
             return segments if isinstance(from_segments(segments), Packed) else segments > 0

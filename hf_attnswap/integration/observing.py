@@ -1,7 +1,8 @@
 """See what the swapped layers of a model are called with, and choose what they answer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -17,18 +18,18 @@ Answer = Callable[[str, Attention, Tensor, Tensor, Tensor, Mask, float], Tensor]
 
 
 def own(name, attention, query, key, value, mask, scaling) -> Tensor:
-    """The answer of the variant itself."""
+    """Return the answer of the variant itself."""
     return attention(query, key, value, mask, scaling)
 
 
 def softmax(name, attention, query, key, value, mask, scaling) -> Tensor:
-    """The answer of the softmax that the variant stands in for."""
+    """Return the answer of the softmax that the variant stands in for."""
     return SOFTMAX(query, key, value, mask, scaling)
 
 
 @contextmanager
 def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
-    """While this is open, every swapped layer answers what `answer` says. No state: call the model without a cache.
+    """Let `answer` give the result of every swapped layer while the context is open. Call the model without a cache.
 
     Raises:
         UsageError: the model has no swapped layer.
@@ -37,23 +38,14 @@ def answering(model: nn.Module, answer: Answer) -> Iterator[None]:
     if not modules:
         raise UsageError("the model is not swapped: there is nothing to look at")
 
-    def observer(name: str):
-        def call(attention, query, key, value, mask, scaling, state):
-            return answer(name, attention, query, key, value, mask, scaling)
-
-        return call
-
-    try:
+    with ExitStack() as stack:
         for name, attention in modules.items():
-            attention.observer = observer(name)
+            stack.enter_context(attention.answered_by(partial(answer, name)))
         yield
-    finally:
-        for attention in modules.values():
-            attention.__dict__.pop("observer", None)
 
 
 def allowed_keys(mask: Mask, weights: Tensor) -> Tensor:
-    """bool of the shape of `weights`: what each row may attend to; rows that are padding may attend to nothing."""
+    """Return which keys each row may attend to, bool, of the shape of `weights`. Rows of padding may attend to none."""
     allowed = mask.matrix(weights.device).expand_as(weights)
     valid = mask.new_tokens()
     return allowed if valid is None else allowed & valid[:, None, :, None]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..attentions import Attention
 from ..config import NAME
-from ..masks import Mask, Packed, parse
+from ..masks import Mask, Packed, from_segments, parse, values_are_hidden
 
 # Without an attention_mask and without a cache, transformers looks for packed texts and makes a matrix of it.
 UNDER_COMPILE = " (torch.compile cannot look into masks: there, pass attention_mask, ones where nothing is padded)"
@@ -15,7 +15,11 @@ ANY_MASK = "relu, relu_norm, relu_power, sigmoid and the other variants on the s
 
 
 def read_mask(module, attention: Attention, query, key, attention_mask, layer, kwargs) -> Mask | Packed:
-    """All that a call says of what may attend to what, in one form; NotImplementedError where the variant cannot."""
+    """Return all that a call says of which row may attend to which key.
+
+    Raises:
+        NotImplementedError: the variant cannot honour that.
+    """
     # Without a mask SDPA goes by is_causal, and eager attention lets every row attend to everything.
     causal = kwargs.get("is_causal")
     if (getattr(module.config, NAME, None) or {}).get("kept") == "eager" or attention.kind == "cross":
@@ -30,9 +34,11 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
         if attention_mask is not None:
             raise NotImplementedError("cu_seq_lens_q packs several texts, and attention_mask says nothing of them")
         mask = _from_lengths(kwargs["cu_seq_lens_q"], kwargs.get("cu_seq_lens_k"), query, key, causal)
+    if kwargs.get("seq_idx") is not None and isinstance(mask, Mask):
+        mask = _from_indices(kwargs["seq_idx"], mask)
     bias, softcap, sinks = kwargs.get("position_bias"), kwargs.get("softcap"), kwargs.get("s_aux")
     sinks = kwargs.get("sinks") if sinks is None else sinks
-    if bias is not None and not attention.any_mask and not torch.compiler.is_compiling() and not bias.any():
+    if bias is not None and not attention.any_mask and not values_are_hidden() and not bias.any():
         bias = None  # T5 passes zeros where it has no bias
     if bias is not None or softcap is not None or sinks is not None:
         if isinstance(mask, Packed):
@@ -66,3 +72,14 @@ def _from_lengths(ends_q: Tensor, ends_k: Tensor | None, query: Tensor, key: Ten
         )
     position = torch.arange(length, device=query.device)
     return Packed(torch.bucketize(position, ends_q[1:].to(query.device), right=True, out_int32=True)[None] + 1, causal)
+
+
+def _from_indices(seq_idx: Tensor, mask: Mask) -> Mask | Packed:
+    """Return the mask of texts packed into rows, from the index of each token's text, `[B, T]` (negative: padding)."""
+    if mask.dense is not None or tuple(seq_idx.shape[1:]) != (mask.key_length,):
+        raise NotImplementedError(
+            f"seq_idx of shape {tuple(seq_idx.shape)} packs several texts, and {mask} over {mask.key_length} keys says "
+            "nothing of them"
+        )
+    segments = (seq_idx + 1).clamp(min=0)
+    return from_segments(segments if mask.valid is None else segments * mask.valid, mask.causal)

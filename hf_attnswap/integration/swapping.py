@@ -1,5 +1,6 @@
 """Put variants on the attention modules of a model, and take them off again."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from ..attentions import Attention, Heads
 from ..config import GUARD, GUARDED, NAME, SwapConfig, plans_to_dict
 from ..errors import UsageError
 from .cache import state_layer
-from .finding import AttentionModule, attention_modules, heads_of, model_parts, part_of, reads_mask, swappable
+from .finding import AttentionModule, inspect, swappable
+from .heads import heads_of
+from .parts import model_parts, part_of
 from .read_mask import ANY_MASK
+from .sources import reads_mask
 
 
 def swap(
@@ -58,7 +62,8 @@ def swap(
             "the config has output_attentions=True, which transformers allows with 'eager' alone: unset it, and pass "
             "output_attentions=True with the call instead"
         )
-    groups = swappable(model, config.kinds)
+    entries = inspect(model)
+    groups = swappable(model, entries, config.kinds)
     plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
     built = [
         (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], *choice))
@@ -66,7 +71,7 @@ def swap(
         for index, choice in plan.items()
     ]
     for entry, index, (_, kind), new in built:
-        attach(model.get_submodule(entry.name), new, kind, index)
+        attach(entry.module, new, kind, index)
     # A model where other modules read the masks too goes on making those that they know.
     others_read_masks = any(
         reads_mask(m.__class__) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
@@ -80,24 +85,25 @@ def swap(
     origin = model.config.name_or_path
     if origin and not Path(origin).exists():
         saved[""]["base"] = origin
-    mark_swapped(model, saved)
+    _own_configs(model)
+    mark_swapped(model, saved, entries)
     return model
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Softmax again: take every variant off, in place, and give back the model that was.
+    """Take every variant off, in place, and return the model with the softmax that it had.
 
     Raises:
         UsageError: the model is not swapped.
     """
     if not getattr(model.config, NAME, None):
         raise UsageError("the model is not swapped, there is nothing to restore")
-    for _, module in attention_modules(model):
+    configs = {id(config): config for config in model_parts(model).values()}
+    for module in list(model.modules()):
         detach(module)
-    holders = {
-        id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
-    }
-    for config in (holders | {id(config): config for config in model_parts(model).values()}).values():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):  # some hold copies
+            configs[id(module.config)] = module.config
+    for config in configs.values():
         saved = config.__dict__.pop(NAME, None)
         for guarded in GUARDED:
             config.__dict__.pop(guarded, None)
@@ -107,7 +113,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def describe(model: PreTrainedModel) -> str:
-    """One line: which attention in how many layers, such as "hedgehog+window in 30 layers"."""
+    """Return in one line which attention stands in how many layers, such as "hedgehog+window in 30 layers"."""
     counts: dict[str, int] = {}
     for attention in swapped_modules(model).values():
         kind = "" if attention.kind == "causal" else f"{attention.kind} "
@@ -116,15 +122,17 @@ def describe(model: PreTrainedModel) -> str:
 
 
 def swapped_modules(model: nn.Module) -> dict[str, Attention]:
-    """The variants of a swapped model, by the path of the module they stand on."""
+    """Return the variants of a swapped model, by the path of the module that each stands on."""
     return {
         name: getattr(m, NAME) for name, m in model.named_modules() if isinstance(getattr(m, NAME, None), Attention)
     }
 
 
-def build_variant(model: nn.Module, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]) -> Attention:
-    """The variant for a module; UsageError where it cannot do what the module needs."""
-    cls, module = attentions.get(name), model.get_submodule(entry.name)
+def build_variant(
+    model: PreTrainedModel, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]
+) -> Attention:
+    """Make the variant for a module; UsageError where the variant cannot do what the module needs."""
+    cls, module = attentions.get(name), entry.module
     where = f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name})"
     if kind not in cls.kinds:
         raise UsageError(f"{where} is {kind} attention, and {name} is for {' and '.join(cls.kinds)} attention only")
@@ -137,10 +145,11 @@ def build_variant(model: nn.Module, entry: AttentionModule, kind: str, name: str
     new = cls(heads or Heads(1, 1, 1), **options)
     if heads is None and new.state_dict():
         raise UsageError(f"{where} has numbers of heads that cannot be read, and {name} has parameters for each head")
-    own = next((p for p in module.parameters() if p.is_floating_point()), None)
-    return (
-        new.train(module.training) if own is None else new.to(device=own.device, dtype=own.dtype).train(module.training)
-    )
+    weights = list(module.parameters())
+    # Quantised weights are integers: then the dtype is that of the rest of the model.
+    dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), model.dtype)
+    device = weights[0].device if weights else model.device
+    return new.to(device=device, dtype=dtype).train(module.training)
 
 
 # Attributes of attention modules that change the scores, which only variants on the scores can take in.
@@ -152,6 +161,7 @@ _SCORE_TERMS = {
 
 
 def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
+    """Put a variant on an attention module, and see to it that every call brings the state of its layer."""
     new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
     new.layer = index
     module.add_module(NAME, new)
@@ -159,6 +169,7 @@ def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
 
 
 def detach(module: nn.Module) -> None:
+    """Take the variant off an attention module, where there is one."""
     module.__dict__.pop("_attnswap_kept", None)
     if hasattr(module, NAME):
         module._attnswap_hook.remove()
@@ -182,7 +193,15 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     return args, kwargs
 
 
-def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> None:
+def _own_configs(model: PreTrainedModel) -> None:
+    """Give a model configs of its own, which other models that were built from the same object do not share."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copy.deepcopy(module.config, copies)
+
+
+def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]], entries: Sequence[AttentionModule]) -> None:
     """Say in the config of every part what is swapped there, and route its attention here where anything is.
 
     The guard is written to config.json, where it makes transformers refuse to load the checkpoint without this package,
@@ -200,6 +219,6 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]]) -> No
         config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
     for guarded in GUARDED:
         setattr(model.config, guarded, GUARD)
-    for _, module in attention_modules(model):
-        if not hasattr(module, NAME):
-            module._attnswap_kept = True
+    for entry in entries:
+        if not hasattr(entry.module, NAME):
+            entry.module._attnswap_kept = True

@@ -2,6 +2,16 @@
 
 from .mask import Mask, Packed, Tile
 from .packing import unpack_rows
-from .parsing import find_segments, from_segments, parse, split
+from .parsing import find_segments, from_segments, parse, split, values_are_hidden
 
-__all__ = ["Mask", "Packed", "Tile", "find_segments", "from_segments", "parse", "split", "unpack_rows"]
+__all__ = [
+    "Mask",
+    "Packed",
+    "Tile",
+    "find_segments",
+    "from_segments",
+    "parse",
+    "split",
+    "unpack_rows",
+    "values_are_hidden",
+]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Query rows, the slice of keys that they may see, and which of those.
+    """Describe some query rows, the slice of keys that they may see, and which of those keys.
 
     All rows see the first `free` of the columns; `allowed` is about the others, bool, broadcastable to
     `[B, H, t, s - free]`, or None where `attend` knows it.
@@ -25,13 +25,13 @@ class Tile(NamedTuple):
     free: int = 0
 
     def count(self) -> Tensor:
-        """How many keys each row may attend to, broadcastable to `[B, H, t, 1]`."""
+        """Return how many keys each row may attend to, broadcastable to `[B, H, t, 1]`."""
         return (self.allowed.sum(-1, keepdim=True) + self.free).clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which of S keys each of T rows may attend to, and what changes its scores besides `scaling * q . k`.
+    """Say which of S keys each of T rows may attend to, and what changes its scores besides `scaling * q . k`.
 
     Causal: row i may attend to key j where `j <= i + key_length - query_length` and `valid[j]`. Otherwise
     (bidirectional, or cross-attention): to every key where `valid[j]`.
@@ -57,16 +57,16 @@ class Mask:
 
     @property
     def offset(self) -> int:
-        """Position of the first query among the keys."""
+        """Return the position of the first query among the keys."""
         return self.key_length - self.query_length
 
     @property
     def plain(self) -> bool:
-        """Whether it is only causality and padding, so that nothing has to be known of single scores."""
+        """Return whether causality and padding say all, so that nothing has to be known of single scores."""
         return self.dense is None and self.bias is None and self.softcap is None and self.sinks is None
 
     def allowed(self, rows: slice, columns: slice, device: torch.device | None = None) -> Tensor:
-        """bool, broadcastable to `[B, H, t, s]`, for these rows and columns."""
+        """Return what these rows may see of these columns, bool, broadcastable to `[B, H, t, s]`."""
         if self.dense is not None:
             return self.dense[:, :, rows, columns]
         j = torch.arange(columns.start, columns.stop, device=device)
@@ -78,11 +78,11 @@ class Mask:
         return allowed if self.valid is None else allowed & self.valid[:, None, None, columns]
 
     def matrix(self, device: torch.device | None = None) -> Tensor:
-        """bool, broadcastable to `[B, H, T, S]`: O(n^2), for references and for softmax itself."""
+        """Return the whole mask, bool, broadcastable to `[B, H, T, S]`: O(n^2), for references and softmax."""
         return self.allowed(slice(0, self.query_length), slice(0, self.key_length), device)
 
     def tiles(self, size: int, device: torch.device | None = None) -> Iterator[Tile]:
-        """Tiles of `size` rows with the columns that causality leaves them."""
+        """Yield tiles of `size` rows with the columns that causality leaves them."""
         triangle = self.causal and self.dense is None
         for start in range(0, self.query_length, size):
             rows = slice(start, min(start + size, self.query_length))
@@ -93,7 +93,7 @@ class Mask:
             yield Tile(rows, columns, self.allowed(rows, slice(free, columns.stop), device), free)
 
     def new_tokens(self) -> Tensor | None:
-        """`valid` of the T queries themselves, bool `[B, T]`; None where all are, or where keys say nothing of them."""
+        """Return which of the T queries are valid, bool `[B, T]`; None where all are, or keys tell nothing."""
         if self.valid is None or not self.causal and self.offset:
             return None
         return self.valid[:, self.offset :]
@@ -113,7 +113,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class Packed:
-    """Several texts in one row: `segments` int `[B, T]`, 0 for padding, equal numbers for one text."""
+    """Say that a row holds several texts: `segments` int `[B, T]`, 0 for padding, equal numbers for one text."""
 
     segments: Tensor
     causal: bool = True

@@ -14,7 +14,7 @@ def unpack_rows(
     value: Tensor,
     segments: Tensor,
 ) -> Tensor:
-    """`attend` on every text by itself.
+    """Run `attend` on every text by itself.
 
     Texts are grouped by the next power of two of their length, so that at most half of what is computed is padding
     (at the end of a row).

@@ -9,6 +9,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .mask import Mask, Packed
 
+
+def values_are_hidden() -> bool:
+    """Return whether a program is made of this call (torch.compile, torch.export, torch.jit.trace).
+
+    What is true of the entries of a mask now would become part of the program: they must not be looked at.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 _parsed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -29,7 +38,7 @@ def parse(attention_mask: Tensor | None, query_length: int, key_length: int, cau
     if attention_mask.dim() not in (2, 4):
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected 2 or 4 dimensions")
     causal = causal and query_length == 1
-    if torch.compiler.is_compiling():
+    if values_are_hidden():
         return _parse(attention_mask, query_length, key_length, causal)
     # All layers of one forward pass receive the same tensor: look at its entries once.
     version = 0 if attention_mask.is_inference() else attention_mask._version
@@ -57,7 +66,7 @@ def _parse(attention_mask: Tensor, query_length: int, key_length: int, causal: b
 
 
 def split(attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A 4D mask, bool or additive, as what it allows (bool) and what it adds to the scores (None: nothing).
+    """Split a 4D mask, bool or additive, into what it allows (bool) and what it adds to the scores (None: nothing).
 
     In an additive mask, 0 allows, a very negative number forbids, and all between is a bias.
     """
@@ -65,7 +74,7 @@ def split(attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return attention_mask, None
     lowest = torch.finfo(attention_mask.dtype).min / 2 if attention_mask.is_floating_point() else 0
     allowed = attention_mask > lowest
-    if not torch.compiler.is_compiling() and attention_mask.isnan().any():
+    if not values_are_hidden() and attention_mask.isnan().any():
         raise ValueError(
             "attention_mask has NaN; expected 0 where allowed, a very negative number where not, or a bias"
         )
@@ -76,8 +85,8 @@ def split(attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _all(allowed: Tensor) -> bool:
-    """Whether all entries are True. torch.compile sees no entries: there this says no, and the mask is kept."""
-    return not torch.compiler.is_compiling() and bool(allowed.all())
+    """Return whether all entries are True. Where values are hidden this says no, and the mask is kept."""
+    return not values_are_hidden() and bool(allowed.all())
 
 
 def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
@@ -90,7 +99,7 @@ def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
     if not causal and (one_row or _all(matrix == matrix[:, :1])):
         matrix = matrix[:, :1]
         return Mask(query_length, key_length, valid=None if _all(matrix) else matrix[:, 0], causal=False)
-    if torch.compiler.is_compiling():
+    if values_are_hidden():
         return Mask(query_length, key_length, dense=dense, causal=False)
 
     def rows(start: int, stop: int) -> Tensor:
@@ -111,7 +120,7 @@ def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
 
 
 def from_segments(segments: Tensor, causal: bool = True) -> Mask | Packed:
-    """int `[B, n]` (0: padding) as a plain mask where every row holds one text, else as `Packed`."""
+    """Return segments, int `[B, n]` (0: padding), as a plain mask where every row holds one text, else as `Packed`."""
     length, valid = segments.shape[1], segments > 0
     first = torch.where(valid, segments, segments.max() + 1).amin(1, keepdim=True)
     if (valid & (segments != first)).any():
@@ -122,7 +131,7 @@ def from_segments(segments: Tensor, causal: bool = True) -> Mask | Packed:
 def find_segments(
     rows_of_matrix: Callable[[int, int], Tensor], length: int, causal: bool = True, block: int = 256
 ) -> Tensor | None:
-    """The texts packed into rows, read off a mask by blocks of rows: O(n) memory, one look at n^2 entries.
+    """Read the texts packed into rows off a mask, by blocks of rows: O(n) memory, one look at n^2 entries.
 
     Args:
         rows_of_matrix: `(start, stop) -> bool [B, 1, stop - start, length]`.

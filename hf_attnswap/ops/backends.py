@@ -1,129 +1,221 @@
 """The one place that chooses which implementation of an op runs.
 
-An op has a form for each backend that implements it: `torch`, portable and fast, and `reference`, the formula over
-whole matrices. A native kernel is one more form with one more name in `BACKENDS`. The first backend that can serve a
-call runs; HF_ATTNSWAP_BACKEND, read when the package is imported, puts one in front. A form that cannot serve a call is
-passed over with a warning, once per reason.
+A form is a file in the folder of its op, named after its backend. It has
+
+    run(*arguments)             the arguments of the op, in order; the same result as every other form
+    devices = ("cuda",)         optional: the device types on which it runs; every one where it is not there
+    dtypes = (torch.float32,)   optional: the dtypes of the first argument; every one where it is not there
+    unfit(*arguments)           optional: why it cannot serve this call, in words, or None
+    available()                 optional: why it cannot run on this machine, in words, or None; asked once, on import
+
+Native forms are tried first, then `torch`, then `reference`. An op without a form for a backend, or without one for
+the device of the call, says nothing; a form that is passed over for another reason is logged once at INFO.
+HF_ATTNSWAP_BACKEND, read when the package is imported, forces a backend: `torch` for all ops that have such a form,
+`scores=torch,linear=reference` for some. What is forced and cannot serve a call refuses that call.
 """
 
+import importlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+import pkgutil
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+
+from ..errors import UsageError
 
 log = logging.getLogger(__name__)
 
-# Best first.
-BACKENDS = ("torch", "reference")
 VARIABLE = "HF_ATTNSWAP_BACKEND"
 OPS: dict[str, "Op"] = {}
 
-_warned: set[tuple[str, str, str]] = set()
-_ran: dict[str, set[str]] = {}
+# After every native backend.
+_PORTABLE = ("torch", "reference")
+_ALL = "all ops"
+
+_logged: set[tuple[str, str, str]] = set()
+_logging = threading.Lock()
+
+
+class _Here(threading.local):
+    """What holds in this thread: backends by op (or `_ALL`), and where `watch` collects."""
+
+    forced: Mapping[str, str] = {}
+    ran: dict[str, set[str]] | None = None
+
+
+_here = _Here()
+
+
+class Form:
+    """One implementation of an op, from the file of that name in its folder."""
+
+    def __init__(self, package: str, backend: str):
+        self.backend = backend
+        self.missing: str | None = None
+        try:
+            module: Any = importlib.import_module(f"{package}.{backend}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith(__package__):
+                raise
+            self.missing = f"{error.name} is not installed"
+            module = None
+        self.run = getattr(module, "run", None)
+        self.devices = getattr(module, "devices", None)
+        self.dtypes = getattr(module, "dtypes", None)
+        self.unfit = getattr(module, "unfit", None)
+        if module is not None and self.run is None:
+            raise TypeError(f"{module.__file__} has no function run, which makes it a form of an op")
+        if hasattr(module, "available"):
+            self.missing = module.available()
+
+    def runs_on(self, device: str) -> bool:
+        return self.devices is None or device in self.devices
+
+    def refusal(self, arguments: tuple) -> str | None:
+        """Return why this form cannot serve a call, or None."""
+        if self.missing is not None:
+            return self.missing
+        given = arguments[0]
+        if self.devices is not None and given.device.type not in self.devices:
+            return f"it runs on {', '.join(self.devices)}, not on {given.device.type}"
+        if self.dtypes is not None and given.dtype not in self.dtypes:
+            return f"it takes {', '.join(map(str, self.dtypes))}, not {given.dtype}"
+        return None if self.unfit is None else self.unfit(*arguments)
 
 
 class Op:
-    """An operation under its name, with a form for each backend that has one."""
+    """An operation with its forms; made once, in the `__init__.py` of its folder: `_op = Op(__name__)`.
 
-    def __init__(self, name: str):
-        self.name = name
-        self.forms: dict[str, tuple[Callable, Callable[..., str | None] | None]] = {}
-        OPS[name] = self
+    Called with the arguments of the op, the first of which is a tensor, it runs the first form that can serve them.
+    """
 
-    def form(self, backend: str, unfit: Callable[..., str | None] | None = None) -> Callable[[Callable], Callable]:
-        """Register a form: a decorator.
+    def __init__(self, package: str):
+        self.package = package
+        self.name = package.rpartition(".")[2]
+        self.discover()
+        OPS[self.name] = self
 
-        Args:
-            unfit: called with the arguments of the op; why the form cannot serve them (dtype, device, mask, shape),
-                or None. Not given for a form that serves every call.
-        """
-        if backend not in BACKENDS:
-            raise ValueError(f"{self.name}: backend {backend!r} is not one of {', '.join(BACKENDS)}")
-
-        def register(run: Callable) -> Callable:
-            self.forms[backend] = run, unfit
-            return run
-
-        return register
+    def discover(self) -> None:
+        """Look for the forms in the folder; done when the op is made."""
+        path = sys.modules[self.package].__path__
+        found = {m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")}
+        order = [*sorted(found.difference(_PORTABLE)), *(b for b in _PORTABLE if b in found)]
+        self.forms = {backend: Form(self.package, backend) for backend in order}
 
     def __call__(self, *arguments):
-        for backend in _order:
-            run, unfit = self.forms.get(backend, (None, None))
-            if run is None:
-                reason = "it has no such form"
-            else:
-                reason = None if unfit is None else unfit(*arguments)
+        form = self._choose(arguments)
+        ran = _here.ran
+        if ran is not None and not torch.compiler.is_compiling():
+            ran.setdefault(self.name, set()).add(form.backend)
+        return form.run(*arguments)
+
+    def _choose(self, arguments: tuple) -> Form:
+        forced = _here.forced
+        if forced:
+            form = self.forms.get(forced.get(self.name) or forced.get(_ALL))
+            if form is not None:
+                reason = form.refusal(arguments)
+                if reason is not None:
+                    raise NotImplementedError(
+                        f"{self.name}: {VARIABLE} asks for backend {form.backend}, which cannot serve this call: "
+                        f"{reason}"
+                    )
+                return form
+        for form in self.forms.values():
+            reason = form.refusal(arguments)
             if reason is None:
-                if not torch.compiler.is_compiling():
-                    _ran.setdefault(self.name, set()).add(backend)
-                return run(*arguments)
-            _pass_over(self.name, backend, reason)
-        raise NotImplementedError(f"{self.name}: no backend of {', '.join(_order)} can serve this call")
+                return form
+            if form.runs_on(arguments[0].device.type) and not torch.compiler.is_compiling():
+                _log_once(self.name, form.backend, reason)
+        raise NotImplementedError(f"{self.name}: no backend of {', '.join(self.forms)} can serve this call")
 
 
-def in_large_kernels(x: Tensor) -> bool:
-    """Whether the portable forms take long texts in a few large kernels instead of in blocks for a CPU's cache."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu"
+def _log_once(op: str, backend: str, reason: str) -> None:
+    with _logging:
+        if (op, backend, reason) in _logged:
+            return
+        _logged.add((op, backend, reason))
+    log.info("%s: backend %s is passed over: %s", op, backend, reason)
 
 
-def _pass_over(op: str, backend: str, reason: str) -> None:
-    if (op, backend, reason) not in _warned:
-        _warned.add((op, backend, reason))
-        log.warning("%s: backend %s is passed over: %s", op, backend, reason)
+def _parse(text: str | None) -> dict[str, str]:
+    """Backends by op from `torch` or `scores=torch,linear=reference`; `_ALL` for those without an op.
+
+    Raises:
+        UsageError: an op or a backend that does not exist, or an op that is named twice.
+    """
+    forced: dict[str, str] = {}
+    for part in (text or "").split(","):
+        if not part.strip():
+            continue
+        op, _, backend = (p.strip() for p in part.rpartition("="))
+        if op and op not in OPS:
+            raise UsageError(f"{VARIABLE}={text}: there is no op {op!r}; the ops are {', '.join(sorted(OPS))}")
+        known = sorted({b for o in ([OPS[op]] if op else OPS.values()) for b in o.forms})
+        if backend not in known:
+            raise UsageError(
+                f"{VARIABLE}={text}: {f'op {op} has no' if op else 'no op has a'} backend {backend!r}; "
+                f"expected one of {', '.join(known)}"
+            )
+        if (op or _ALL) in forced:
+            raise UsageError(f"{VARIABLE}={text}: two backends for {op or _ALL}; name one")
+        forced[op or _ALL] = backend
+    return forced
 
 
-def _ordered(forced: str | None) -> tuple[str, ...]:
-    if not forced:
-        return BACKENDS
-    if forced not in BACKENDS:
-        raise ValueError(f"{VARIABLE} is {forced!r}; expected one of {', '.join(BACKENDS)}")
-    return (forced, *(b for b in BACKENDS if b != forced))
+def read_environment() -> None:
+    """Force what HF_ATTNSWAP_BACKEND says, in every thread; once, when the package is imported.
+
+    Raises:
+        UsageError: the variable names an op or a backend that does not exist.
+    """
+    _Here.forced = _parse(os.environ.get(VARIABLE))
 
 
-_order = _ordered(os.environ.get(VARIABLE))
-
-
-def order() -> tuple[str, ...]:
-    """Backends in the order in which they are tried."""
-    return _order
+def forced() -> dict[str, str]:
+    """Return what is forced in this thread: backends by op, or by "all ops"."""
+    return dict(_here.forced)
 
 
 def backends_of(op: str) -> list[str]:
-    """Backends that have a form of this op, in the order in which they are tried."""
-    return [name for name in _order if name in OPS[op].forms]
+    """Return the backends that have a form of this op, in the order in which they are tried in this thread."""
+    first = _here.forced.get(op) or _here.forced.get(_ALL)
+    return sorted(OPS[op].forms, key=lambda backend: backend != first)
 
 
 @contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """Within it, `name` is tried first, as if HF_ATTNSWAP_BACKEND had said so; None: the usual order.
+def backend(text: str | None) -> Iterator[None]:
+    """Force, within it and in this thread, what HF_ATTNSWAP_BACKEND would force; None: the usual order.
 
     Raises:
-        ValueError: an unknown backend.
+        UsageError: an op or a backend that does not exist.
     """
-    global _order
-    before, _order = _order, _ordered(name)
+    before, _here.forced = _here.forced, _parse(text)
     try:
         yield
     finally:
-        _order = before
+        _here.forced = before
 
 
 @contextmanager
 def watch() -> Iterator[dict[str, set[str]]]:
-    """Collects, within it, the backends that ran: by name of the op."""
-    global _ran
-    before, _ran = _ran, {}
+    """Collect, within it and in this thread, the backends that ran, by name of the op."""
+    before, ran = _here.ran, {}
+    _here.ran = ran
     try:
-        yield _ran
+        yield ran
     finally:
-        for op, ran in _ran.items():
-            before.setdefault(op, set()).update(ran)
-        _ran = before
+        _here.ran = before
+        if before is not None:
+            for op, backends in ran.items():
+                before.setdefault(op, set()).update(backends)
 
 
-def told(ran: dict[str, set[str]]) -> str:
-    """What `watch` collected, in words."""
+def told(ran: Mapping[str, Iterable[str]]) -> str:
+    """Return in words what `watch` collected."""
     return ", ".join(f"{op} {' and '.join(sorted(backends))}" for op, backends in sorted(ran.items()))

@@ -55,3 +55,8 @@ def tril_(x: Tensor, chunk: int) -> Tensor:
     """Zero, in place, what lies in the future in `[..., G t, t]`."""
     x.view(-1, chunk, chunk).tril_()
     return x
+
+
+def in_large_kernels(x: Tensor) -> bool:
+    """Whether the portable forms take long texts in a few large kernels instead of in blocks for a CPU's cache."""
+    return torch.compiler.is_compiling() or x.device.type != "cpu"

@@ -1,6 +1,6 @@
 """Products of query heads with the key/value heads that they share (grouped-query attention)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,3 +41,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def cast_like(gradients: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients that were added up in `compute_dtype`, in the dtypes of their parameters."""
     return [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+
+
+def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, each once: autograd would count the gradient of one that is given twice as often."""
+    return list({id(t): t for t in tensors}.values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..masks import Tile
-from .heads import cast_like, compute_dtype
+from .heads import cast_like, compute_dtype, distinct
 
 # Elements of one tile of scores: with a few temporaries of that size a tile stays in a core's cache.
 TILE_ELEMENTS = 1 << 20
@@ -56,7 +56,7 @@ def by_rows(
     """
     tiles = tuple(tiles)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        *results, carry = _ByRows.apply(attend, tiles, query, key, value, bias, carry, *parameters)
+        *results, carry = _ByRows.apply(attend, tiles, query, key, value, bias, carry, *distinct(parameters))
         return tuple(results), carry
     results, carry, _ = _join(attend, tiles, query, key, value, bias, carry)
     return results, None if carry is None else carry.detach()

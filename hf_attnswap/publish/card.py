@@ -2,21 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, PackageLoader
 
 from .. import attentions
 from ..attentions.base import KINDS
 from ..config import NAME, plans_from_dict
 from ..errors import UsageError
-from ..report import classification, schema
-from ..report.facts import Arm, Report, swapped_layers
-from ..report.markdown import escape, markdown_table
+from ..report.facts import swapped_layers
+from ..report.table import Table, escape, markdown
 from ..report.text import count, listing
+from ..report.types import Arm, Report
 from . import classified, measured
+
+_TEMPLATES = Environment(loader=PackageLoader("hf_attnswap.publish"), keep_trailing_newline=True)
+_TEMPLATES.filters |= {"markdown": markdown, "md": escape}
 
 _TASKS = {
     "ForCausalLM": "text-generation",
@@ -29,16 +32,6 @@ _TASKS = {
     "ForAudioClassification": "audio-classification",
     "ForCTC": "automatic-speech-recognition",
 }
-
-
-def read_report(path: str | Path) -> Report:
-    """What `attnswap tradeoff` or examples/classify_all.py wrote; ValueError names the file and the place."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    kind = found.get("schema") if isinstance(found, dict) else None
-    return classification.read(path) if kind == classification.NAME else schema.read(path)
 
 
 def render(
@@ -55,7 +48,7 @@ def render(
     Args:
         config: what config.json of the conversion holds.
         repo_id: where it will stand, for the lines that load it.
-        report: what report.json holds, as `read_report` returns it; None writes that nothing was measured.
+        report: what was measured, of any kind; None writes that nothing was.
         base_model, licence: Hub id and licence of the model that was converted; None leaves them out.
         tags: more of them, for the Hub's search.
 
@@ -64,57 +57,43 @@ def render(
     """
     groups = swapped_groups(config)
     names = list(dict.fromkeys(group["attention"] for group in groups))
-    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained model"
     layers, all_layers = sum(len(group["layers"]) for group in groups), _layers(config, report)
-    parts = [
-        f"# {repo_id.rpartition('/')[2]}",
-        f"This is {base} with the softmax of {count(layers)} attention layers replaced by "
-        f"{listing([f'`{name}`' for name in names])}, by hf_attnswap.",
-        "## What was swapped",
-        markdown_table(_swapped_rows(groups)),
-    ]
-    if layers != all_layers:
-        parts.append("All other attention layers keep softmax.")
-    results: list[EvalResult] = []
-    if report is None:
-        parts += ["## Quality and speed", "Neither the quality nor the speed of this conversion was measured."]
-    else:
-        arm, says = measured_arm(report, groups), _says(report)
-        if report["model"]["name"].endswith(".gguf"):
-            parts.append(f"The weights are those of the quantised file {escape(report['model']['name'])}, dequantised.")
-        parts += ["## Training", says.training(report, arm)]
-        parts += ["## Quality", *says.quality(report, arm), "## Speed and memory", *says.speed(report, arm)]
-        results = [
-            EvalResult(
-                task_type=_task(config) or "other",
-                dataset_type="text",
-                **{"dataset_name": says.data_name(report)} | found,
-            )
-            for found in says.results(report, arm)
-        ]
-    parts += ["## Limits", "\n".join(f"- {line}" for line in _limits(groups, layers < all_layers))]
-    parts += ["## Use", _use(config, repo_id)]
-    if report is not None:
-        again = [command for command in (says.reproduce(arm), report["command"]) if command]
-        parts += ["## Repeat it", "\n".join(["```bash", *again, "```"])]
-        parts += ["## How it was measured"]
-        parts += ["\n".join(f"- {key}: {escape(value)}" for key, value in says.details(report) if key != "command")]
-    data = ModelCardData(
+    arm = measured_arm(report, groups) if report else None
+    results = _results(config, report, arm) if report and arm else []
+    name = repo_id.rpartition("/")[2]
+    metadata = ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         license=licence,
         pipeline_tag=_task(config),
         tags=["hf_attnswap", "attention", *dict.fromkeys([*names, *tags])],
-        model_name=repo_id.rpartition("/")[2] if results else None,
+        model_name=name if results else None,
         eval_results=results or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    text = _TEMPLATES.get_template("card.md.j2").render(
+        metadata=metadata.to_yaml(),
+        name=name,
+        base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained model",
+        layers=count(layers),
+        names=listing([f"`{each}`" for each in names]),
+        swapped=_swapped(groups),
+        partial=layers != all_layers,
+        measured=measured.content(report, arm, _says(report).reproduce(arm)) if report and arm else None,
+        limits=_limits(groups, layers < all_layers),
+        use=_use(config, repo_id),
+    )
+    return f"{text.rstrip()}\n"
+
+
+def _results(config: dict[str, Any], report: Report, arm: Arm) -> list[EvalResult]:
+    given = {"task_type": _task(config) or "other", "dataset_type": "text", "dataset_name": measured.data_name(report)}
+    return [EvalResult(**{**given, **result}) for result in measured.results(report, arm)]
 
 
 def _says(report: Report) -> ModuleType:
-    """What speaks of this kind of report."""
-    return classified if report["schema"] == classification.NAME else measured
+    """What knows how an arm of this kind of report is made again."""
+    return classified if report.kind == "classification" else measured
 
 
 def recipe(report: Report, config: dict[str, Any], base_model: str | None) -> dict[str, Any] | None:
@@ -149,19 +128,23 @@ def measured_arm(report: Report, groups: list[dict[str, Any]]) -> Arm:
         UsageError: none is, or several are.
     """
     ours = _plan(groups)
-    arms = [arm for arm in report["arms"] if arm["status"] == "measured" and _plan(arm["swapped"]) == ours]
-    arms = [arm for arm in arms if arm.get("conversion")] or arms  # a model of its own, before one that a run made
+    arms = [arm for arm in report.arms if arm.status == "measured" and _plan_of(arm) == ours]
+    arms = [arm for arm in arms if arm.conversion] or arms  # a model of its own, before one that a run made
     if len(arms) == 1:
         return arms[0]
     swapped = listing([f"{g['attention']} {json.dumps(g['options'])} in {len(g['layers'])} layers" for g in groups])
     if arms:
-        same = listing([arm["label"] for arm in arms])
+        same = listing([arm.label for arm in arms])
         raise UsageError(f"report.json has several arms that are this conversion, {swapped}: {same}; measure it alone")
-    every = listing([f"{arm['label']} in {swapped_layers(arm)} layers" for arm in report["arms"]])
+    every = listing([f"{arm.label} in {swapped_layers(arm)} layers" for arm in report.arms])
     raise UsageError(
         f"report.json did not measure this conversion, {swapped}: it has {every}; leave the report out, or measure "
         "this one"
     )
+
+
+def _plan_of(arm: Arm) -> set[tuple[str, int, str, str]]:
+    return _plan([vars(group) for group in arm.swapped])
 
 
 def _plan(groups: list[dict[str, Any]]) -> set[tuple[str, int, str, str]]:
@@ -174,14 +157,14 @@ def _plan(groups: list[dict[str, Any]]) -> set[tuple[str, int, str, str]]:
     return found
 
 
-def _swapped_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["attention", "layers", "computes", "cost", "options", "source"]]
+def _swapped(groups: list[dict[str, Any]]) -> Table:
+    rows = []
     for group in groups:
         cls = attentions.get(group["attention"])
         options = ", ".join(f"{key}={json.dumps(value)}" for key, value in group["options"].items())
         where = " ".join(word for word in (group["part"], group["kind"], _span(group["layers"])) if word)
         rows.append([cls.name, where, cls.formula, cls.cost, options or "-", cls.source])
-    return rows
+    return Table("", ["attention", "layers", "computes", "cost", "options", "source"], rows, [])
 
 
 def _span(layers: list[int]) -> str:
@@ -191,7 +174,7 @@ def _span(layers: list[int]) -> str:
 
 def _layers(config: dict[str, Any], report: Report | None) -> int:
     """How many attention layers the model has, as far as the two say it."""
-    return report["model"]["attention_layers"] if report else config.get("num_hidden_layers", 0)
+    return report.model.attention_layers if report else config.get("num_hidden_layers", 0)
 
 
 def _limits(groups: list[dict[str, Any]], partial: bool) -> list[str]:
@@ -228,7 +211,7 @@ def _use(config: dict[str, Any], repo_id: str) -> str:
         name = "pipeline"
         call = f'pipe = pipeline("{task}", "{repo_id}")\nprint(pipe({example[task]}))'
     lines = ["import hf_attnswap  # pip install hf_attnswap", f"from transformers import {name}", "", call]
-    return "\n".join(["```python", *lines, "```"])
+    return "\n".join(lines)
 
 
 def _task(config: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from ..report import read as read_report
 from ..sources.conversions import find
 from ..sources.files import write_whole
 from . import card
@@ -23,8 +24,8 @@ def write_card(
     """Write README.md, report.json, recipe.yaml (where the report says how it was trained) and config.json.
 
     Args:
-        folder: the conversion, as `save_pretrained` or examples/convert.py left it.
-        report: what `attnswap tradeoff` or examples/classify_all.py wrote of it.
+        folder: the conversion, as `save_pretrained` or a training recipe left it.
+        report: the report.json that measured it.
         output_dir: where the files go; by default into the conversion, from where a push takes them.
         base_model, licence: as `push.prepare`.
 
@@ -34,7 +35,7 @@ def write_card(
     """
     folder = find(folder).folder
     output_dir = folder if output_dir is None else Path(output_dir)
-    config, found = read_config(folder), card.read_report(report)
+    config, found = read_config(folder), read_report(report)
     base_model, licence = find_origin(config, base_model, licence, token)
     text = card.render(config, repo_id, report=found, base_model=base_model, licence=licence)
     recipe = card.recipe(found, config, base_model)

@@ -1,99 +1,158 @@
-"""What a card says of a language model, from the JSON of `attnswap tradeoff`."""
+"""What a card says of a conversion, from the report that measured it."""
 
+import shlex
+from dataclasses import replace
 from typing import Any
 
-from ..report import facts, table
-from ..report.facts import Arm, Report
-from ..report.markdown import escape, markdown_table
-from ..report.text import count, interval, number, plain, times
-
-details = table.details
+from ..report import facts, tables
+from ..report.details import details
+from ..report.table import Column, Table, escape
+from ..report.text import count, difference, interval, number, plain, times
+from ..report.types import Arm, Comparison, Perplexity, Report, Stage
 
 
 def data_name(report: Report) -> str:
-    """The text that the quality was measured on."""
-    return plain(report["data"]["text"])
+    """The data that the quality was measured on."""
+    return plain(report.title if report.kind == "classification" else report.data.evaluation)
 
 
-def training(report: Report, arm: Arm) -> str:
-    """What trained on how much text."""
-    if arm["training"]:
-        rows = [["stage", "what trains", "text", "tokens", "steps", "learning rate", "loss"]]
-        for stage in arm["training"]:
-            loss = f"{number(stage['first_loss'])} to {number(stage['last_loss'])}"
-            amounts = [count(stage["tokens"]), count(stage["steps"]), f"{stage['learning_rate']:g}"]
-            rows.append([stage["stage"], stage["trains"], plain(stage["text"]), *amounts, loss])
-        return f"{markdown_table(rows)}\n\n{_new_parameters(arm)}"
-    alignment = arm["alignment"]
-    if alignment:
+def content(report: Report, arm: Arm, reproduce: str | None) -> dict[str, Any]:
+    """What the template of the card shows of `arm`.
+
+    Args:
+        reproduce: the command that trains the conversion again; None where none is known.
+    """
+    beside = _beside(report, arm)
+    name = report.model.name
+    return {
+        "file": name if name.endswith(".gguf") else None,
+        "stages": _stages(report, arm) if arm.training else None,
+        "training": _training(report, arm),
+        "quality": "\n".join([*_perplexities(report, arm), *_metrics(report, arm)])
+        or "Its quality was not compared with softmax's.",
+        "quality_tables": [table for table in (tables.quality(beside), tables.metrics(beside)) if table.rows],
+        "speed": _speeds(report, arm),
+        "speed_table": tables.speed(beside),
+        "commands": [command for command in (reproduce, report.command) if command],
+        "details": [(key, value) for key, value in details(report) if key != "command"],
+    }
+
+
+def _stages(report: Report, arm: Arm) -> Table:
+    """What trained on how much data."""
+
+    def loss(stage: Stage) -> str:
+        if stage.first_loss is None or stage.last_loss is None:
+            return "-"
+        return f"{number(stage.first_loss)} to {number(stage.last_loss)}"
+
+    columns = [
+        Column("stage", lambda stage: stage.stage),
+        Column("what trains", lambda stage: stage.trains),
+        Column("text", lambda stage: plain(stage.text)),
+        Column(report.data.unit, lambda stage: "-" if stage.size is None else count(stage.size)),
+        Column("steps", lambda stage: "-" if stage.steps is None else count(stage.steps)),
+        Column("learning rate", lambda stage: "-" if stage.learning_rate is None else f"{stage.learning_rate:g}"),
+        Column("loss", loss),
+    ]
+    return Table.of("", columns, arm.training)
+
+
+def _training(report: Report, arm: Arm) -> str:
+    new = f"New parameters: {count(arm.new_parameters)}."
+    if arm.training:
+        return f"{new} The table is of seed {report.seeds[0]}." if len(report.seeds) > 1 else new
+    if arm.alignment:
         return (
-            f"Each swapped layer was aligned with the softmax output of its layer on {count(alignment['tokens'])} "
-            f"tokens of {escape(plain(report['data']['text']))}; the loss went from {number(alignment['first_loss'])} "
-            f"to {number(alignment['last_loss'])}. {_new_parameters(arm)}"
+            f"Each swapped layer was aligned with the softmax output of its layer on {count(arm.alignment.tokens)} "
+            f"tokens of {escape(plain(report.data.training))}; the loss went from {number(arm.alignment.first_loss)} "
+            f"to {number(arm.alignment.last_loss)}. {new}"
         )
-    if arm["conversion"]:
-        return f"How it was trained was not recorded. {_new_parameters(arm)}"
+    if arm.conversion:
+        return f"How it was trained was not recorded. {new}"
     return "None: the weights are those of the model that was converted."
 
 
-def _new_parameters(arm: Arm) -> str:
-    return f"New parameters: {count(arm['new_parameters'])}."
+def _perplexities(report: Report, arm: Arm) -> list[str]:
+    """Perplexity with its interval, against softmax and the controls."""
+    return [line for entry in arm.perplexity for line in _perplexity(report, arm, entry)]
 
 
-def quality(report: Report, arm: Arm) -> list[str]:
-    """Perplexity with its interval, against softmax and the controls, then the table of them."""
-    lines, beside, tuned = [], _beside(report, arm), facts.tuned_softmax(report, arm)
-    controls = {other["label"]: other for other in beside["arms"] if other is not tuned}
-    softmax = f"softmax trained too, on {count(tuned['training_tokens'])} tokens" if tuned else "softmax"
-    for entry in arm["perplexity"]:
-        ratio, others = facts.ratio(report, arm, entry["context"]), entry["against"]
-        if ratio:
-            lines.append(
-                f"- At context {count(entry['context'])}: perplexity {number(entry['perplexity'])}, "
-                f"{interval(ratio, 'value')} that of {softmax}, 95 % interval in parentheses, on "
-                f"{count(entry['tokens'])} tokens."
+def _perplexity(report: Report, arm: Arm, entry: Perplexity) -> list[str]:
+    tuned = facts.tuned_softmax(report, arm)
+    controls = {other.label: other for other in _beside(report, arm).arms if other is not tuned}
+    ratio, lines = facts.ratio(report, arm, entry.context), []
+    softmax = f"softmax trained too, on {count(tuned.training_tokens)} tokens" if tuned else "softmax"
+    if ratio:
+        bounds = "95 % interval in parentheses, " if ratio.low is not None else ""
+        lines.append(
+            f"- At context {count(entry.context)}: perplexity {number(entry.perplexity or 0)}, "
+            f"{interval(ratio)} that of {softmax}, {bounds}on {count(entry.tokens)} tokens."
+        )
+    others = ([entry.ratio] if tuned and entry.ratio else []) + entry.against
+    for compared in others:
+        control = controls.get(compared.arm)
+        if control:
+            trained = (
+                f"trained on {count(control.training_tokens)} tokens" if control.training_tokens else "not trained"
             )
-        if tuned and entry["ratio"]:
-            others = [{"arm": "softmax", **entry["ratio"]}, *others]
-        for found in others:
-            if found["arm"] in controls:
-                tokens = controls[found["arm"]]["training_tokens"]
-                trained = f"trained on {count(tokens)} tokens" if tokens else "not trained"
-                lines.append(
-                    f"- At context {count(entry['context'])}, against {escape(plain(found['arm']))}, {trained}: "
-                    f"{interval(found, 'value')}, {found['verdict']}."
-                )
-    said = "\n".join(lines) or "Its perplexity was not compared with softmax's."
-    return [said, markdown_table(table.rows(beside))]
+            verdict = compared.verdict or "too few blocks to say"
+            lines.append(
+                f"- At context {count(entry.context)}, against {escape(plain(compared.arm))}, {trained}: "
+                f"{interval(compared)}, {verdict}."
+            )
+    return lines
 
 
-def speed(report: Report, arm: Arm) -> list[str]:
-    """From which length on it is faster, then every length beside softmax and the controls."""
-    said = [
-        _crossover(arm, key, what) for key, what in (("prefill_speedup", "Prefill"), ("decode_speedup", "Decoding"))
-    ]
-    return [*said, markdown_table(table.speed_rows(_beside(report, arm)))]
+def _metrics(report: Report, arm: Arm) -> list[str]:
+    """Every metric beside that of softmax."""
+    lines = []
+    for entry in arm.metrics:
+        compared: Comparison | None = facts.difference(report, arm, entry)
+        if entry.value is None or compared is None:
+            continue
+        bounds = f" ({number(entry.low)} to {number(entry.high)})" if entry.low is not None and entry.high else ""
+        share = f", {interval(entry.ratio)} that of softmax trained the same way" if entry.ratio else ""
+        lines.append(
+            f"- {escape(plain(f'{entry.task}: {entry.metric}'))} {number(entry.value)}{bounds} on {count(entry.items)} "
+            f"items, {escape(difference(compared))} beside softmax{share}."
+        )
+    return lines
 
 
 def _beside(report: Report, arm: Arm) -> Report:
     """The report of this arm, softmax, and the controls in the same layers."""
-    linear = arm["attention"].removesuffix("+window")
+    linear = arm.attention.removesuffix("+window")
     shown = [
         other
-        for other in report["arms"]
+        for other in report.arms
         if other is arm
-        or other["attention"] == "softmax"
-        or ((other["control"] or other["attention"] == linear) and facts.same_layers(other, arm))
+        or other.attention == "softmax"
+        or ((other.control or other.attention == linear) and facts.same_layers(other, arm))
     ]
-    return report | {"arms": shown}
+    return replace(report, arms=shown)
 
 
-def _crossover(arm: Arm, key: str, what: str) -> str:
+def _speeds(report: Report, arm: Arm) -> list[str]:
+    """From which length on it is faster."""
+    named = {"prefill_speedup": "Prefill", "forward_speedup": "Forward pass", "decode_speedup": "Decoding"}
+    if report.kind == "tradeoff":
+        named.pop("forward_speedup")
+    else:
+        named = {key: what for key, what in named.items() if facts.speedups(arm, key)}
+    return [_faster(report, arm, key, what) for key, what in named.items()] or ["Not measured."]
+
+
+def _faster(report: Report, arm: Arm, key: str, what: str) -> str:
     speedups = facts.speedups(arm, key)
     if not speedups:
         return f"{what}: not measured."
-    start, (longest, spread) = facts.faster_from(arm, key), speedups[-1]
-    said = f"{what}: {times(spread['median'])} the speed of softmax at {count(longest)} tokens, the longest measured"
+    start, (longest, spread) = facts.faster_from(report, arm, key), speedups[-1]
+    said = f"{what}: {times(spread.median)} the speed of softmax at {count(longest)} tokens, the longest measured"
+    if facts.is_noise(report, arm, key, longest):
+        said += ", which is noise: no attention at all is slower"
+    if facts.few_rounds([spread]):
+        return f"{said}; too few rounds to say from which length on it is faster."
     if start is None:
         return f"{said}; no length was found from which on it is faster in every run."
     return f"{said}; faster in every run from {count(start)} tokens on."
@@ -101,18 +160,20 @@ def _crossover(arm: Arm, key: str, what: str) -> str:
 
 def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
     """For the model-index: type, name and value of each metric, and the data where they are others than the text."""
-    found = [
-        {"metric_type": task["metric"], "metric_name": task["metric"], "metric_value": task["value"]}
-        | {"dataset_name": task["task"]}
-        for task in arm["tasks"]
-        if task["value"] is not None
-    ]
-    for entry in arm["perplexity"]:
-        ratio = facts.ratio(report, arm, entry["context"])
+    found = []
+    for metric in arm.metrics:
+        if metric.value is not None:
+            named = {"metric_type": metric.metric, "metric_name": metric.metric, "metric_value": metric.value}
+            found.append({**named, "dataset_name": metric.task})
+            if metric.ratio:
+                share = {"metric_name": f"{metric.metric} / softmax's", "metric_value": metric.ratio.value}
+                found.append({**named, **share, "dataset_name": metric.task})
+    for entry in arm.perplexity:
+        ratio = facts.ratio(report, arm, entry.context)
         name = "that of softmax trained too" if facts.tuned_softmax(report, arm) else "softmax's"
-        values = {"perplexity": entry["perplexity"], f"perplexity / {name}": (ratio or {}).get("value")}
+        values = {"perplexity": entry.perplexity, f"perplexity / {name}": ratio.value if ratio else None}
         found += [
-            {"metric_type": "perplexity", "metric_name": f"{name}, context {entry['context']}", "metric_value": value}
+            {"metric_type": "perplexity", "metric_name": f"{name}, context {entry.context}", "metric_value": value}
             for name, value in values.items()
             if value is not None
         ]
@@ -120,24 +181,36 @@ def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
 
 
 def reproduce(arm: Arm) -> str | None:
-    """The command that trains it by recipe.yaml."""
-    if not arm["training"]:
+    """Return the command that trains it by recipe.yaml; None for what no recipe made."""
+    if not arm.training:
         return None
-    return "accelerate launch examples/convert.py --recipe recipe.yaml --output_dir converted"
+    text = _text(arm)
+    given = "".join(f" --{key} {shlex.quote(str(value))}" for key, value in text.items())
+    return f"accelerate launch -m hf_attnswap.training --recipe recipe.yaml{given} --output_dir converted"
 
 
 def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any] | None:
-    """What examples/convert.py takes to do it again; None for what no recipe made."""
-    if not arm["training"]:
+    """Return the recipe that does it again, without the text where all stages had one; None for what no recipe made."""
+    if not arm.training:
         return None
-    shared = {key: arm["training"][0]["arguments"][key] for key in _SHARED if key in arm["training"][0]["arguments"]}
+    first = arm.training[0].arguments
+    shared = {key: first[key] for key in _SHARED if key in first}
+    text = _text(arm)
     stages = [
-        {"stage": stage["stage"]} | {key: v for key, v in stage["arguments"].items() if number or key not in _SHARED}
-        for number, stage in enumerate(arm["training"])
+        {"stage": stage.stage}
+        | {key: v for key, v in stage.arguments.items() if key not in text and (number or key not in _SHARED)}
+        for number, stage in enumerate(arm.training)
     ]
-    name = report["model"]["name"]
+    name = report.model.name
     name = name if base_model is None or name.endswith(".gguf") else base_model
     return {"model_name_or_path": name, **shared, "stages": stages}
 
 
+def _text(arm: Arm) -> dict[str, Any]:
+    """Return the arguments that name the text, where all stages had the same one."""
+    texts = [{key: stage.arguments[key] for key in _TEXT if key in stage.arguments} for stage in arm.training]
+    return texts[0] if all(text == texts[0] for text in texts) else {}
+
+
 _SHARED = ("attention", "layers", "options")  # what the first stage alone is told
+_TEXT = ("train_file", "dataset_name", "dataset_config_name", "text_column")

@@ -12,6 +12,7 @@ import importlib.util
 import inspect as python_inspect
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,8 @@ from ..sources.files import write_whole
 FILE = "modeling_attnswap.py"
 # The families that it was tested on.
 FAMILIES = ("llama", "mistral", "qwen2")
-# The fast forms, which no definition needs.
-_LEFT_OUT = {
-    "forward", "_fast", "_attend", "_by_tiles", "_one_row", "_fits_blocks", "_blocked", "calibrate", "tiles",
-    "new_tokens", "_divide",
-}  # fmt: skip
+# Methods of the fast forms, which no definition needs.
+_LEFT_OUT = {"forward", "calibrate", "tiles", "new_tokens", "_divide", "answer", "answered_by"}
 
 
 def add(folder: str | Path) -> Path:
@@ -94,8 +92,6 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
         modules[path] = (cls.name, variant.option_values(), *vars(variant.heads).values())
         roots += [linear] if linear is cls else [linear, hybrid_of]
         made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
-    from .. import __version__  # the package itself is still being imported when this file is
-
     runtime = Path(__file__).with_name("portable_runtime.txt").read_text(encoding="utf-8")
     imports, definitions = _Shaken(roots).text()
     table = "".join(f"    {name!r}: {entry!r},\n" for name, entry in modules.items())
@@ -104,8 +100,8 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
         [
             f'"""{architecture} with swapped attention, without hf_attnswap: the definitions, O(n^2).',
             "",
-            f"Written by hf_attnswap {__version__} from its own source, which also has the fast forms: pip install",
-            'hf_attnswap. Apache-2.0.\n"""',
+            f"Written by hf_attnswap {version('hf_attnswap')} from its own source, which also has the fast forms: pip",
+            'install hf_attnswap. Apache-2.0.\n"""',
             "",
             "import sys",
             imports,
@@ -161,7 +157,7 @@ class _Shaken:
         for node in self._tree(module).body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 if name in _bound(node):
-                    package = sys.modules[module].__spec__.parent
+                    package = sys.modules[module].__package__
                     source = importlib.util.resolve_name(f"{'.' * node.level}{node.module}", package)
                     self.uses.setdefault(module, []).append(source)
                     self._need(source, name)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..config import NAME
 from ..errors import UsageError
 from ..integration.swapping import swapped_modules
+from ..report import read as read_report
 from ..sources.conversions import find
 from . import card
 from .origin import find_origin, read_config
@@ -41,7 +42,7 @@ def prepare(
     """What a push of `folder` would upload: all its files but hidden ones, and a card where it has no README.md.
 
     Args:
-        folder: what `save_pretrained` or examples/convert.py wrote; a report.json beside the weights is what the card
+        folder: what `save_pretrained` or a training recipe left; a report.json beside the weights is what the card
             is written from.
         base_model: Hub id of the model that was converted, where config.json does not say it; "none" leaves it out.
         licence: where the card of `base_model` on the Hub does not say it.
@@ -63,7 +64,7 @@ def prepare(
     _check_weights(folder)
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     if not (folder / "README.md").is_file():
-        report = card.read_report(folder / "report.json") if (folder / "report.json").is_file() else None
+        report = read_report(folder / "report.json") if (folder / "report.json").is_file() else None
         base_model, licence = find_origin(config, base_model, licence, token)
         text = card.render(config, repo_id, report=report, base_model=base_model, licence=licence, tags=tags or ())
         operations.append(CommitOperationAdd("README.md", text.encode()))

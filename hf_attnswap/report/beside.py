@@ -1,16 +1,15 @@
-"""Ratios and differences as they are shown, marked where the softmax beside the arm was trained too."""
+"""Comparisons with softmax as they are shown, marked where the softmax beside the arm was trained too."""
 
 from . import facts
-from .facts import Arm, Report
+from .table import MARK
 from .text import count, interval, plain
-
-MARK = "†"
+from .types import Arm, Report
 
 
 def ratio(report: Report, arm: Arm, context: int | None) -> str:
     """Perplexity over softmax's with its interval; empty where there is none."""
-    found = facts.ratio(report, arm, context)
-    return interval(found, "value") + mark(report, arm) if found else ""
+    compared = facts.ratio(report, arm, context)
+    return interval(compared) + mark(report, arm) if compared else ""
 
 
 def mark(report: Report, arm: Arm) -> str:
@@ -20,8 +19,8 @@ def mark(report: Report, arm: Arm) -> str:
 
 def note(report: Report) -> str:
     """Which softmax the marked arms stand beside; empty where none is marked."""
-    found = (facts.tuned_softmax(report, arm) for arm in report["arms"])
-    tuned = next((softmax for softmax in found if softmax), None)
+    softmaxes = (facts.tuned_softmax(report, arm) for arm in report.arms)
+    tuned = next((softmax for softmax in softmaxes if softmax), None)
     if tuned is None:
         return ""
-    return f"{MARK} beside {plain(tuned['label'])}, trained on {count(tuned['training_tokens'])} tokens"
+    return f"{MARK} beside {plain(tuned.label)}, trained on {count(tuned.training_tokens)} tokens"

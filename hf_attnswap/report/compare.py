@@ -1,56 +1,75 @@
 """Several reports side by side: one row per run and arm, and a refusal where a column would mix what differs."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Group
 from rich.text import Text
 
-from . import facts
-from .facts import Report
-from .table import UNMEASURED, Rows, as_table, name, perplexity
+from . import facts, tables
+from .table import Column, Table, name, terminal
 from .text import count, interval, plain
+from .types import Arm, Report
+
+Row = tuple[str, Report, Arm]
 
 
 def check_same(reports: Mapping[str, Report]) -> None:
-    """Raise ValueError unless all were measured on the same text: a column of perplexities would mix two things.
+    """Raise ValueError unless all were measured on the same data: a column of one metric would mix two things.
 
-    Reports of version 1 have no fingerprint of their tokens; their text and its length must be the same.
+    A report without a fingerprint of its data goes by the name and the size.
     """
     (first, start), *others = reports.items()
     for file, report in others:
-        for key in ("text", "evaluation_tokens", "fingerprint"):
-            ours, theirs = report["data"][key], start["data"][key]
-            if ours != theirs and None not in (ours, theirs):
+        for key in ("evaluation", "evaluation_size", "unit", "fingerprint"):
+            this, that = getattr(report.data, key), getattr(start.data, key)
+            if this != that and None not in (this, that):
                 raise ValueError(
-                    f"{first} and {file} were measured on different data ({key} {theirs!r} and {ours!r}), so their "
-                    "perplexities do not stand in one column: compare reports of the same text and tokenizer"
+                    f"{first} and {file} were measured on different data ({key} {that!r} and {this!r}), so their "
+                    "metrics do not stand in one column: compare reports of the same data and tokenizer"
                 )
 
 
-def rows(reports: Mapping[str, Report]) -> Rows:
-    """The table, its header first. A column is of one context or one length; what a run has not measured says so."""
+def side_by_side(reports: Mapping[str, Report]) -> Table:
+    """The table. A column is of one context, metric or length; what a run has not measured says so."""
     check_same(reports)
     contexts = sorted({context for report in reports.values() for context in facts.contexts(report)})
+    metrics = {(m.task, m.metric): m for report in reports.values() for m in facts.metrics(report)}
     lengths = sorted({length for report in reports.values() for length in facts.lengths(report)})
-    header = ["run", "arm", "training tokens"]
-    header += [f"perplexity at {count(context)} (ratio to softmax, 95 %)" for context in contexts]
-    header += [f"prefill speed-up at {count(length)}" for length in lengths]
-    table = [header]
-    for file, report in reports.items():
-        for arm in report["arms"]:
-            cells = [plain(file), name(arm), count(arm["training_tokens"])]
-            cells += [perplexity(report, arm, context) for context in contexts]
-            entries = [facts.speed_at(arm, length) for length in lengths]
-            cells += [_speedup(arm is facts.reference(report), entry) for entry in entries]
-            table.append(cells)
-    return table
+    rows: list[Row] = [(plain(file), report, arm) for file, report in reports.items() for arm in report.arms]
+    columns = [
+        Column("run", lambda row: row[0]),
+        Column("arm", lambda row: name(row[2])),
+        Column("training tokens", lambda row: count(row[2].training_tokens)),
+    ]
+    columns += [
+        Column(f"perplexity at {count(context)} (ratio to softmax, 95 %)", partial(_perplexity, context=context))
+        for context in contexts
+    ]
+    columns += [Column(tables.metric_title(metric), partial(_metric, like=metric)) for metric in metrics.values()]
+    for key, title in (("prefill_speedup", "prefill speed-up"), ("forward_speedup", "speed-up")):
+        if any(facts.speedups(arm, key) for _, _, arm in rows):
+            columns += [
+                Column(f"{title} at {count(length)}", partial(_speedup, key=key, length=length)) for length in lengths
+            ]
+    return Table.of("Runs", columns, rows)
 
 
-def _speedup(reference: bool, entry: dict | None) -> str:
-    if entry and reference:
+def _perplexity(row: Row, context: int) -> str:
+    return tables.perplexity(row[1], row[2], context)
+
+
+def _metric(row: Row, like: Any) -> str:
+    return tables.metric_cell(row[1], row[2], like)
+
+
+def _speedup(row: Row, key: str, length: int) -> str:
+    entry = facts.speed_at(row[2], length)
+    if entry and row[2] is facts.reference(row[1]):
         return "reference"
-    return interval(entry["prefill_speedup"], "median") if entry and entry["prefill_speedup"] else UNMEASURED
+    spread = getattr(entry, key, None)
+    return interval(spread) if spread else tables.UNMEASURED
 
 
 def machines(reports: Mapping[str, Report]) -> list[str]:
@@ -59,12 +78,12 @@ def machines(reports: Mapping[str, Report]) -> list[str]:
 
 
 def _machine(report: Report) -> str:
-    machine: dict[str, Any] = report["machine"]
-    versions = ", ".join(f"{key} {value}" for key, value in report["versions"].items())
-    where = f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['device']}"
-    return plain(f"{report['model']['name']} on {where}; {versions}; {report['date']}")
+    machine = report.machine
+    versions = ", ".join(f"{key} {value}" for key, value in report.versions.items())
+    where = f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, {machine.device}"
+    return plain(f"{report.model.name} on {where}; {versions}; {report.date}")
 
 
 def show_all(reports: Mapping[str, Report]) -> Group:
     """For the terminal: the table, and which machine each run comes from."""
-    return Group(as_table("Runs", rows(reports), sections=True), Text(), *(Text(line) for line in machines(reports)))
+    return Group(terminal(side_by_side(reports)), Text(), *(Text(line) for line in machines(reports)))

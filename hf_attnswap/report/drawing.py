@@ -12,6 +12,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from .types import Comparison
+
 DPI = 150
 CLIP = 30.0  # Drawn to scale, a ratio of 1e10 would press all the others into one line.
 INK = "#222222"
@@ -41,6 +43,11 @@ class Picture:
         with matplotlib.rc_context({"svg.hashsalt": "hf_attnswap"}):  # else its ids are random
             self.figure.savefig(stream, format=kind, dpi=DPI, facecolor="white", **options)
         return stream.getvalue()
+
+
+def bounds(value: Comparison) -> tuple[float, float]:
+    """The interval of a ratio; the ratio itself where it has none."""
+    return (value.value, value.value) if value.low is None or value.high is None else (value.low, value.high)
 
 
 def ticks(axis: Axis, low: float, high: float, most: int) -> None:

@@ -7,11 +7,9 @@ from matplotlib.ticker import MaxNLocator
 
 from . import facts
 from .drawing import GRID, INK, Picture
-from .facts import Report
 from .positions import COLOURS, LINES
 from .text import count, listing, plain
-
-Layer = dict
+from .types import Layer, Report
 
 
 def layers(report: Report) -> Picture:
@@ -20,17 +18,17 @@ def layers(report: Report) -> Picture:
     figure = Figure(figsize=(10, 9), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
     shown: tuple[tuple[str, Callable[[Layer], float | None]], ...] = (
-        ("KL from softmax, this layer\nalone swapped (nats)", lambda layer: layer["kl"]),
+        ("KL from softmax, this layer\nalone swapped (nats)", lambda layer: layer.kl),
         ("gradient at the layer's\ninput / softmax's", _gradient),
         ("effective keys / softmax's", _keys),
     )
     for panel, (name, value) in zip(panels, shown, strict=True):
         for index, arm in enumerate(arms):
-            points = [(place, value(layer)) for place, layer in enumerate(arm["diagnostics"]["layers"])]
+            points = [(place, value(layer)) for place, layer in enumerate(arm.diagnostics.layers)]
             points = [(place, y) for place, y in points if y and y > 0]
             if points:
                 style = LINES[index // len(COLOURS) % len(LINES)]
-                label = plain(arm["label"])
+                label = plain(arm.label)
                 panel.plot(*zip(*points, strict=True), style, color=COLOURS[index % len(COLOURS)], label=label)
         panel.set_yscale("log")
         panel.set_ylabel(name, fontsize=9)
@@ -45,18 +43,18 @@ def layers(report: Report) -> Picture:
 
 
 def _gradient(layer: Layer) -> float | None:
-    ours, control = (layer[key]["layer_input"] for key in ("gradient", "gradient_of_softmax"))
+    ours, control = layer.gradient.layer_input, layer.gradient_of_softmax.layer_input
     return ours / control if ours is not None and control else None
 
 
 def _keys(layer: Layer) -> float | None:
-    ours, control = layer["effective_keys"], layer["softmax_effective_keys"]
+    ours, control = layer.effective_keys, layer.softmax_effective_keys
     return ours / control if ours is not None and control else None
 
 
 def _caption(report: Report) -> str:
     arms = facts.with_diagnostics(report)
-    tokens = sorted({arm["diagnostics"]["tokens"] for arm in arms})
+    tokens = sorted({arm.diagnostics.tokens for arm in arms})
     said = (
         f"On {listing([count(n) for n in tokens])} tokens. Above: one layer swapped and all others softmax; low layers "
         "can go. Middle: all layers swapped; far below 1 gradients vanish, far above they explode. Below: exp of the "

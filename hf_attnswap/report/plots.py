@@ -3,17 +3,17 @@
 from . import facts
 from .dial import dial
 from .drawing import Picture
-from .facts import Report
 from .layers import layers
 from .positions import positions
 from .tradeoff import tradeoff
+from .types import Report
 
 NAMES = ("tradeoff", "dial", "positions", "layers")
 
 
 def pictures(report: Report) -> list[Picture]:
     """The tradeoff plot, and those for which there is something to draw: the dial, curves by position, layers."""
-    found = [tradeoff(report)]
+    found = [tradeoff(report)] if report.kind == "tradeoff" else []
     found += [dial(report)] if facts.dial(report) else []
     found += [positions(report)] if facts.with_positions(report) else []
     return found + ([layers(report)] if facts.with_diagnostics(report) else [])

@@ -1,88 +1,111 @@
 """The report in four lines: what it costs, what it gains, from which length on, beside which controls."""
 
-from . import facts
-from .facts import Arm, Report
-from .text import count, interval, listing, plain, times
+from collections.abc import Callable
 
-_DOING = {"prefill_speedup": "prefill", "decode_speedup": "decoding"}
+from ..statistics import MIN_ROUNDS, Spread, lacking
+from . import facts
+from .text import count, difference, interval, listing, plain, times
+from .types import Arm, Report
+
+DOING = {"prefill_speedup": "prefill", "forward_speedup": "the forward pass", "decode_speedup": "decoding"}
+CLASSES = {"quadratic": "O(n^2)", "linear": "O(n)", "constant": "O(1)"}
 
 
 def short(report: Report) -> list[tuple[str, str]]:
     """(what, words) of the arms that keep most: of all, and of those with less than quadratic cost. Controls left out.
 
-    Empty where no arm has a perplexity beside softmax's.
+    A loss of quality or of speed is a cost; a gain is what is better in every run. Empty where no arm was compared with
+    softmax.
     """
-    context, ranked = facts.headline_context(report), facts.ranked(report)
-    if not ranked:
+    arms = leading(report)
+    if not arms:
         return []
-    cheaper = [arm for arm in ranked if arm["cost_class"] != "quadratic"]
-    arms = ranked[:1] + [arm for arm in cheaper[:1] if arm is not ranked[0]]
-    costs = [_cost(report, arm, context) for arm in arms]
-    where = f"perplexity over softmax's at context {count(context)}"
-    said = [("Costs", f"{where}: {listing(costs)}.")]
+    costs = [f"{facts.headline_words(report)}: {listing([_cost(report, arm) for arm in arms])}"]
     lengths = facts.lengths(report)
+    said = []
     if lengths:
-        gains = [f"{_named(arm)}: {_gains(report, arm, lengths[-1])}" for arm in arms]
-        said.append(("Gains", f"at {count(lengths[-1])} tokens, {'; '.join(gains)}."))
-        said.append(("Pays", f"{'; '.join(_pays(arm, lengths) for arm in arms)}."))
-    beside = _beside(report, arms[-1], context)
-    return [*said, ("Controls", f"{beside}.")] if beside else said
+        at = f"at {count(lengths[-1])} tokens"
+        losses = _each(arms, lambda arm: _changes(report, arm, lengths[-1], facts.slower, gained=False))
+        costs += [f"{at}, {losses}"] if losses else []
+        gains = _each(arms, lambda arm: _changes(report, arm, lengths[-1], facts.faster, gained=True))
+        said.append(("Gains", f"{at}, {gains or 'nothing that was measured'}."))
+        said.append(("Pays", f"{'; '.join(_pays(report, arm, lengths) for arm in arms)}."))
+    beside = _beside(report, arms[-1])
+    return [("Costs", f"{'; '.join(costs)}."), *said, *([("Controls", f"{beside}.")] if beside else [])]
 
 
-def _cost(report: Report, arm: Arm, context: int | None) -> str:
+def leading(report: Report) -> list[Arm]:
+    """The arm that keeps most and, where that is another, the one that does among those below quadratic cost."""
+    ranked = facts.ranked(report)
+    cheaper = [arm for arm in ranked if arm.cost_class != "quadratic"]
+    return ranked[:1] + [arm for arm in cheaper[:1] if arm is not ranked[0]]
+
+
+def score(report: Report, arm: Arm) -> str:
+    """The headline number of an arm beside softmax's, with its interval."""
+    compared = facts.headline(report, arm)
+    if compared is None:
+        return "not compared"
+    return interval(compared) if facts.headline_context(report) else difference(compared)
+
+
+def _cost(report: Report, arm: Arm) -> str:
     tuned = facts.tuned_softmax(report, arm)
-    said = f"{interval(facts.ratio(report, arm, context), 'value')} with {_named(arm)}{_after(arm)}"
-    return f"{said} beside a softmax trained on {count(tuned['training_tokens'])} tokens" if tuned else said
+    trained = f"trained on {count(arm.training_tokens)} tokens" if arm.training_tokens else "untrained"
+    if report.kind == "classification":
+        trained = "trained as softmax was"
+    said = f"{score(report, arm)} with {plain(arm.label)} ({CLASSES[arm.cost_class]}, {trained})"
+    return f"{said} beside a softmax trained on {count(tuned.training_tokens)} tokens" if tuned else said
 
 
-def _named(arm: Arm) -> str:
-    return plain(arm["label"])
+def _each(arms: list[Arm], words: Callable[[Arm], str]) -> str:
+    said = [(plain(arm.label), words(arm)) for arm in arms]
+    return "; ".join(f"{label}: {what}" for label, what in said if what)
 
 
-def _after(arm: Arm) -> str:
-    """The cost class, and the training."""
-    cost = {"quadratic": "O(n^2)", "linear": "O(n)", "constant": "O(1)"}[arm["cost_class"]]
-    tokens = arm["training_tokens"]
-    return f" ({cost}, {f'trained on {count(tokens)} tokens' if tokens else 'untrained'})"
-
-
-def _gains(report: Report, arm: Arm, length: int) -> str:
+def _changes(report: Report, arm: Arm, length: int, counts: Callable[[Spread], bool], gained: bool) -> str:
+    """The speeds of which `counts` holds, and the cache where it is smaller (gained) or larger."""
     entry, softmax = facts.speed_at(arm, length), facts.speed_at(facts.reference(report) or arm, length)
-    if not entry or not softmax:
-        return "not measured"
-    said = [f"{name} {times(entry[key]['median'])} as fast" for key, name in _DOING.items() if entry[key]]
-    ours, theirs = entry["cache_mib"], softmax["cache_mib"]
-    if ours != theirs and None not in (ours, theirs):
+    said = []
+    for key, name in DOING.items():
+        spread = getattr(entry, key, None)
+        if spread and counts(spread) and not facts.is_noise(report, arm, key, length):
+            said.append(f"{name} {times(spread.median)} as fast")
+    ours, theirs = getattr(entry, "cache_mib", None), getattr(softmax, "cache_mib", None)
+    if None not in (ours, theirs) and (ours < theirs if gained else ours > theirs):
         said.append(f"{ours:,.1f} MiB of cache in place of {theirs:,.1f}")
-    return ", ".join(said) or "not measured"
+    return ", ".join(said)
 
 
-def _pays(arm: Arm, lengths: list[int]) -> str:
-    starts = {name: facts.faster_from(arm, key) for key, name in _DOING.items() if facts.speedups(arm, key)}
-    if not starts:
-        return f"{_named(arm)}: no speed-up was measured"
+def _pays(report: Report, arm: Arm, lengths: list[int]) -> str:
+    label, measured = plain(arm.label), {key: facts.speedups(arm, key) for key in DOING}
+    if not any(measured.values()):
+        return f"{label}: no speed-up was measured"
+    few = facts.few_rounds([spread for pairs in measured.values() for _, spread in pairs])
+    if few:
+        return f"{label}: open, {lacking('it', MIN_ROUNDS, 'rounds', few[-1])}"
+    starts = {name: facts.faster_from(report, arm, key) for key, name in DOING.items() if measured[key]}
     paying = [f"{name} from {count(start)} tokens on" for name, start in starts.items() if start]
     if len(paying) == 2 and len(set(starts.values())) == 1:
-        paying = [f"{listing(list(starts))} from {count(starts['prefill'])} tokens on"]
-    if paying:
-        return f"{_named(arm)}: {listing(paying)}"
-    return f"{_named(arm)}: at no length up to {count(lengths[-1])}"
+        paying = [f"{listing(list(starts))} from {count(min(filter(None, starts.values())))} tokens on"]
+    return f"{label}: {listing(paying)}" if paying else f"{label}: at no length up to {count(lengths[-1])}"
 
 
-def _beside(report: Report, arm: Arm, context: int | None) -> str:
+def _beside(report: Report, arm: Arm) -> str:
     """What the controls say of it."""
     said = []
     for control, what in (
         (facts.window_control(report, arm), "the window alone"),
         (facts.without_attention(report), "no attention"),
     ):
-        value = control and facts.ratio(report, control, context)
-        if value:
-            against = facts.against(arm, control, context)
-            verdict = f", {_named(arm)} is {_than(against['verdict'])}" if against else ""
-            said.append(f"{what} has {interval(value, 'value')}{verdict}")
+        if control and facts.headline(report, control):
+            against = facts.against(arm, control, facts.headline_context(report))
+            verdict = f", {plain(arm.label)} is {_than(against.verdict)}" if against else ""
+            said.append(f"{what} has {score(report, control)}{verdict}")
     return "; ".join(said)
 
 
-def _than(verdict: str) -> str:
+def _than(verdict: str | None) -> str:
+    if verdict is None:
+        return "compared on too few items to say"
     return verdict if verdict in ("better", "worse") else "not measurably different"

@@ -1,20 +1,27 @@
 """The account in words, computed from the report alone."""
 
-from . import facts, tasks
-from .facts import Arm, Report
-from .text import count, interval, listing, number, plain
+from ..statistics import MIN_ROUNDS, Spread, lacking
+from . import facts, verdicts
+from .tables import speedup_words
+from .text import count, difference, interval, listing, number, plain
+from .types import Arm, Comparison, Report
+
+_DOING = {"prefill_speedup": "Prefill", "forward_speedup": "Forward pass", "decode_speedup": "Decoding"}
 
 
 def summary(report: Report) -> list[str]:
     """Paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
-    speed = [_speed(report, "prefill_speedup", "Prefill"), _speed(report, "decode_speedup", "Decoding")]
-    speed += [_speed(report, "train_speedup", "Training step")] if facts.with_training(report) else []
-    attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_hybrids(report)]
-    return [_quality(report), *tasks.paragraph(report), *speed, *attention, *_unmeasured(report)]
+    doing = _DOING | ({"train_speedup": "Training step"} if facts.with_training(report) else {})
+    measured = {key for key in doing for arm in report.arms if facts.speedups(arm, key)}
+    expected = {"prefill_speedup", "decode_speedup"} if report.kind == "tradeoff" else set()
+    speed = [_speed(report, key, name) for key, name in doing.items() if key in measured | expected]
+    quality = [_quality(report)] if facts.contexts(report) or not facts.metrics(report) else []
+    attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_noise(report), *_hybrids(report)]
+    return [*quality, *verdicts.paragraph(report), *speed, *attention, *_unmeasured(report)]
 
 
 def _name(arm: Arm) -> str:
-    return plain(arm["label"])
+    return plain(arm.label)
 
 
 def _names(arms: list[Arm]) -> str:
@@ -22,14 +29,16 @@ def _names(arms: list[Arm]) -> str:
 
 
 def _training(arm: Arm) -> str:
-    tokens = arm["training_tokens"]
-    how = "training" if arm["training"] else "alignment"
+    tokens = arm.training_tokens
+    how = "training" if arm.training else "alignment"
     return f"after {how} on {count(tokens)} tokens" if tokens else "with no training"
 
 
-def _perplexity(value: dict) -> str:
-    bounds = f"{number(value['low'])} to {number(value['high'])}"
-    return f"{number(value['value'])} times softmax's perplexity (95 % interval {bounds})"
+def _perplexity(value: Comparison, control: str = "softmax's") -> str:
+    said = f"{number(value.value)} times {control} perplexity"
+    if value.low is None or value.high is None:
+        return said
+    return f"{said} (95 % interval {number(value.low)} to {number(value.high)})"
 
 
 def _kept(report: Report, arm: Arm, context: int | None) -> str:
@@ -37,29 +46,29 @@ def _kept(report: Report, arm: Arm, context: int | None) -> str:
     tuned, said = facts.tuned_softmax(report, arm), _perplexity(facts.ratio(report, arm, context))
     if tuned is None:
         return said
-    return f"{said}, with a softmax that was trained too, on {count(tuned['training_tokens'])} tokens"
+    return f"{said}, with a softmax that was trained too, on {count(tuned.training_tokens)} tokens"
 
 
 def _quality(report: Report) -> str:
     context = facts.headline_context(report)
     softmax = facts.reference(report)
     entry = facts.perplexity_at(softmax, context) if softmax else None
-    if context is None or not entry or entry["perplexity"] is None:
+    if context is None or not entry or entry.perplexity is None:
         return "Quality: no perplexity was measured together with softmax's, so the arms cannot be compared."
-    start = f"Quality: at context {count(context)}, softmax has perplexity {number(entry['perplexity'])}."
+    start = f"Quality: at context {count(context)}, softmax has perplexity {number(entry.perplexity)}."
     ranked = facts.ranked(report)
     if not ranked:
         return f"{start} No arm other than controls has a perplexity there."
     best = ranked[0]
     value = facts.ratio(report, best, context)
     said = [start, f"{_name(best)} keeps most quality: {_kept(report, best, context)}, {_training(best)}."]
-    if value and value["verdict"] == "no measurable difference":
+    if value and value.verdict == "no measurable difference":
         said.append("That is no measurable difference from softmax.")
     compared = [(arm, facts.against(arm, best, context)) for arm in ranked[1:]]
-    ties = [arm for arm, found in compared if found and found["verdict"] == "no measurable difference"]
+    ties = [arm for arm, found in compared if found and found.verdict == "no measurable difference"]
     if ties:
         said.append(f"Between it and {_names(ties)} there is no measurable difference, so their order is open.")
-    cheaper = next((arm for arm in ranked if arm["cost_class"] != "quadratic"), None)
+    cheaper = next((arm for arm in ranked if arm.cost_class != "quadratic"), None)
     if cheaper and cheaper is not best:
         said.append(
             f"Of the arms with less than quadratic cost, {_name(cheaper)} keeps most: "
@@ -69,24 +78,29 @@ def _quality(report: Report) -> str:
 
 
 def _speed(report: Report, key: str, name: str) -> str:
-    swapped = [arm for arm in report["arms"] if arm["attention"] != "softmax"]
-    measured = [(arm, length, spread) for arm in swapped for length, spread in facts.speedups(arm, key)]
+    swapped = [arm for arm in report.arms if arm.attention != "softmax"]
+    measured = [(arm, length, spread) for arm in swapped for length, spread in facts.real_speedups(report, arm, key)]
     if not measured:
         return f"{name}: no speed-up over softmax was measured."
-    arms = [item for item in measured if not item[0]["control"]]
-    said = _first_faster(arms, key) if arms else "no arm other than controls was measured."
-    controls = [arm for arm in swapped if arm["control"] and facts.faster_from(arm, key)]
+    few = facts.few_rounds([spread for _, _, spread in measured])
+    arms = [item for item in measured if not item[0].control]
+    if few:
+        arm, length, spread = max(arms or measured, key=lambda item: item[2].median)
+        said = f"{lacking('to be sure of a speed-up', MIN_ROUNDS, 'rounds', few[-1])}".replace("needs", "takes")
+        return f"{name}: {said}; the highest median is {_name(arm)}, {speedup_words(spread)} at {count(length)}."
+    said = _first_faster(report, arms, key) if arms else "no arm other than controls was measured."
+    controls = [arm for arm in swapped if arm.control and facts.faster_from(report, arm, key)]
     if controls:
-        each = [f'"{_name(arm)}" from {count(facts.faster_from(arm, key))} tokens on' for arm in controls]
+        each = [f'"{_name(arm)}" from {count(facts.faster_from(report, arm, key))} tokens on' for arm in controls]
         said += f" Of the controls, these are faster than softmax: {listing(each)}."
     return f"{name}: {said}"
 
 
-def _first_faster(measured: list[tuple[Arm, int, dict]], key: str) -> str:
+def _first_faster(report: Report, measured: list[tuple[Arm, int, Spread]], key: str) -> str:
     """From which length on an arm is faster than softmax in every run; else the nearest to it."""
-    lasting = [item for item in measured if item[1] == facts.faster_from(item[0], key)]
+    lasting = [item for item in measured if item[1] == facts.faster_from(report, item[0], key)]
     if lasting:
-        arm, length, spread = min(lasting, key=lambda item: (item[1], -item[2]["median"]))
+        arm, length, spread = min(lasting, key=lambda item: (item[1], -item[2].median))
         others: dict[int, list[Arm]] = {}
         for other, start, _ in sorted(lasting, key=lambda item: item[1]):
             if other is not arm:
@@ -96,31 +110,26 @@ def _first_faster(measured: list[tuple[Arm, int, dict]], key: str) -> str:
         start = f"from {count(length)} tokens on, {_name(arm)} is faster than softmax in every run"
         crossing = facts.crossover(arm, key)
         also += f" The medians cross at about {count(round(crossing))} tokens (interpolated)." if crossing else ""
-        return f"{start}, {_speedup(spread)} at {count(length)}.{also}"
+        return f"{start}, {speedup_words(spread)} at {count(length)}.{also}"
     lengths = sorted({length for _, length, _ in measured})
     tried = " and ".join(count(length) for length in dict.fromkeys((lengths[0], lengths[-1])))
     tried = f"measured between {tried} tokens" if len(lengths) > 1 else f"measured at {tried} tokens"
-    single = [item for item in measured if item[2]["low"] > 1]
-    arm, length, spread = max(single or measured, key=lambda item: item[2]["median"])
-    best = f"{_name(arm)}, {_speedup(spread)} at {count(length)}"
+    single = [item for item in measured if item[2].low > 1]
+    arm, length, spread = max(single or measured, key=lambda item: item[2].median)
+    best = f"{_name(arm)}, {speedup_words(spread)} at {count(length)}"
     if single:
         return f"nothing stays faster than softmax up to the longest length ({tried}); at one length {best}."
     return f"nothing is faster than softmax in every run at any length ({tried}); the nearest is {best}."
 
 
-def _speedup(spread: dict) -> str:
-    runs = f"runs {number(spread['low'])} to {number(spread['high'])}"
-    return f"{number(spread['median'])} times as fast ({runs})"
-
-
 def _cost(report: Report) -> str:
-    layers = report["model"]["attention_layers"]
-    partial = [arm for arm in report["arms"] if 0 < facts.swapped_layers(arm) < layers]
-    whole = [arm for arm in report["arms"] if arm not in partial]
+    layers = report.model.attention_layers
+    partial = [arm for arm in report.arms if 0 < facts.swapped_layers(arm) < layers]
+    whole = [arm for arm in report.arms if arm not in partial]
 
     def attentions(cost_class: str) -> str:
-        arms = [arm for arm in whole if arm["cost_class"] == cost_class]
-        names = dict.fromkeys(plain(arm["attention"]) for arm in arms)
+        arms = [arm for arm in whole if arm.cost_class == cost_class]
+        names = dict.fromkeys(plain(arm.attention) for arm in arms)
         names.pop("softmax", None)
         return f"here {listing(list(names))}" if names else "no arm here"
 
@@ -135,16 +144,16 @@ def _cost(report: Report) -> str:
 def _growth(report: Report) -> list[str]:
     """The measured exponents of the prefill's time, of softmax and of what keeps most; the table has the others."""
     ranked = facts.ranked(report)
-    cheaper = [arm for arm in ranked if arm["cost_class"] != "quadratic"]
-    told = [arm for arm in (facts.reference(report), *ranked[:1], *cheaper[:1]) if arm and arm["growth"]["prefill_s"]]
-    arms = list({arm["label"]: arm for arm in told}.values())
+    cheaper = [arm for arm in ranked if arm.cost_class != "quadratic"]
+    told = [arm for arm in (facts.reference(report), *ranked[:1], *cheaper[:1]) if arm and arm.growth.get("prefill_s")]
+    arms = list({arm.label: arm for arm in told}.values())
     if not arms:
         return []
     said = []
     for arm in arms:
-        found = arm["growth"]["prefill_s"]
-        bounds = f"{number(found['low'])} to {number(found['high'])}"
-        said.append(f"n^{number(found['exponent'])} for {_name(arm)} ({bounds})")
+        grown = arm.growth["prefill_s"]
+        bounds = "" if grown.low is None else f" ({number(grown.low)} to {number(grown.high)})"
+        said.append(f"n^{number(grown.exponent)} for {_name(arm)}{bounds}")
     lengths = facts.lengths(report)
     where = f"between {count(lengths[0])} and {count(lengths[-1])} tokens, the rest of the model included"
     return [f"Growth: the time of the prefill grows as {listing(said)}, measured {where} (95 % intervals)."]
@@ -152,37 +161,57 @@ def _growth(report: Report) -> list[str]:
 
 def _bound(report: Report) -> list[str]:
     """Amdahl: what no attention at all would gain."""
-    found = facts.best_possible(report, "prefill_speedup")
-    if not found:
+    for key, doing in (("prefill_speedup", "prefill"), ("forward_speedup", "forward pass")):
+        measured = facts.best_possible(report, key)
+        if measured:
+            length, spread = measured[-1]
+            share = 1 - 1 / spread.median
+            if share <= 0:
+                said = f"at {count(length)} tokens the model is no faster without any attention, so no swap can gain."
+                return [f"Bound: {said}"]
+            return [
+                f"Bound: at {count(length)} tokens attention is {100 * share:.0f} % of the time of the {doing}, so no "
+                f"swap can be more than {speedup_words(spread)}."
+            ]
+    return []
+
+
+def _noise(report: Report) -> list[str]:
+    """What was measured faster than is possible."""
+    noisy = {
+        _name(arm): None
+        for arm in report.arms
+        for key in (*_DOING, "train_speedup")
+        for length, _ in facts.speedups(arm, key)
+        if facts.is_noise(report, arm, key, length)
+    }
+    if not noisy:
         return []
-    length, spread = found[-1]
-    share = 1 - 1 / spread["median"]
-    if share <= 0:
-        return [f"Bound: at {count(length)} tokens the model is no faster without any attention, so no swap can gain."]
-    return [
-        f"Bound: at {count(length)} tokens attention is {100 * share:.0f} % of the time of the prefill, so no swap "
-        f"can be more than {_speedup(spread)}."
-    ]
+    return [f"Noise: {listing(list(noisy))} came out faster somewhere than without any attention, which none can be."]
 
 
 def _none(report: Report) -> str:
-    arm, layers = facts.without_attention(report), report["model"]["attention_layers"]
+    arm, layers = facts.without_attention(report), report.model.attention_layers
     what, where = 'The control "none" (no attention at all)', "attention at all"
     if arm and facts.swapped_layers(arm) < layers:
         what = f'The control "{_name(arm)}" (no attention in {facts.swapped_layers(arm)} of {layers} layers)'
         where = "attention in these layers"
     if arm is None:
         return f"{what} is not among the arms, so how much this text needs attention is not known."
-    value = facts.ratio(report, arm, facts.headline_context(report))
+    value = facts.headline(report, arm)
     if value is None:
-        why = plain(arm["reason"] or "its perplexity was not measured")
+        why = plain(arm.reason or "its perplexity was not measured")
         return f"{what} has no ratio to softmax ({why})."
-    return f"{what} has {_perplexity(value)}: this is how much this text needs {where}."
+    if facts.headline_context(report) is None:
+        said = f"{facts.headline_words(report)}, of {difference(value)}"
+    else:
+        said = _perplexity(value)
+    return f"{what} has {said}: this is how much this text needs {where}."
 
 
 def _hybrids(report: Report) -> list[str]:
-    hybrids = [arm for arm in report["arms"] if arm["attention"].endswith("+window")]
-    return [_hybrid(report, arm) for arm in hybrids if any(entry["ratio"] for entry in arm["perplexity"])]
+    hybrids = [arm for arm in report.arms if arm.attention.endswith("+window")]
+    return [_hybrid(report, arm) for arm in hybrids if any(entry.ratio for entry in arm.perplexity)]
 
 
 def _hybrid(report: Report, arm: Arm) -> str:
@@ -191,13 +220,13 @@ def _hybrid(report: Report, arm: Arm) -> str:
         (facts.window_control(report, arm), "the control {}"),
         (facts.linear_control(report, arm), "its linear part alone, {}"),
     ):
-        verdicts = _verdicts(report, arm, control) if control else ""
-        if not verdicts:
+        words = _verdicts(report, arm, control) if control else ""
+        if not words:
             continue
-        if arm["training_tokens"] != control["training_tokens"]:
-            verdicts += f" (the hybrid {_training(arm)}, the control {_training(control)})"
-        verdicts = ", ".join(filter(None, [verdicts, tasks.against(arm, control)]))
-        said.append(f"against {what.format(_name(control))}: {verdicts}")
+        if arm.training_tokens != control.training_tokens:
+            words += f" (the hybrid {_training(arm)}, the control {_training(control)})"
+        words = ", ".join(filter(None, [words, verdicts.against(arm, control)]))
+        said.append(f"against {what.format(_name(control))}: {words}")
     if not said or not said[0].startswith("against the control"):
         said.insert(0, "was compared with no window control of the same window and sinks")
     return f"Hybrid {_name(arm)} {'; '.join(said)}."
@@ -209,14 +238,16 @@ def _verdicts(report: Report, arm: Arm, control: Arm) -> str:
     for context in facts.contexts(report):
         compared = facts.against(arm, control, context)
         if compared:
-            found.setdefault(compared["verdict"], []).append(f"{count(context)}, {interval(compared, 'value')}")
+            found.setdefault(compared.verdict or "too few blocks to say", []).append(
+                f"{count(context)}, {interval(compared)}"
+            )
     return listing([f"{verdict} at context {listing(at)}" for verdict, at in found.items()])
 
 
 def _unmeasured(report: Report) -> list[str]:
     said = []
     for status in ("failed", "not measured"):
-        arms = [arm for arm in report["arms"] if arm["status"] == status]
+        arms = [arm for arm in report.arms if arm.status == status]
         if arms:
             said.append(f"{status.capitalize()}: {_names(arms)}; the table has the reasons.")
     return said

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+from ..statistics import Spread
+from .types import Comparison
+
 
 def plain(value: object) -> str:
     """`value` on one line, without control characters (an error message may hold escape sequences)."""
@@ -27,10 +30,29 @@ def times(value: float) -> str:
     return f"×{number(value)}"
 
 
-def interval(value: dict, middle: str) -> str:
-    """`value[middle]` with its bounds: ×1.106 (1.090–1.123), and a * where they come from few items."""
-    few = "*" if value.get("few") else ""
-    return f"{times(value[middle])} ({number(value['low'])}–{number(value['high'])}){few}"
+def interval(value: Comparison | Spread) -> str:
+    """A ratio or speed-up with its bounds: ×1.106 (1.090–1.123), and a * where they come from few items.
+
+    Without bounds where the items or runs are too few for any.
+    """
+    if isinstance(value, Spread):
+        middle, bounded, few = value.median, value.enough, ""
+    else:
+        middle, bounded, few = value.value, value.low is not None, "*" if value.few else ""
+    return f"{times(middle)} ({number(value.low)}–{number(value.high)}){few}" if bounded else times(middle)
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"{'+' if value > 0 else ''}{number(value)}"
+
+
+def difference(value: Comparison) -> str:
+    """A difference with its bounds: -0.700 (-0.800 to -0.600), and a * where they come from few items."""
+    if value.low is None or value.high is None:
+        return signed(value.value)
+    few = "*" if value.few else ""
+    return f"{signed(value.value)} ({signed(value.low)} to {signed(value.high)}){few}"
 
 
 def seconds(value: float) -> str:

@@ -10,16 +10,14 @@ import yaml
 from ..config import NAME, plans_from_dict
 from ..errors import UsageError
 
-RECIPE, LOG = "recipe.yaml", "training_log.jsonl"  # what examples/convert.py leaves, and its stages
-# Arguments of a stage that say where it ran, not what it did.
-_ELSEWHERE = frozenset(
-    "stage model_name_or_path teacher_name_or_path checkpointing_steps with_tracking report_to".split()
-)
+# What the run of a recipe leaves, and in the folder of each stage its log and what it did.
+RECIPE, LOG, RECORD = "recipe.yaml", "training_log.jsonl", "stage.json"
+MODELS = ("model_name_or_path", "teacher_name_or_path")  # the stage before, in a folder of the run
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A model that was saved, converted or not.
+    """Describe a model that was saved, converted or not.
 
     Attributes:
         name: of the folder that was named.
@@ -37,7 +35,7 @@ class Conversion:
 
 
 def find(path: str | Path) -> Conversion:
-    """What lies in `path`: a folder that `save_pretrained` wrote, or the output folder of examples/convert.py.
+    """Return what lies in `path`: a folder that `save_pretrained` wrote, or the output folder of a training recipe.
 
     Raises:
         UsageError: neither, a conversion that is not finished, or a damaged config.json.
@@ -46,13 +44,15 @@ def find(path: str | Path) -> Conversion:
     folder, training = path, ()
     if (path / RECIPE).is_file() and not (path / "config.json").is_file():
         stages = _stages(path)
-        training = tuple(_trained(path / name, given) for name, given in stages)
-        folder = path / stages[-1][0] / "model"
+        training = tuple(_trained(path / name) for name in stages)
+        folder = path / stages[-1] / "model"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         saved = config.get(NAME)
     except FileNotFoundError:
-        raise UsageError(f"{folder} has no config.json: name a saved model, or what convert.py wrote") from None
+        raise UsageError(
+            f"{folder} has no config.json: name a saved model, or the output folder of a training recipe"
+        ) from None
     except (AttributeError, ValueError) as error:
         raise UsageError(f"{folder}/config.json is damaged: {error}") from None
     if saved is not None:
@@ -71,27 +71,32 @@ def _slice(layers: list[int]) -> str | list[int]:
     return layers
 
 
-def _stages(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Folder and arguments of every stage; UsageError where the run has not ended."""
+def _stages(path: Path) -> list[str]:
+    """Return the folder of every stage; UsageError where the run has not ended."""
     try:
         recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
-        stages = [(f"{number}_{given['stage']}", given) for number, given in enumerate(recipe["stages"], start=1)]
+        stages = [f"{number}_{given['stage']}" for number, given in enumerate(recipe["stages"], start=1)]
     except (KeyError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path / RECIPE} is not what convert.py wrote: {' '.join(str(error).split())}") from None
-    for name, _ in stages:
+        raise UsageError(
+            f"{path / RECIPE} is not what the run of a recipe writes: {' '.join(str(error).split())}"
+        ) from None
+    for name in stages:
         if not (path / name / "model").is_dir():
-            raise UsageError(f"the conversion in {path} has not ended: {name} has no model; run convert.py again")
+            raise UsageError(
+                f"the conversion in {path} has not ended: {name} has no model; give the command of its recipe again"
+            )
     return stages
 
 
-def _trained(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """What a stage did, from its arguments and its log."""
+def _trained(folder: Path) -> dict[str, Any]:
+    """Return what a stage did, from its record and its log."""
     try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         log = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
-        first, last = log[0], log[-1]
+        given, first, last = record["options"], log[0], log[-1]
         return {
-            "stage": given["stage"],
-            "trains": _trains(given),
+            "stage": record["stage"],
+            "trains": record["trains"],
             "text": Path(given.get("train_file") or given["dataset_name"]).name,
             "tokens": last["tokens"],
             "steps": len(log),
@@ -102,20 +107,8 @@ def _trained(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
             "arguments": {
                 key: Path(value).name if key.endswith("_file") else value
                 for key, value in given.items()
-                if key not in _ELSEWHERE
+                if key not in MODELS
             },
         }
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise UsageError(f"{folder / LOG} is not the log of a stage: {error!r}") from None
-
-
-def _trains(given: dict[str, Any]) -> str:
-    if given["stage"] == "align":
-        if given.get("linear_branch_alone"):
-            return "the parameters of the linear variant, without its window"
-        if given.get("train") != "attention":
-            return "the parameters of the variant"
-        return "the attention modules" + (", their projections by LoRA" if given.get("use_lora") else "")
-    if given.get("use_lora"):
-        return "LoRA on the projections, and the parameters of the variant"
-    return "all weights but the embeddings" if given.get("freeze_embeddings") else "all weights"
+        raise UsageError(f"{folder} holds no record of a stage, {RECORD} and {LOG}: {error!r}") from None

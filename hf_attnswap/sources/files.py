@@ -59,7 +59,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def require_empty(path: Path) -> None:
-    """UsageError where `path` is a file or a folder with something in it."""
+    """Raise UsageError where `path` is a file, or a folder with something in it."""
     if path.is_file():
         raise UsageError(f"output folder {str(path)!r} is a file")
     if path.is_dir() and any(path.iterdir()):

@@ -32,7 +32,7 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A language model in eval mode, and its tokenizer.
+    """Return a language model in eval mode, and its tokenizer.
 
     A GGUF file is dequantised and loses its quantised mark, so that it can be saved and trained as any model. Weights
     that are pickled rather than safetensors are read with `allow_pickle` alone.
@@ -56,8 +56,10 @@ def load(
 
 
 def gguf_source(path: str) -> str | None:
-    """Hub id of the model that a .gguf file was made from, where its metadata say it. The base_model there is another:
-    what that model was trained from."""
+    """Return the Hub id of the model that a .gguf file was made from, where the metadata of the file say it.
+
+    The `base_model` there is another one: what that model was trained from.
+    """
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
@@ -77,7 +79,7 @@ def load_any(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """A model of any kind, of the class that it was saved with, and its tokenizer or processor (None without one).
+    """Return a model of the class that it was saved with, and its tokenizer or processor (None without one).
 
     Raises:
         UsageError: as `load`.
@@ -114,7 +116,7 @@ def load_classifier(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model with a head for these labels (new, where it has none) in eval mode, and its tokenizer.
+    """Return a model with a head for these labels (new, where it has none) in eval mode, and its tokenizer.
 
     It has no dropout in its attention, swapped or not: no variant takes one.
 
@@ -162,7 +164,11 @@ def _one_line(what: str) -> Iterator[None]:
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or CUDA where there is one, else the CPU. UsageError where it is not there."""
+    """Return the device asked for, or else CUDA where there is one, or else the CPU.
+
+    Raises:
+        UsageError: the device asked for is not there.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -174,7 +180,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 
 def find_dtype(name: str) -> torch.dtype:
-    """The floating dtype of that name; UsageError where there is none."""
+    """Return the floating dtype of that name; UsageError where there is none."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"dtype is {name!r}; expected float32, bfloat16 or float16")
@@ -210,7 +216,7 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of any kind without its weights (on the meta device): enough for `inspect`."""
+    """Build a model of any kind without its weights (on the meta device), which is enough for `inspect`."""
     source, where = _source(model_name_or_path)
     with _one_line(f"cannot read the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)

@@ -30,7 +30,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where text comes from.
+    """Say where text comes from.
 
     Attributes:
         name: a file (.txt, .json, .jsonl, .parquet, .csv, .tsv), or the name of a dataset on the Hub.
@@ -44,17 +44,17 @@ class TextSource:
     column: str = "text"
 
     def rows(self) -> Iterator[str]:
-        """The texts, in their order. UsageError where the source or the column is not there."""
+        """Yield the texts in their order. UsageError where the source or the column is not there."""
         for row in self._table(self.column):
             yield row[self.column]
 
     def labelled(self, label_column: str) -> Iterator[tuple[str, str]]:
-        """The texts with their labels. UsageError where the source or one of the columns is not there."""
+        """Yield the texts with their labels. UsageError where the source or one of the columns is not there."""
         for row in self._table(self.column, label_column):
             yield row[self.column], str(row[label_column])
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from others, and a file from what it was before it changed; JSON."""
+        """Return, as JSON, what tells this source from others, and a file from what it was before it changed."""
         path = Path(self.name)
         if path.suffix not in _READERS or not path.is_file():
             return asdict(self)
@@ -95,7 +95,7 @@ def token_blocks(
     separate: bool = False,
     cache_dir: Path | None = None,
 ) -> Tensor:
-    """Whole blocks of tokens, int64 `[N, block_size]`: the texts one after the other, an empty line between them.
+    """Return whole blocks of tokens, int64 `[N, block_size]`: the texts in a row, an empty line between them.
 
     Args:
         max_tokens: stop there; None reads everything.

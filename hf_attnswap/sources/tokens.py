@@ -16,14 +16,14 @@ from .files import whole_file
 
 
 def default_folder() -> Path:
-    """Beside what `datasets` caches (HF_DATASETS_CACHE)."""
+    """Return the folder for tokens, beside what `datasets` caches (HF_DATASETS_CACHE)."""
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "attnswap_tokens"
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, **what: Any) -> str:
-    """The same for the same tokenizer and the same `what`, which is JSON."""
+    """Return a name that is the same for the same tokenizer and the same `what`, which is JSON."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     everything = json.dumps([type(tokenizer).__name__, vocabulary, what], sort_keys=True)
@@ -31,8 +31,10 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, **what: Any) -> str:
 
 
 def cached(path: Path, chunks: Iterable[array]) -> Tensor:
-    """The numbers of `chunks`, int32 `[n]`, memory-mapped from `path`; `chunks` is read where that file is missing,
-    which then appears whole."""
+    """Return the numbers of `chunks`, int32 `[n]`, memory-mapped from `path`.
+
+    Where that file is missing, `chunks` is read and the file appears whole.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as stream:

@@ -1,4 +1,4 @@
-"""The arms of a comparison and what is measured of them."""
+"""Define the arms of a comparison and what is measured of each arm."""
 
 import copy
 import itertools
@@ -14,19 +14,37 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .. import attentions
-from ..config import SwapConfig
-from ..errors import UsageError
+from ..config import SwapConfig, parse_options
 from ..integration.swapping import swap
 from ..sources.conversions import Conversion, find
 from ..sources.models import load
 from ..training.align import DEFAULT_LEARNING_RATE
 
-DEFAULT_ARMS = "softmax none window relu_norm relu_power identity elu hedgehog hedgehog+window".split()
+DEFAULT_ARMS = "softmax none window relu_norm relu_power relu_power:p=8 identity elu hedgehog hedgehog+window".split()
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run measures. Two runs with equal settings, model and text continue one another."""
+    """Hold what a run measures; a run continues an earlier one of equal settings, model and texts.
+
+    Attributes:
+        arms: texts that `Arm.parse` reads.
+        context_lengths: tokens of the contexts at which perplexity and tasks are measured.
+        max_eval_tokens: tokens of held-out text per context length.
+        lengths: tokens of the prompts at which speed is measured.
+        rounds: rounds of timings per length.
+        decode_tokens: tokens that are decoded after each prompt.
+        align_tokens: tokens of training text for the alignment of an arm; 0 for no alignment.
+        block_size: tokens per block of training text.
+        learning_rate: highest learning rate of the alignment.
+        per_device_train_batch_size: blocks per step of the alignment.
+        seed: seed of the order of the training blocks and of the tasks.
+        diagnose_tokens: tokens of the text for the diagnosis; 0 for no diagnosis.
+        tasks: tasks, as `evaluation.tasks.run_tasks` takes them.
+        task_limit: the most items per task; None leaves the number to the task.
+        include_path: a folder of task files (yaml) for lm-eval.
+        train_lengths: which of the `lengths` a training step is timed at.
+    """
 
     arms: tuple[str, ...]
     context_lengths: tuple[int, ...]
@@ -48,12 +66,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the comparison.
+    """Describe one row of the comparison.
 
     Attributes:
-        attention: "mixed" for a conversion whose layers differ. options: of the attention, with all their values.
+        label: the name of the row.
+        attention: name of the variant; "mixed" for a conversion whose layers differ.
+        options: options of the variant, with all their values; empty where the layers differ.
         layers: which layers are swapped, as `SwapConfig` takes them; None for all.
-        conversion: a model of its own, in place of a swap of the model that is compared.
+        conversion: a saved model to measure; None for a swap of the model that is compared.
     """
 
     label: str
@@ -64,8 +84,10 @@ class Arm:
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
-        """From text such as "relu_power:p=8,shift=none", "none:layers=1::2", or the folder of a conversion; where a
-        folder is called as a variant is, the variant is meant.
+        """Return the arm that a text names.
+
+        The text is a variant with its options, such as "relu_power:p=8,shift=none" or "none:layers=1::2", or the folder
+        of a conversion. A text that is the name of a variant means the variant, even where a folder has that name.
 
         Raises:
             UsageError: an unknown attention or option, an unfit value, or a folder without a model.
@@ -80,6 +102,7 @@ class Arm:
 
     @classmethod
     def of(cls, conversion: Conversion) -> "Arm":
+        """Return the arm that measures a conversion."""
         groups = conversion.swapped
         names = list(dict.fromkeys(group["attention"] for group in groups)) or ["softmax"]
         return cls(
@@ -92,11 +115,14 @@ class Arm:
 
 
 def with_controls(arms: Sequence[str]) -> list[str]:
-    """The arms, after those without which their numbers mean little and that are not among them.
+    """Return the given arms after the controls that are missing among them, without which their numbers mean little.
 
-    Those are softmax and no attention; for every hybrid its window alone and its linear part alone, with the same
-    options; the window in any case. An arm in some of the layers has its controls in the same ones. Alignment trains
-    what a variant adds, and softmax adds nothing, so softmax with the same training is softmax.
+    Controls are softmax; no attention; for every hybrid its window alone and its linear part alone, with the same
+    options; and a window in any case. The controls of an arm that swaps some layers swap the same layers. Alignment
+    trains only what a variant adds, and softmax adds nothing, so softmax with the same training is softmax.
+
+    Raises:
+        UsageError: `Arm.parse` cannot read an arm.
     """
     given = [Arm.parse(text) for text in arms]
     wanted: list[tuple[str, dict[str, Any], Any]] = [("softmax", {}, None)]
@@ -122,29 +148,21 @@ def with_controls(arms: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*labels, *arms]))
 
 
-def parse_options(assignments: list[str]) -> dict[str, Any]:
-    """`["window=64", "shift=none"]` as a dict; values are read as JSON where they are JSON, else as text."""
-    options: dict[str, Any] = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"option {assignment!r} has no value; expected name=value")
-        try:
-            options[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
-
-
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model over the very same tensors, to swap without touching the first."""
+    """Return a second model over the very same tensors, to be swapped while the first stays as it is."""
     memo = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo)
 
 
 def build(arm: Arm, model: PreTrainedModel, parameters: Path | None = None) -> PreTrainedModel:
-    """A model for the arm over the weights of `model`; softmax is the model itself, not our own path. A conversion has
-    weights of its own."""
+    """Return the model of an arm in eval mode, over the weights of `model` unless the arm is a conversion.
+
+    For softmax the function returns `model` itself, with the attention of transformers. A conversion is loaded with the
+    dtype and device of `model`.
+
+    Args:
+        parameters: a safetensors file of the trained parameters of the variants, loaded where the file exists.
+    """
     if arm.conversion is not None:
         return load(str(arm.conversion.folder), dtype=model.dtype, device=model.device)[0]
     if arm.attention == "softmax":

@@ -1,55 +1,91 @@
-"""From what was measured to the rows of the report."""
+"""Turn what was measured into the arms of the report."""
 
 import math
+import statistics
 from typing import Any
 
 from .. import attentions
-from ..benchmark.growth import growth
-from ..benchmark.measure import Spread, speedup
-from ..evaluation.paired import FEW
+from ..benchmark.measure import speedup
 from ..evaluation.perplexity import Perplexity, Units, ratio
+from ..report import types
+from ..statistics import Estimate, Spread, estimate, growth
 from .arms import Arm
-from .task_runs import difference
 
 COST_CLASSES = ("constant", "linear", "quadratic")
+SOFTMAX = "softmax"
 
 
-def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> dict[str, Any]:
-    """What the report says of one arm, from what was measured of all."""
+def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> types.Arm:
+    """Return the entry of one arm in the report.
+
+    Args:
+        results: what was measured of the quality of every arm, by label.
+        runs: rounds of timings by length, see `speed.Rounds`.
+        units: words and bytes of the held-out text, by context length.
+    """
     result = results[arm.label]
-    training = list(arm.conversion.training) if arm.conversion else []
-    trained = [*training, result["alignment"]] if result["alignment"] else training
-    return {
-        "label": arm.label, "attention": arm.attention, "options": arm.options,
-        **_described(arm, result["swapped"], result["kept"]), "swapped": result["swapped"],
-        "new_parameters": result["new_parameters"], "status": result["status"], "reason": result["reason"],
-        "alignment": result["alignment"],
-        "training": training,
-        "training_tokens": sum(stage["tokens"] for stage in trained),
-        "conversion": arm.conversion.name if arm.conversion else None,
-        "checks": [
-            {name: check[name] for name in ("name", "passed", "limit")}
-            | {"worst": None if math.isnan(check["worst"]) else check["worst"]}
+    training = [stage_of(stage) for stage in arm.conversion.training] if arm.conversion else []
+    alignment = types.Alignment(**result["alignment"]) if result["alignment"] else None
+    measured = result["status"] == "measured"
+    return types.Arm(
+        label=arm.label,
+        attention=arm.attention,
+        options=arm.options,
+        **describe(arm.attention, result["swapped"], result["kept"]),
+        swapped=[types.Group(**group) for group in result["swapped"]],
+        new_parameters=result["new_parameters"],
+        status=result["status"],
+        reason=result["reason"],
+        alignment=alignment,
+        training=training,
+        training_tokens=sum(stage.size or 0 for stage in training) + (alignment.tokens if alignment else 0),
+        conversion=arm.conversion.name if arm.conversion else None,
+        checks=[
+            types.Check(check["name"], check["passed"], _finite(check["worst"]), check["limit"])
             for check in result["checks"]
         ],
-        "diagnostics": result["diagnostics"],
-        "growth": {key: _growth(arm.label, runs, key) for key in ("prefill_s", "decode_s", "train_s")},
-        "perplexity": [
-            _perplexity_row(arm.label, int(context), results, units[int(context)]) for context in result["nll"]
-        ],
-        "tasks": _task_rows(arm.label, results),
-        "speed": [_speed_row(arm.label, int(length), rounds) for length, rounds in runs.items()
-                  if result["status"] == "measured"],
-    }  # fmt: skip
+        diagnostics=diagnostics(result["diagnostics"]) if result["diagnostics"] else None,
+        growth=_growths(arm.label, runs),
+        perplexity=[_perplexity(arm.label, int(context), results, units[int(context)]) for context in result["nll"]],
+        metrics=_metrics(arm.label, results),
+        speed=[_speed(arm.label, int(length), rounds) for length, rounds in runs.items() if measured],
+    )
 
 
-def _described(arm: Arm, groups: list[dict[str, Any]], kept: int) -> dict[str, Any]:
-    """What the variants say of themselves; of several, and of softmax where layers keep it, the highest cost class."""
-    names = dict.fromkeys(group["attention"] for group in groups) if groups else [arm.attention]
+def stage_of(stage: dict[str, Any]) -> types.Stage:
+    """Return the report's entry for a training stage that a conversion recorded."""
+    return types.Stage(**{"size" if key == "tokens" else key: value for key, value in stage.items()})
+
+
+def diagnostics(found: dict[str, Any]) -> types.Diagnostics:
+    """Return the report's entry for a diagnosis, which `evaluation.diagnose` returned."""
+    layers = [
+        types.Layer(
+            **layer
+            | {key: types.Gradient(**layer[key]) for key in ("gradient", "gradient_of_softmax")}
+            | {"output_scale": [types.Scale(**scale) for scale in layer["output_scale"]]}
+        )
+        for layer in found["layers"]
+    ]
+    return types.Diagnostics(**found | {"layers": layers})
+
+
+def describe(attention: str, groups: list[dict[str, Any]], kept: int) -> dict[str, Any]:
+    """Return formula, cost, cost class and source of the variants of an arm, and whether all of them are controls.
+
+    The texts of several variants are joined. The cost class is the highest one, softmax's included where some layers
+    keep softmax.
+
+    Args:
+        attention: the variant of an arm without groups.
+        groups: groups of layers that are swapped, each with `attention` and `layers`.
+        kept: number of attention layers that are not swapped.
+    """
+    names = dict.fromkeys(group["attention"] for group in groups) if groups else [attention]
     classes = [attentions.get(name) for name in names if name != "mixed"]
     costs = dict.fromkeys(cls.cost for cls in classes)
     swapped = sum(len(group["layers"]) for group in groups)
-    ran = [*classes, attentions.get("softmax")] if kept and swapped else classes
+    ran = [*classes, attentions.get(SOFTMAX)] if kept and swapped else classes
     return {
         "control": bool(classes) and all(cls.control for cls in classes),
         "formula": "; ".join(cls.formula for cls in classes),
@@ -59,84 +95,109 @@ def _described(arm: Arm, groups: list[dict[str, Any]], kept: int) -> dict[str, A
     }
 
 
-def _growth(label: str, runs: dict, key: str) -> dict[str, Any] | None:
-    """How the seconds of every run grow with the length."""
-    points = [
-        (int(length), found[label][key])
-        for length, rounds in runs.items()
-        for found in rounds
-        if key in found.get(label, {})
-    ]
-    found = growth(*map(list, zip(*points, strict=True))) if points else None
-    return None if found is None else dict(vars(found))
+def compared(arm: str, value: Estimate, lower_is_better: bool) -> types.Comparison:
+    """Return a difference to `arm`, with its interval and its verdict."""
+    return types.Comparison(arm, value.value, value.low, value.high, value.items, value.verdict(lower_is_better))
 
 
-def _perplexity_row(label: str, context: int, results: dict[str, dict], units: Units) -> dict[str, Any]:
+def perplexity_ratio(arm: str, ours: Perplexity, control: Perplexity) -> types.Comparison:
+    """Return the perplexity of `ours` divided by that of `arm` on the same blocks, with interval and verdict."""
+    made = ratio(ours, control)
+    return types.Comparison(arm, *(made[key] for key in ("value", "low", "high", "items", "verdict")))
+
+
+def _growths(label: str, runs: dict) -> dict[str, Any]:
+    """Return how the seconds of prefill, decoding and training grow with the length, where enough were timed."""
+    grown = {}
+    for key in ("prefill_s", "decode_s", "train_s"):
+        points = [
+            (int(length), result[label][key])
+            for length, rounds in runs.items()
+            for result in rounds
+            if key in result.get(label, {})
+        ]
+        grown[key] = growth(*map(list, zip(*points, strict=True))) if points else None
+    return {key: value for key, value in grown.items() if value}
+
+
+def _perplexity(label: str, context: int, results: dict[str, dict], units: Units) -> types.Perplexity:
     measured = {
         other: Perplexity(context, tuple(result["nll"][str(context)]))
         for other, result in results.items()
         if str(context) in result["nll"]
     }
-    found = measured.pop(label)
-    against = {other: ratio(found, control) for other, control in measured.items()}
-    return {
-        "context": context,
-        "perplexity": found.perplexity,
-        "nll": found.mean,
-        "standard_error": found.standard_error,
-        "tokens": found.tokens,
-        "ratio": None if label == "softmax" else against.pop("softmax", None),
-        "against": [{"arm": other} | compared for other, compared in against.items()],
-        "word_perplexity": _finite(found.per(units.words)) if units.words else None,
-        "byte_perplexity": _finite(found.per(units.bytes)) if units.bytes else None,
-        "by_position": [
-            {"first": first, "last": last, "nll": nll}
-            for first, last, nll in results[label]["by_position"][str(context)]
-        ],
-    }
+    own = measured.pop(label)
+    against = {other: perplexity_ratio(other, own, control) for other, control in measured.items()}
+    return types.Perplexity(
+        context=context,
+        perplexity=_finite(own.perplexity),
+        nll=own.mean,
+        standard_error=_finite(own.standard_error),
+        tokens=own.tokens,
+        ratio=None if label == SOFTMAX else against.pop(SOFTMAX, None),
+        against=list(against.values()),
+        word_perplexity=_finite(own.per(units.words)) if units.words else None,
+        byte_perplexity=_finite(own.per(units.bytes)) if units.bytes else None,
+        by_position=[types.Range(*entry) for entry in results[label]["by_position"][str(context)]],
+    )
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _task_rows(label: str, results: dict[str, dict]) -> list[dict[str, Any]]:
-    """Every metric of the tasks, beside the same of the other arms."""
+def _metrics(label: str, results: dict[str, dict]) -> list[types.Metric]:
+    """Return every metric of the tasks of an arm, compared with the same metric of the other arms."""
     rows = []
     for number, metric in enumerate(results[label]["tasks"]):
         others = {other: result["tasks"][number] for other, result in results.items() if result["tasks"]}
-        against = {other: difference(metric, found) for other, found in others.items() if other != label}
+        against = {other: _difference(other, metric, found) for other, found in others.items() if other != label}
         kept = ("task", "metric", "higher_is_better", "standard_error", "items")
         rows.append(
-            {key: metric[key] for key in kept}
-            | {"value": _finite(metric["value"]), "few": metric["items"] < FEW}
-            | {"difference": against.pop("softmax", None)}
-            | {"against": [{"arm": other} | found for other, found in against.items() if found]}
+            types.Metric(
+                **{key: metric[key] for key in kept},
+                value=_finite(metric["value"]),
+                difference=against.pop(SOFTMAX, None),
+                against=[value for value in against.values() if value],
+            )
         )
     return rows
 
 
-def _speed_row(label: str, length: int, rounds: list[dict]) -> dict[str, Any]:
+def _difference(arm: str, ours: dict[str, Any], control: dict[str, Any]) -> types.Comparison | None:
+    """Return the metric minus that of `arm` on the same items; None where either value is not finite.
+
+    Both metrics were computed on the same resamples of the items, so their differences give a paired bootstrap.
+    """
+    value = ours["value"] - control["value"]
+    if not math.isfinite(value):
+        return None
+    drawn = [a - b for a, b in zip(ours["resampled"], control["resampled"], strict=True)]
+    return compared(arm, estimate(value, drawn, ours["items"]), not ours["higher_is_better"])
+
+
+def _speed(label: str, length: int, rounds: list[dict]) -> types.Speed:
     errors = [r[label][key] for r in rounds for key in ("error", "train_error") if key in r.get(label, {})]
-    ours, control = _paired(label, rounds, "prefill_s")
-    row: dict[str, Any] = {"length": length, "note": errors[0] if errors else None}
-    row |= dict.fromkeys(("peak_memory_mib", "cache_mib"))
+    ours, _ = _paired(label, rounds, "prefill_s")
+    measured: dict[str, Any] = {"note": errors[0] if errors else None if ours else "not measured"}
     for name, key in (("prefill", "prefill_s"), ("decode", "decode_s"), ("train", "train_s")):
-        took, softmax = ([r[key] for r in found] for found in _paired(label, rounds, key))
-        row[f"{name}_speedup"] = speedup(softmax, took).as_dict() if took and label != "softmax" else None
+        took, softmax = ([r[key] for r in both] for both in _paired(label, rounds, key))
+        if not took:
+            continue
+        if label != SOFTMAX:
+            measured[f"{name}_speedup"] = speedup(softmax, took)
         if name == "decode":
-            row["decode_tokens_per_s"] = Spread.of([1 / s for s in took]).as_dict() if took else None
+            measured["decode_tokens_per_s"] = Spread.of([1 / s for s in took])
         else:
-            row[key] = Spread.of(took).as_dict() if took else None
-    if not ours:
-        return row | {"note": row["note"] or "not measured"}
-    row["cache_mib"] = ours[0]["cache_bytes"] / 2**20
-    peaks = [r["peak_memory_mib"] for r in ours if r["peak_memory_mib"] is not None]
-    row["peak_memory_mib"] = max(0.0, Spread.of(peaks).median) if peaks else None
-    return row
+            measured[key] = Spread.of(took)
+    if ours:
+        measured["cache_mib"] = ours[0]["cache_bytes"] / 2**20
+        peaks = [r["peak_memory_mib"] for r in ours if r["peak_memory_mib"] is not None]
+        measured["peak_memory_mib"] = max(0.0, statistics.median(peaks)) if peaks else None
+    return types.Speed(length, **measured)
 
 
 def _paired(label: str, rounds: list[dict], key: str) -> tuple[list[dict], list[dict]]:
-    """What the arm and softmax found in the rounds in which both have `key`."""
-    both = [(r[label], r["softmax"]) for r in rounds if all(key in r.get(name, {}) for name in (label, "softmax"))]
+    """Return what the arm and softmax measured in the rounds in which both have `key`."""
+    both = [(r[label], r[SOFTMAX]) for r in rounds if all(key in r.get(name, {}) for name in (label, SOFTMAX))]
     return [ours for ours, _ in both], [control for _, control in both]

@@ -1,7 +1,7 @@
-"""The speed of all arms by length: in a round they take turns, softmax first, so that they share its noise."""
+"""Time all arms by length; in a round the arms take turns, softmax first, so that they share the noise."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ..benchmark.generation import run
 from ..benchmark.measure import seconds
 from ..sources.files import write_whole
 from .arms import Settings
+from .progress import Course, speed
 
 # By length, a dict per round: what each arm took, or its error.
 Rounds = dict[str, list[dict[str, dict[str, Any]]]]
@@ -25,25 +26,39 @@ def measure_speed(
     tokens: Tensor,
     settings: Settings,
     path: Path,
-    progress: Callable[[str], None],
+    course: Course,
 ) -> Rounds:
-    """Prefill, decoding and, at the `train_lengths`, a training step. Every round is kept in the file `path`."""
+    """Time prefill, decoding and, at the `train_lengths`, a training step of every model, and return all rounds.
+
+    Every round is kept in a file, and rounds that the file holds are not run again.
+
+    Args:
+        models: models by label, softmax first.
+        tokens: int64 `[N]`; the prompts are its first tokens.
+        path: the file that keeps the rounds, as JSON.
+        course: gets the progress.
+
+    Returns:
+        By length a list of rounds. A round holds for each label the fields of `benchmark.generation.Run` and `train_s`,
+        in seconds, or `error` and `train_error` in their place.
+    """
     done: Rounds = json.loads(path.read_text()) if path.is_file() else {}
     for length in settings.lengths:
         rounds = done.setdefault(str(length), [])
         while len(rounds) < settings.rounds:
             found = {}
             for label, model in models.items():
-                progress(f"{label}: speed at {length} tokens, round {len(rounds) + 1} of {settings.rounds}")
+                course.say(f"{label}: speed at {length} tokens, round {len(rounds) + 1} of {settings.rounds}")
                 text = tokens[:length][None].to(model.device)
                 found[label] = _one(model, text, settings, first=not rounds)
+                course.advance(speed(settings, length))
             rounds.append(found)
             write_whole(path, json.dumps(done, indent=1).encode())
     return done
 
 
 def _one(model: PreTrainedModel, text: Tensor, settings: Settings, first: bool) -> dict[str, Any]:
-    """`error` and `train_error` stand for what ran out of memory, or was refused."""
+    """Time one model on one text; `error` and `train_error` replace the times that could not be measured."""
     short, found = text[:, :WARM_UP], {}
     try:
         if first:  # what the first call allocates belongs to no length
@@ -62,8 +77,13 @@ def _one(model: PreTrainedModel, text: Tensor, settings: Settings, first: bool) 
 
 
 def training_step(model: nn.Module, tokens: Tensor) -> float:
-    """Seconds of a forward and a backward pass of the language-modelling loss of `tokens` `[B, n]`, with the gradients
-    of all parameters. The optimizer is left out: its part does not depend on the attention or the length."""
+    """Return the seconds of a training step: forward and backward pass of the language-modelling loss.
+
+    All parameters get gradients. The optimizer is left out: its time does not depend on the attention or the length.
+
+    Args:
+        tokens: int64 `[B, n]`, on the device of the model.
+    """
     parameters = list(model.parameters())
     trained = [p.requires_grad for p in parameters]
 

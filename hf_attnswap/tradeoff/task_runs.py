@@ -1,7 +1,7 @@
-"""Run the tasks of an arm: what likelihood hides.
+"""Run the tasks on each arm, which show what likelihood hides.
 
-Of every metric its value for each of a fixed set of resamples of the items is kept. They are the same items for all
-arms, so the difference of two arms in each resample gives the interval of a paired bootstrap, for any metric.
+For each metric the value on each of a fixed set of resamples of the items is kept. All arms have the same resamples, so
+the differences of two arms give the interval of a paired bootstrap, for any metric.
 """
 
 import json
@@ -10,15 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.paired import Difference, resampled
 from ..evaluation.result import Result
 from ..evaluation.tasks import TaskInputs, answers_of, run_tasks
 from ..sources.files import write_whole
-from ..statistics import expanded_tail
+from ..statistics import resampled
 from .arms import Settings
 
 RESAMPLES = 1000
@@ -33,13 +31,17 @@ def measure_tasks(
     path: Path,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run the tasks on an arm and return a dict per metric: task, metric, value, standard error, items, and its value
-    for each resample.
+    """Run the tasks on an arm and return one dict per metric.
 
     Args:
-        original: the model of softmax, whose answers the tasks may ask for.
-        tokens: held-out text.
-        path: the file that keeps the answers of the original, for all arms.
+        original: the model with softmax, whose answers the tasks compare with.
+        tokens: held-out text, int64.
+        path: the JSON file that keeps the answers of the original for all arms; written by the first arm.
+        progress: called with a line of text for each part of the work.
+
+    Returns:
+        Dicts of `task`, `metric`, `higher_is_better`, `value`, `standard_error` (None for a single item), `items`
+        (their number) and `resampled` (the value on each of `RESAMPLES` resamples).
     """
     inputs = TaskInputs(settings.context_lengths, settings.task_limit, seed=settings.seed, tokens=tokens)
     if not path.is_file():
@@ -64,19 +66,3 @@ def _described(result: Result) -> dict[str, Any]:
         "items": len(result.scores),
         "resampled": resampled(result.scores, result.aggregate, RESAMPLES).tolist(),
     }
-
-
-def difference(ours: dict[str, Any], control: dict[str, Any]) -> dict[str, Any] | None:
-    """Ours less the control's with its 95 % interval, on the same items; None for a single item, and where either is
-    not finite."""
-    told = [torch.tensor([arm["value"], *arm["resampled"]], dtype=torch.float64) for arm in (ours, control)]
-    if ours["items"] < 2 or not all(x.isfinite().all() for x in told):
-        return None
-    tail = expanded_tail(ours["items"])
-    drawn = told[0][1:] - told[1][1:]
-    low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    value = ours["value"] - control["value"]
-    found = Difference(value, min(low, value), max(high, value), ours["items"])
-    verdict = found.verdict(lower_is_better=not ours["higher_is_better"])
-    bounds = {"value": found.value, "low": found.low, "high": found.high}
-    return bounds | {"items": found.items, "few": found.few, "verdict": verdict}

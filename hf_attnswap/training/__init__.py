@@ -1,1 +1,1 @@
-"""Training of swapped models: losses and steps as functions, a resumable loop on Accelerate."""
+"""Train swapped models: losses and steps as functions, and a resumable loop on Accelerate."""

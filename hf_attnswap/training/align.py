@@ -1,12 +1,13 @@
-"""Alignment: every swapped layer learns to reproduce the softmax output of its layer.
+"""Align a swapped model: every swapped layer learns to reproduce the softmax output of its layer.
 
-Teacher and student share one forward pass: where the model calls its attention, softmax runs as well, its result
-flows on, and the variant is compared with it on the same query, key and value. No second model is in memory, layers
-do not disturb each other, and only the variants' parameters get gradients (attention transfer of LoLCATs, Zhang 2024).
+Teacher and student share one forward pass: where the model calls its attention, softmax runs as well, the output of
+softmax flows on, and the variant is compared with softmax on the same query, key and value. No second model is in
+memory, layers do not disturb each other, and only the variants' parameters get gradients (attention transfer of
+LoLCATs, Zhang 2024).
 
-Variants without parameters have nothing to learn there. For them the projections around the attention learn, so that
-the output of the whole module is that of the softmax module (the first step of RADLADS, Goldstein 2025). There the
-teacher is a frozen copy of the attention modules, not of the model.
+Variants without parameters have nothing to learn from such a comparison. With such variants the projections around the
+attention learn, so that the output of the whole module is that of the softmax module (the first step of RADLADS,
+Goldstein 2025). The teacher is then a frozen copy of the attention modules, not of the model.
 """
 
 import copy
@@ -31,13 +32,15 @@ DEFAULT_PROJECTIONS_LEARNING_RATE = 1e-3  # to 1e-5, as RADLADS
 
 
 class LayerLosses(dict[str, Tensor]):
-    """Loss of each layer, by the path of its module, in the last forward pass: mean squared error over the variance of
-    the softmax output, and the divergence of the weights where that is asked for.
+    """Hold the loss of each layer in the last forward pass, a scalar by the path of the attention module.
+
+    A loss is the squared error of the output divided by the variance of the softmax output, plus the divergence of the
+    weights where that is asked for. All rows of a batch count the same, or, where `packed` is set, by their tokens; so
+    the loss does not depend on how rows are batched.
 
     Attributes:
-        valid: which tokens of the batch count, `[B, T]`; None for all.
-        packed: whether the rows of the batch hold several texts each, which then count by their tokens. Else all rows
-            count the same. Either way it does not matter how rows are batched.
+        valid: which tokens of the batch count, bool `[B, T]`; None for all.
+        packed: whether each row of the batch holds several texts, which then count by their tokens.
     """
 
     valid: Tensor | None = None
@@ -48,31 +51,40 @@ class LayerLosses(dict[str, Tensor]):
         self._texts: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, layer: str, errors: Tensor, tokens: Tensor) -> None:
-        """Bring in some texts of the batch: their errors and their numbers of tokens, `[b]` each."""
+        """Add some texts of the batch to the loss of `layer`.
+
+        Args:
+            errors: error of each text, `[b]`.
+            tokens: number of tokens of each text, `[b]`.
+        """
         seen = self._texts.setdefault(layer, [])
         seen.append((errors, tokens if self.packed else torch.ones_like(tokens)))
         errors, weights = (torch.cat(parts) for parts in zip(*seen, strict=True))
         self[layer] = (errors * weights).sum() / weights.sum()
 
     def clear(self) -> None:
+        """Remove the losses of all layers."""
         super().clear()
         self._texts.clear()
 
     def mean(self) -> Tensor:
-        """The same weight for every layer."""
+        """Return the mean loss, in which every layer has the same weight."""
         return torch.stack(list(self.values())).mean()
 
 
 @contextmanager
 def aligning(model: nn.Module, linear_branch_alone: bool = False, weights_loss: float = 0.0) -> Iterator[LayerLosses]:
-    """While this is open, a forward pass runs softmax everywhere and fills the losses of the swapped layers.
+    """Run softmax in the swapped layers and record the losses of their variants, while the context is open.
 
-    Call `losses.clear()` before the next forward pass.
+    Yields the losses, which each forward pass fills. Call `losses.clear()` before the next forward pass.
 
     Args:
-        linear_branch_alone: of each `X+window`, compare the linear variant X over all keys. The window gives most of
-            the output and leaves X little to learn from; LoLCATs trains X first, and adds the window then.
-        weights_loss: how many times `weights_divergence` is added to the error of the outputs.
+        linear_branch_alone: compare only the linear variant X of each `X+window`, over all keys. The window gives most
+            of the output and leaves X little to learn from; LoLCATs trains X first, and adds the window then.
+        weights_loss: factor of `weights_divergence`, which is added to the error of the outputs; 0 for none.
+
+    Raises:
+        UsageError: the model has no swapped layer.
     """
     losses = LayerLosses()
 
@@ -91,10 +103,16 @@ def aligning(model: nn.Module, linear_branch_alone: bool = False, weights_loss: 
 
 @contextmanager
 def aligning_projections(model: nn.Module) -> Iterator[LayerLosses]:
-    """As `aligning`, of whole attention modules with their projections: copies of them as they are now, with softmax
-    in place of the variants, give what flows on and what the output of each module is compared with.
+    """Record the losses of whole attention modules with their projections, while the context is open.
 
-    Costs the memory of these copies. To be opened before anything has been trained.
+    Copies of the modules as they are now, with softmax in place of the variants, compute the output that flows on and
+    that the output of each module is compared with. Open the context before anything has been trained. The copies cost
+    as much memory as the attention modules.
+
+    Yields the losses, as `aligning` does.
+
+    Raises:
+        UsageError: in a forward pass, the model is called with a cache.
     """
     losses = LayerLosses()
     teachers = {path: frozen(copy.deepcopy(model.get_submodule(path))) for path in swapped_modules(model)}
@@ -119,16 +137,23 @@ def aligning_projections(model: nn.Module) -> Iterator[LayerLosses]:
 
 
 def _output(returned: Tensor | tuple) -> Tensor:
-    """`[B, T, D]`, of what an attention module returns."""
+    """Return the output `[B, T, D]` from what an attention module returned."""
     return returned if torch.is_tensor(returned) else returned[0]
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
-    """Let every variant set its parameters from what its layer sees on a batch, as in `alignment_loss`.
+    """Let every variant set its parameters from the query, key and value that its layer gets on a batch.
 
-    For the variants that know how (hybrids match the mass of their linear branch to softmax's outside the window);
-    done once before the alignment, on the same batch in every process.
+    Softmax gives the output of every layer meanwhile. Only some variants do anything: hybrids match the mass of their
+    linear branch to that of softmax outside the window. Call the function once before the alignment, with the same
+    batch in every process.
+
+    Args:
+        batch: as in `alignment_loss`.
+
+    Raises:
+        UsageError: the model has no swapped layer.
     """
 
     def show(layer, attention, teacher, query, key, value, mask, scaling):
@@ -145,9 +170,14 @@ def calibrate(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> None:
 
 
 def text_errors(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """`|student - teacher|^2 / |teacher - its mean|^2` of each text, `[B]`: 1 for a constant guess, 0 for equality.
+    """Return `|student - teacher|^2 / |teacher - its mean|^2` of each text: 0 for equality, 1 for a constant guess.
 
-    student, teacher: `[B, H, T, Dv]`; valid: bool `[B, T]`, or None where all tokens count. Float32.
+    Args:
+        student, teacher: `[B, H, T, Dv]`.
+        valid: bool `[B, T]`, which tokens count; None for all.
+
+    Returns:
+        float32 `[B]`.
     """
     student, teacher = student.float(), teacher.float()
     count = torch.ones_like(teacher[:, :1, :, :1]) if valid is None else valid[:, None, :, None].float()
@@ -159,7 +189,7 @@ def text_errors(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -
 
 
 def normalised_error(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The mean of `text_errors`, so that it does not matter how texts are batched."""
+    """Return the mean of `text_errors` over texts, a float32 scalar that does not depend on how texts are batched."""
     return text_errors(student, teacher, valid).mean()
 
 
@@ -168,14 +198,21 @@ _SMALLEST_WEIGHT = 1e-8
 
 
 def weights_divergence(attention: Attention, query: Tensor, key: Tensor, mask: Mask, scaling: float) -> Tensor:
-    """`sum_j p_ij log(p_ij / w_ij)`, the mean over the rows i of each text, `[B]`; p is softmax's weights, w the
-    variant's, rows brought to sum one.
+    """Return the divergence of the attention weights from those of softmax, the mean over the rows of each text.
 
-    That is the cross-entropy by which Hedgehog (Zhang 2024) learns and LoLCATs (Zhang 2024) may, less the entropy of p,
-    which trains nothing. O(n^2) time and memory. Weights below 1e-8 count as that.
+    The divergence of row i is `sum_j p_ij log(p_ij / w_ij)`, where p are the weights of softmax and w those of the
+    variant, both divided by their row sums. The divergence is the cross-entropy by which Hedgehog (Zhang 2024) learns
+    and LoLCATs (Zhang 2024) may, less the entropy of p, which has no gradient. Weights below 1e-8 count as 1e-8. Time
+    and memory are O(n^2).
 
     Args:
-        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`. Computes in float32 or above.
+        query: `[B, H, T, D]`.
+        key: `[B, Hkv, S, D]`.
+        mask: which keys each row may attend to.
+        scaling: factor of the scores.
+
+    Returns:
+        `[B]`, in float32 or above.
 
     Raises:
         UsageError: the variant has negative weights.
@@ -194,7 +231,10 @@ def weights_divergence(attention: Attention, query: Tensor, key: Tensor, mask: M
 
 
 def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) -> list[nn.Parameter]:
-    """Freeze the model but for its variants, or for their linear branches, and return the parameters of these.
+    """Freeze the model except its variants, and return the parameters of the variants.
+
+    Args:
+        linear_branch_alone: train only the linear branch of each `X+window`.
 
     Raises:
         UsageError: no variant of this model has parameters, or one has no linear branch.
@@ -215,8 +255,10 @@ def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) ->
 
 
 def projection_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Freeze the model but for its swapped attention modules, and return their parameters, for
-    `aligning_projections`."""
+    """Freeze the model except its swapped attention modules, and return the parameters of these modules.
+
+    `aligning_projections` gives the losses that train these parameters.
+    """
     return _only(model, [p for path in swapped_modules(model) for p in model.get_submodule(path).parameters()])
 
 
@@ -228,11 +270,12 @@ def _only(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter
 
 
 def alignment_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor], losses: LayerLosses) -> Tensor:
-    """One forward pass inside `aligning` or `aligning_projections`, and the mean of its losses over layers.
+    """Run one forward pass inside `aligning` or `aligning_projections`, and return the mean of its losses over layers.
 
     Args:
-        batch: token blocks `[B, n]` for a language model, or what the model takes by name, such as `input_ids` and
-            `attention_mask` for an encoder.
+        batch: token blocks `[B, n]` for a language model (`[B, n, 2]` with separate documents), or what the model takes
+            by name, such as `input_ids` and `attention_mask` for an encoder.
+        losses: what `aligning` or `aligning_projections` yields.
     """
     inputs = model_inputs(batch, last_logits_only=True)
     losses.clear()

@@ -1,4 +1,4 @@
-"""Blocks of tokens in an endless order, and what a model is given of them."""
+"""Draw batches of token blocks in an endless order, and make the inputs of a model from each."""
 
 import functools
 from collections.abc import Mapping
@@ -13,15 +13,23 @@ from ..errors import UsageError
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """Blocks of tokens or examples in an endless order, each epoch shuffled anew. A batch is a function of its number
-    and the seed alone, so a run can go on from any step, on any number of processes, and still see the same tokens."""
+    """Draw batches of blocks in an endless order, in which each epoch is shuffled anew.
+
+    A batch is a function of its number and the seed alone. So a run can continue from any step, on any number of
+    processes, and see the same tokens.
+
+    Attributes:
+        blocks: token blocks or examples, integers `[N, n, ...]`.
+        batch_size: blocks per batch.
+        seed: seed of the order.
+    """
 
     blocks: Tensor
     batch_size: int
     seed: int
 
     def __getitem__(self, number: int) -> Tensor:
-        """Batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
+        """Return batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
         length, first = len(self.blocks), number * self.batch_size
         positions = range(first, first + self.batch_size)
         return self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]].long()
@@ -34,19 +42,24 @@ def _order(length: int, seed: int, epoch: int) -> list[int]:
 
 
 def batches(blocks: Tensor, batch_size: int, seed: int) -> Batches:
-    """Batches of token blocks `[N, n, ...]`. UsageError where the blocks do not fill one batch."""
+    """Return the batches of token blocks `[N, n, ...]`.
+
+    Raises:
+        UsageError: the blocks do not fill one batch.
+    """
     if len(blocks) < batch_size:
         raise UsageError(f"the training text gives {len(blocks)} blocks, less than one batch of {batch_size}")
     return Batches(blocks, batch_size, seed)
 
 
 def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = False) -> dict[str, Any]:
-    """What a language model takes for a batch of blocks; a mapping is taken as it is.
+    """Return the keyword arguments of a language model for a batch of token blocks; a mapping is returned as a dict.
 
     Args:
-        batch: `[B, n]`, or `[B, n, 2]` where documents are separate (see `data.token_blocks`). Positions then begin
-            anew with each of them, which tells transformers that attention must not reach across.
-        last_logits_only: for losses that do not need the logits of the whole text.
+        batch: token blocks `[B, n]`; or `[B, n, 2]` where documents are separate (see `sources.texts.token_blocks`). In
+            the second form positions begin anew with each document, which tells transformers that attention must not
+            reach across.
+        last_logits_only: compute the logits of the last token only, for losses that do not need the others.
     """
     if isinstance(batch, Mapping):
         return dict(batch)
@@ -61,15 +74,19 @@ def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = Fal
 
 
 def next_tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """Labels `[B, n]` for `inputs`: the first token of a document follows from nothing, -100."""
+    """Return the labels `[B, n]` for `inputs`; the first token of a separate document has the label -100."""
     positions = inputs.get("position_ids")
     return inputs["input_ids"] if positions is None else inputs["input_ids"].masked_fill(positions == 0, -100)
 
 
 @torch.no_grad()
 def require_separate(model: nn.Module) -> None:
-    """UsageError where a document reaches into the next one of its row: not every model hands positions to its
-    mask."""
+    """Check on a small example that the model keeps the documents of one row apart.
+
+    Raises:
+        UsageError: a document changes the logits of the next one in its row, since the model does not make its mask
+            from positions.
+    """
     device = next(model.parameters()).device
     rows = torch.tensor([[[3, 1], [4, 0], [5, 0], [6, 1], [7, 0]], [[8, 1], [9, 0], [2, 0], [6, 1], [7, 0]]])
     first, other = (model(**model_inputs(row[None].to(device))).logits[:, 3:] for row in rows)

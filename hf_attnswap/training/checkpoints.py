@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and how a run goes on from one."""
+"""Write checkpoints that are whole or not there, and resume a run from one."""
 
 import json
 import logging
@@ -18,13 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, run: dict[str, Any]) -> Path:
-    """`output_dir/checkpoints/step_N`, which appears whole by rename; older ones go once it is there.
+    """Write `output_dir/checkpoints/step_N` and return its path; older checkpoints are removed afterwards.
+
+    N is the number of losses in `run`. The checkpoint appears whole by rename.
 
     Args:
-        run: the settings, and the losses of all steps so far.
+        run: the settings, and the losses of all steps so far, as JSON values.
 
     Raises:
-        OSError: it could not be written, as on a full disk; what was there before stays.
+        OSError: the checkpoint could not be written, as on a full disk; the checkpoint before stays.
     """
     step = len(run["losses"])
     folder = output_dir / "checkpoints"
@@ -66,8 +68,14 @@ def _write(accelerator: Accelerator, partial: Path, run: dict[str, Any]) -> None
 
 
 def find_checkpoint(asked: str | Path, output_dir: Path | None) -> Path | None:
-    """The folder to resume from; None where "latest" is asked for and there is none. Torn ones are passed over, with
-    a warning.
+    """Return the checkpoint to resume from; None where "latest" is asked for and there is none.
+
+    With "latest", the newest checkpoint of `output_dir` that is whole is taken, and damaged ones are skipped with a
+    warning.
+
+    Args:
+        asked: the folder of a checkpoint, or "latest".
+        output_dir: the output folder of the run.
 
     Raises:
         UsageError: `asked` is a folder that is not a whole checkpoint.
@@ -91,7 +99,7 @@ def _step(path: Path) -> int:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole."""
+    """Return what is wrong with a checkpoint; None where the checkpoint is whole."""
     try:
         files = json.loads((folder / "run.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -106,7 +114,11 @@ def _damage(folder: Path) -> str | None:
 
 
 def resume(accelerator: Accelerator, checkpoint: Path, settings: dict[str, Any]) -> list[float]:
-    """Load the checkpoint and return the losses so far."""
+    """Load a checkpoint into what `accelerator` has prepared, and return the losses so far.
+
+    Raises:
+        UsageError: the checkpoint is of a run with other settings, or of other parameters than this run trains.
+    """
     run = json.loads((checkpoint / "run.json").read_text())
     wanted, found = json.loads(json.dumps(settings)), run["settings"]
     for name in sorted(wanted.keys() | found.keys()):
@@ -121,7 +133,9 @@ def resume(accelerator: Accelerator, checkpoint: Path, settings: dict[str, Any])
 
 def checkpoint_what_trains(accelerator: Accelerator) -> None:
     """Leave the frozen weights out of checkpoints, under names that do not depend on the number of processes.
-    FSDP and DeepSpeed write the model themselves and hand these hooks nothing."""
+
+    FSDP and DeepSpeed write the model themselves and pass nothing to the hooks that this function registers.
+    """
 
     def trainable(model: nn.Module) -> dict[str, Tensor]:
         plain = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -147,14 +161,14 @@ def checkpoint_what_trains(accelerator: Accelerator) -> None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk, so that a rename cannot become visible before what it names."""
+    """Flush a file to the disk, so that a rename cannot become visible before the content that the rename names."""
     if path.is_file():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint; one that is half removed must not look whole."""
+    """Remove a checkpoint so that one that is half removed does not look whole."""
     doomed = folder.with_name(f"partial_{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)

@@ -1,7 +1,7 @@
-"""Distillation: the swapped model learns the next-token distribution of the original, and if asked its hidden states.
+"""Distil the original into the swapped model: match the next-token distribution, and if asked the hidden states.
 
-The logits of a whole text over a whole vocabulary are the largest tensor of such a step. They are not kept: the
-divergence and its gradient are computed together from the last hidden states, some tokens at a time.
+The logits of a whole text over a whole vocabulary are the largest tensor of such a step, so they are never held at
+once: the divergence and its gradient are computed together from the last hidden states, some tokens at a time.
 """
 
 from collections.abc import Mapping
@@ -31,19 +31,20 @@ def distillation_loss(
     hidden_weight: float = 0.0,
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Tensor:
-    """`KL(teacher || model) T^2` plus `hidden_weight` times `1 - cos(teacher, model)` of the hidden states, both the
-    mean over tokens.
+    """Return `KL(teacher || model) T^2` plus `hidden_weight` times `1 - cos(teacher, model)`, both means over tokens.
+
+    The KL is that of the next token, the cosine that of the hidden states.
 
     Args:
         model: the model that trains, as Accelerate prepared it or not.
         teacher: a frozen model of the same vocabulary, swapped or not: softmax runs in its swapped layers. Where only
             LoRA and the variants train, the unwrapped `model` itself: one copy of its weights is then in memory.
-        batch: token blocks `[B, n]`, or what the model takes by name.
-        temperature: T divides both logits (Hinton 2015).
-        hidden_weight: of the cosine distance (DistilBERT, Sanh 2019) between the outputs of equal layers, the mean over
-            layers. It has no scale: in many models the first token is a hundred times as long as the others (massive
-            activations, Sun 2024), and would be all that a squared error sees.
-        tokens_at_once: for so many tokens logits exist at a time, about five tensors `[tokens_at_once, vocabulary]`.
+        batch: token blocks `[B, n]` (`[B, n, 2]` with separate documents), or what the model takes by name.
+        temperature: T, which divides both logits (Hinton 2015).
+        hidden_weight: factor of the cosine distance (DistilBERT, Sanh 2019) between the outputs of equal layers, the
+            mean over layers. The cosine ignores the scale: in many models the first token is a hundred times as long as
+            the others (massive activations, Sun 2024), and would dominate a squared error.
+        tokens_at_once: for how many tokens logits exist at a time, about five tensors `[tokens_at_once, vocabulary]`.
 
     Raises:
         UsageError: the weights of the teacher train; or its logits are not its output embeddings applied to its last
@@ -87,14 +88,19 @@ def chunked_kl(
     temperature: float = 1.0,
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Tensor:
-    """Mean over tokens of `KL(teacher || student) T^2` of the next token, from hidden states, in float32 or above.
+    """Return the mean over tokens of `KL(teacher || student) T^2` of the next token, computed from hidden states.
 
-    O(tokens_at_once V) memory in place of O(N V). The gradient of a chunk is computed along with its divergence, while
-    its logits are there, and kept as that of its hidden states and of the head's weights, as in the fused linear
-    cross-entropy of Liger-Kernel (Hsu 2024): each head is applied once to each token.
+    Memory is O(tokens_at_once V) in place of O(N V), for a vocabulary of V tokens. The gradient of a chunk is computed
+    along with its divergence, while its logits exist, and kept as the gradient of the hidden states and of the head's
+    weights, as in the fused linear cross-entropy of Liger-Kernel (Hsu 2024). So each head is applied once to each
+    token. The log-softmax is computed in float32 or above.
 
     Args:
-        hidden: `[N, D]`; teacher_hidden: `[N, D']`. head, teacher_head: from these to logits `[N, V]`.
+        hidden: last hidden states of the student, `[N, D]`.
+        teacher_hidden: last hidden states of the teacher, `[N, D']`.
+        head, teacher_head: modules from these hidden states to logits `[N, V]`.
+        temperature: T, which divides both logits.
+        tokens_at_once: tokens per chunk.
     """
     weights = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     total = _SummedKL.apply(hidden, teacher_hidden, head, teacher_head, temperature, tokens_at_once, *weights)
@@ -102,7 +108,7 @@ def chunked_kl(
 
 
 class _SummedKL(torch.autograd.Function):
-    """Sum over tokens of `KL(teacher || student)`, whose gradient in the student's logits / T is q - p."""
+    """Compute the sum over tokens of `KL(teacher || student)`, whose gradient in the student's logits / T is q - p."""
 
     @staticmethod
     def forward(ctx, hidden, teacher_hidden, head, teacher_head, temperature, tokens_at_once, *weights):

@@ -1,4 +1,4 @@
-"""A training loop on Accelerate that survives a kill: whole checkpoints, and the same run after resuming."""
+"""Train on Accelerate in a loop that survives a kill: checkpoints are whole, and a resumed run is the same run."""
 
 import json
 import logging
@@ -28,7 +28,13 @@ logger = logging.getLogger(__name__)
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, steps: int, warmup: int, end: float = 0.0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a cosine to the share `end` of the learning rate, over `steps` optimiser steps."""
+    """Return a scheduler of the learning rate: linear warm-up, then a cosine.
+
+    Args:
+        steps: optimiser steps of the whole run.
+        warmup: steps of warm-up.
+        end: what the cosine ends at, as a share of the highest learning rate.
+    """
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -62,28 +68,34 @@ def train(
 ) -> list[float]:
     """Run `steps` optimiser steps of AdamW and return the loss of each.
 
-    One step takes `processes x gradient accumulation x batch size` blocks, and the next step the blocks after them,
-    however these three share them out. The model trains in the mode (train or eval) that it is in.
+    One step takes `processes x gradient accumulation x batch size` blocks, and the next step takes the blocks after
+    them, however the three factors share the blocks out. The model trains in the mode (train or eval) that it is in.
 
     Args:
         accelerator: its gradient accumulation, mixed precision and processes are used.
+        loader: the batches of token blocks.
         step_loss: `(model, batch) -> loss` of one batch of token blocks.
+        learning_rate: highest learning rate.
         parameters: what trains; all that require a gradient by default.
-        new_parameters_learning_rate: of the variants' own parameters; `learning_rate` by default.
+        new_parameters_learning_rate: highest learning rate of the variants' parameters; `learning_rate` by default.
+        final_learning_rate: learning rate at the end of the cosine.
         warmup: steps of linear warm-up to `learning_rate`, before a cosine to `final_learning_rate`; the rate of the
-            new parameters keeps its proportion to it.
+            new parameters keeps its proportion to that rate.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: gradients are clipped to this norm.
         output_dir: where `checkpoints/step_N` and the log `training_log.jsonl` go; neither is written without it.
-        checkpointing_steps: a checkpoint every so many steps; None for none.
-        resume_from_checkpoint: a checkpoint folder, or "latest" for the newest whole one in `output_dir`, which
-            starts anew where there is none.
-        settings: what else a resumed run must have in common with the one that it continues; JSON values.
+        checkpointing_steps: steps between two checkpoints; None for no checkpoints.
+        resume_from_checkpoint: a checkpoint folder, or "latest" for the newest whole one in `output_dir`; the run
+            starts anew where "latest" finds none.
+        settings: what else a resumed run must have in common with the run that it continues; JSON values.
         unit: what a block is made of, for the log.
-        progress: called with the step and its loss.
+        progress: called with each step and its loss.
 
     Raises:
-        UsageError: no such checkpoint, or one of a run with other settings; a rate for new parameters, none of which
-            train.
+        UsageError: there is no such checkpoint, or it is of a run with other settings; or a rate is given for new
+            parameters, none of which train.
         FloatingPointError: the loss is not finite; the last checkpoint stays.
+        OSError: a checkpoint could not be written.
     """
     accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     settings = {
@@ -151,7 +163,7 @@ def train(
 def _groups(
     model: nn.Module, parameters: list[nn.Parameter], learning_rate: float, new_learning_rate: float | None
 ) -> list[dict[str, Any]]:
-    """The parameters as AdamW's groups; the variants' own are the last one where they have a rate of their own."""
+    """Return the parameters as AdamW's groups; the variants' are the last group where they have a separate rate."""
     if new_learning_rate is None:
         return [{"params": parameters, "lr": learning_rate}]
     own = {id(p) for variant in swapped_modules(model).values() for p in variant.parameters()}
@@ -165,8 +177,11 @@ def _groups(
 
 
 def _in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """What trains, from the prepared model, as FSDP2 puts other tensors in the place of the parameters; in the model's
-    order, as accelerate compares the list with the model's under FSDP."""
+    """Return what trains, in the order of the prepared model.
+
+    FSDP2 replaces the parameters by other tensors in the prepared model, and under FSDP accelerate compares the list
+    with the model's parameters in their order.
+    """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [p for p in model.parameters() if id(p) in trained]
 
@@ -176,13 +191,15 @@ def _rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> dict[str, float]:
 
 
 def _fused(accelerator: Accelerator) -> bool:
-    """Whether AdamW updates all weights in one kernel, five times as fast on a CPU. DeepSpeed steps flat copies of the
-    weights in an optimiser of its own, with which this has not been tried."""
+    """Return whether AdamW updates all weights in one kernel, five times as fast on a CPU.
+
+    DeepSpeed steps flat copies of the weights in another optimiser, with which the fused kernel has not been tried.
+    """
     return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.DEEPSPEED
 
 
 def _batch(accelerator: Accelerator, loader: Batches, step: int, micro: int) -> Tensor:
-    """What this process takes in one part of a step."""
+    """Return the batch that this process takes in part `micro` of a step."""
     number = (step - 1) * accelerator.gradient_accumulation_steps + micro
     return loader[number * accelerator.num_processes + accelerator.process_index].to(accelerator.device)
 
@@ -190,7 +207,7 @@ def _batch(accelerator: Accelerator, loader: Batches, step: int, micro: int) -> 
 def _not_finite(
     accelerator: Accelerator, model: nn.Module, step_loss: Step, loader: Batches, loss: float, step: int, rate: float
 ) -> FloatingPointError:
-    """What to say of a step whose loss is not finite; runs it again to find where that begins."""
+    """Return the error for a step whose loss is not finite, after running the step again to see where that begins."""
     model = accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def again() -> None:
@@ -206,16 +223,20 @@ def _not_finite(
 
 
 def next_token_loss(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, over all tokens but the first of each row.
+    """Return the mean cross-entropy of the next token, over all tokens but the first of each row.
 
-    The first token of a separate document follows from nothing and counts as 0: so it does not matter how rows are
-    batched."""
+    The first token of a separate document follows from nothing and counts as 0, so the loss does not depend on how rows
+    are batched.
+
+    Args:
+        batch: token blocks `[B, n]`, or `[B, n, 2]` with separate documents.
+    """
     inputs = model_inputs(batch)
     labels = next_tokens(inputs)
     return model(**inputs, labels=labels).loss * (labels[:, 1:] != -100).float().mean()
 
 
 def _cut_log(log: Path, steps: int) -> None:
-    """Keep the entries of the steps that are done: those after the checkpoint come again, the last may be torn."""
+    """Keep the entries of the first `steps` steps in the log; later entries come again, and the last may be torn."""
     if log.exists():
         write_whole(log, "".join(f"{line}\n" for line in log.read_text().splitlines()[:steps]).encode())

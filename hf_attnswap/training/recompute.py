@@ -1,6 +1,6 @@
-"""Gradient checkpointing: of each layer only the input is kept, and the backward pass computes the rest again.
+"""Recompute layers in the backward pass (gradient checkpointing), so that only the input of each layer is kept.
 
-transformers' own switch acts in train mode alone, where the dropout of the config acts as well; models here train in
+The switch of transformers acts in train mode alone, where the dropout of the config acts as well; models here train in
 eval mode.
 """
 
@@ -14,10 +14,10 @@ from ..errors import UsageError
 
 
 def recompute_layers(model: nn.Module) -> None:
-    """From now on, the layers that transformers can checkpoint are computed again in the backward pass, in train and in
-    eval mode: less memory for about a third more time, and the same gradients.
+    """Make the backward pass recompute the layers that transformers can checkpoint, in train and in eval mode.
 
-    Not for alignment, whose losses arise inside the layers and which keeps nothing else.
+    Recomputing needs less memory and about a third more time, for the same gradients. Recomputing does not fit
+    alignment, whose losses arise inside the layers and whose forward pass keeps nothing else.
 
     Raises:
         UsageError: the model has no such layers.

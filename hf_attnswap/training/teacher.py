@@ -1,4 +1,4 @@
-"""The original model inside the swapped one: softmax in the swapped layers, LoRA off."""
+"""Run the original model inside the swapped one: softmax in the swapped layers, LoRA off."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,10 +16,11 @@ Observe = Callable[[str, Attention, Tensor, Tensor, Tensor, Tensor, Mask, float]
 
 @contextmanager
 def softmax_flows_on(model: nn.Module, observe: Observe | None = None) -> Iterator[None]:
-    """While this is open, swapped layers run softmax, without gradients.
+    """Run softmax in the swapped layers, without gradients, while the context is open.
 
     Args:
-        observe: is shown `(layer, variant, softmax's output, query, key, value, mask, scaling)`, detached.
+        observe: called with `(layer, variant, softmax's output, query, key, value, mask, scaling)` at each call of a
+            layer, detached.
 
     Raises:
         UsageError: the model has no swapped layer.
@@ -38,10 +39,10 @@ def softmax_flows_on(model: nn.Module, observe: Observe | None = None) -> Iterat
 
 @contextmanager
 def as_original(model: nn.Module) -> Iterator[None]:
-    """While this is open, the model computes what it did before it was swapped and before LoRA was put on.
+    """Make the model compute what it did before the swap and before LoRA was added, while the context is open.
 
-    That is the original only as long as no weights of its own have been trained; those of the variants and of LoRA
-    may have been.
+    The model then computes what the original does only if no weights but those of the variants and of LoRA have been
+    trained.
     """
     switched_off = getattr(model, "disable_adapter", None)  # of peft
     with ExitStack() as stack:
@@ -53,5 +54,5 @@ def as_original(model: nn.Module) -> Iterator[None]:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """The model, in eval mode and without gradients, to teach another one."""
+    """Set the model to eval mode without gradients, to be a teacher, and return the model."""
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a run says of losses that are not what they should be."""
+"""Detect losses that jump or are not finite, and say where the trouble begins."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,8 +11,14 @@ from ..attentions import Attention
 
 
 def spike(losses: Sequence[float], window: int = 32) -> float | None:
-    """How many times its mean over the `window` steps before the last loss is, where it stands out: by six standard
-    deviations and by a fifth; None where it does not, or fewer than 16 steps came before."""
+    """Return the last loss divided by the mean of the losses before, where the last loss stands out; else None.
+
+    A loss stands out where it exceeds that mean by six standard deviations and by a fifth. Fewer than 16 losses before
+    the last one are too few.
+
+    Args:
+        window: how many losses before the last one count.
+    """
     before = losses[-window - 1 : -1]
     if len(before) < 16:
         return None
@@ -23,8 +29,11 @@ def spike(losses: Sequence[float], window: int = 32) -> float | None:
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """The first weight that is not finite; else the first module, innermost first, whose output is not while `forward`
-    runs; None where all are finite."""
+    """Return in words the first weight or else the first output that is not finite; None where all are finite.
+
+    Weights are checked first. Then `forward` runs without gradients, and the modules are checked in the order in which
+    they end, so inner modules before the modules that hold them.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"the weight {name}"

@@ -11,6 +11,7 @@ from hf_attnswap.attentions import Heads
 from hf_attnswap.ops.delta import causal_delta
 from hf_attnswap.ops.gated import causal_gated
 from hf_attnswap.ops.linear import causal_linear
+from hf_attnswap.ops.spec import FeatureMap
 
 
 def gated_by_token(attention, query, key, value):
@@ -106,7 +107,7 @@ def test_gradcheck_of_causal_delta(length, continued):
 
 def test_a_gate_of_one_is_linear_attention():
     query, key, value = (t.detach().abs() for t in inputs(150, 6, 2))
-    expected = causal_linear(query, key, value, lambda x: x, lambda x: x)
+    expected = causal_linear(query, key, value, *[FeatureMap("identity", lambda x: x)] * 2)
     found = causal_gated(query, key, value, key.new_zeros(key.shape[:3]))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)

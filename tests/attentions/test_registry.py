@@ -1,7 +1,9 @@
 """Names, options and descriptions of the variants, and a variant that is one new file."""
 
 import json
+import subprocess
 import sys
+import timeit
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from hf_attnswap import attentions, cli
 from hf_attnswap.attentions import Heads, registry
 
 VARIANT = '''
-import torch
-
+from ..ops.spec import FeatureMap
 from .base import Option
 from .linear import LinearAttention
 from .registry import register
+
+
+def squares(x, floor):
+    return x.square() + floor
 
 
 @register
@@ -29,9 +34,36 @@ class Squares(LinearAttention):
     source = "this test"
     floor = Option(0.5, "added to the squares", minimum=0.0)
 
-    def feature_map(self, x):
-        return x.square() + self.floor
+    def feature_map(self):
+        return FeatureMap("squares", squares, params={"floor": self.floor})
 '''
+# A variant on the scores, whole: what CONTRIBUTING shows.
+SCORE_VARIANT = '''"""ReLU cubed on the scores: o_i = sum_j relu(s_ij)^3 v_j / n_i. Source, year."""
+
+from hf_attnswap.attentions import Activation, ScoreAttention, by_count, register
+
+
+def relu3(scores, count, peak):
+    return scores.relu_() ** 3
+
+
+@register
+class Relu3(ScoreAttention):
+    """One line on what is special about it."""
+
+    name = "relu3"
+    formula = "sum_j relu(s_ij)^3 v_j / n_i"
+    source = "where it comes from, year"
+
+    def activation(self):
+        return Activation("relu3", relu3, denominator=by_count())
+'''
+
+
+def forget(name: str, module: str) -> None:
+    registry._registered.pop(name, None)
+    sys.modules.pop(module, None)
+    vars(attentions).pop(module.rpartition(".")[2], None)
 
 
 @pytest.fixture
@@ -39,10 +71,25 @@ def new_file(tmp_path, monkeypatch):
     """A folder beside the variants with one file more; the registry forgets it afterwards."""
     (tmp_path / "squares.py").write_text(VARIANT)
     monkeypatch.setattr(attentions, "__path__", [*attentions.__path__, str(tmp_path)])
+    registry.load(again=True)
     yield tmp_path
-    registry._registered.pop("squares", None)
-    sys.modules.pop("hf_attnswap.attentions.squares", None)
-    vars(attentions).pop("squares", None)
+    forget("squares", "hf_attnswap.attentions.squares")
+
+
+@pytest.fixture
+def entries(tmp_path, monkeypatch, caplog):
+    """Installed distributions with one entry point each, as metadata on sys.path: one works, one does not."""
+    for name, text in (("goodpkg_relu3", SCORE_VARIANT), ("badpkg_variant", "raise RuntimeError('no such year')")):
+        (tmp_path / f"{name}.py").write_text(text)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[hf_attnswap.attentions]\n{name}_entry = {name}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.load(again=True)
+    yield caplog.messages
+    for name in ("goodpkg_relu3", "badpkg_variant"):
+        forget("relu3", name)
 
 
 def test_a_new_file_is_a_new_variant(new_file, monkeypatch, capsys):
@@ -69,6 +116,42 @@ def test_a_new_file_swaps_and_saves(new_file, llama, tmp_path):
     saved = json.loads((tmp_path / "model" / "config.json").read_text())["attnswap"]["swapped"]
     assert saved == [{"attention": "squares", "options": {"floor": 0.25}, "kind": "causal", "layers": [0, 2]}]
     torch.testing.assert_close(type(llama).from_pretrained(tmp_path / "model").eval()(ids).logits, expected)
+
+
+def test_a_variant_on_the_scores_is_twenty_lines():
+    assert len(SCORE_VARIANT.splitlines()) <= 20
+
+
+def test_variants_of_other_packages_are_found_and_a_broken_one_is_named(entries, llama):
+    """One clear warning about the broken one, and all others work."""
+    assert entries == [
+        "the variants of entry point badpkg_variant_entry (badpkg_variant, of badpkg_variant) are missing: "
+        "RuntimeError: no such year"
+    ]
+    assert attentions.names() == sorted([*NAMES, "relu3"], key=attentions.names().index)
+    attention, given = build("relu3", 4, 2), inputs(70, 4, 2)
+    expected = attention.reference(*given, causal(70), SCALING)
+    torch.testing.assert_close(attention(*given, causal(70), SCALING), expected)
+    assert hf_attnswap.swap(llama, "relu3")(torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_looking_a_variant_up_costs_microseconds():
+    """A quarter of one on a quiet machine; the bound is for a busy one."""
+    for name in ("elu", "hedgehog+window"):
+        attentions.get(name)
+        seconds = min(timeit.repeat(lambda name=name: attentions.get(name), number=1000, repeat=5)) / 1000
+        assert seconds < 5e-6
+
+
+def test_the_first_lookups_may_come_from_many_threads():
+    code = (
+        "import threading; from hf_attnswap import attentions; out = []\n"
+        "work = lambda: out.append(attentions.get('hedgehog+window') is attentions.get('hedgehog+window'))\n"
+        "threads = [threading.Thread(target=work) for _ in range(8)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; print(out == [True] * 8, len(attentions.names()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["True", str(len(NAMES))], run.stderr
 
 
 def test_the_new_file_is_forgotten():

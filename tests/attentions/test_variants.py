@@ -28,6 +28,7 @@ from attention_cases import (
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops.linear import causal_linear
 from hf_attnswap.ops.rows import by_rows
+from hf_attnswap.ops.spec import FeatureMap
 
 LENGTHS = (1, 2, 63, 64, 65, 150)
 RATIOS = ((2, 2), (6, 2), (8, 1))
@@ -241,22 +242,17 @@ def test_gradcheck_of_causal_linear(eps, masked, continued):
     key_mask = torch.tensor([[False, True, True, False, True]]) if masked else None
     state = None
 
-    def feature_map(x, weight=weight):
-        return (x @ weight).exp()
+    def feature_map(weight):
+        return FeatureMap("of this test", lambda x, weight: (x @ weight).exp(), tensors={"weight": weight})
 
     if continued:
         earlier = (torch.randn(1, h, 3, 2, dtype=torch.float64) for h in (2, 1, 1))
         with torch.no_grad():
-            state = causal_linear(*earlier, feature_map, feature_map, chunk=2)[2]
+            state = causal_linear(*earlier, feature_map(weight), feature_map(weight), chunk=2)[2]
 
     def run(query, key, value, weight):
-        def maps(x):
-            return feature_map(x, weight)
-
-        out, denominator, _ = causal_linear(
-            query, key, value, maps, maps,
-            parameters=(weight,), key_mask=key_mask, state=state, eps=eps, chunk=2,
-        )  # fmt: skip
+        maps = feature_map(weight), feature_map(weight)
+        out, denominator, _ = causal_linear(query, key, value, *maps, key_mask=key_mask, state=state, eps=eps, chunk=2)
         # A row that sees no key is 0 / eps, whose slope no finite difference finds.
         seen = torch.ones(1, 5).bool() if key_mask is None or continued else key_mask.cumsum(1) > 0
         return out.transpose(1, 2)[seen], denominator
@@ -284,7 +280,7 @@ def test_gradcheck_of_by_rows():
 @pytest.mark.parametrize("chunk", (0, -1))
 def test_causal_linear_refuses_a_chunk_of_no_tokens(chunk):
     with pytest.raises(ValueError, match=f"chunk must be at least 1, got {chunk}"):
-        causal_linear(*inputs(4), lambda x: x, lambda x: x, chunk=chunk)
+        causal_linear(*inputs(4), *[FeatureMap("identity", lambda x: x)] * 2, chunk=chunk)
 
 
 # In bfloat16, 256 + 1 = 256: a sum over more tiles or chunks than that stalls unless it is kept in float32.
@@ -305,8 +301,10 @@ def test_causal_linear_sums_parameter_gradients_in_float32():
     for dtype in (torch.float64, torch.bfloat16):
         ones = torch.ones(1, 1, 1024, 1, dtype=dtype)
         factor = torch.ones((), dtype=dtype, requires_grad=True)
-        out = causal_linear(
-            ones, ones, ones, lambda x, f=factor: x * f, lambda x: x, parameters=(factor,), eps=None, chunk=1
-        )[0]
+        maps = (
+            FeatureMap("factor", lambda x, factor: x * factor, tensors={"factor": factor}),
+            FeatureMap("identity", lambda x: x),
+        )
+        out = causal_linear(ones, ones, ones, *maps, eps=None, chunk=1)[0]
         grads.append(torch.autograd.grad(out.sum(), factor)[0].item())
     assert grads[1] == pytest.approx(grads[0], rel=0.01)

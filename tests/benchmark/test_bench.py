@@ -10,7 +10,8 @@ from tiny_models import tiny
 from hf_attnswap import cli
 from hf_attnswap.attentions import Heads
 from hf_attnswap.benchmark.attention import Row, random_inputs, scaling, sdpa_kernel
-from hf_attnswap.benchmark.measure import Spread, peak_memory_mib, ratios, speedup
+from hf_attnswap.benchmark.measure import peak_memory_mib, ratios, speedup
+from hf_attnswap.statistics import Spread
 
 
 def test_the_control_is_the_fused_kernel_and_not_softmax_written_out():

@@ -110,6 +110,7 @@ CONVERT = "convert {llama} --output_dir {out} "
 EVALUATE = "evaluate {llama} --validation_file {text} "
 TRADEOFF = "tradeoff {llama} --output_dir {full} --train_file {text} "
 WRONG = {
+    "ls hedghog": "Unknown attention 'hedghog'. Did you mean 'hedgehog'?",
     CONVERT + "--attention hedghog": "Unknown attention 'hedghog'. Did you mean 'hedgehog'?",
     CONVERT + "--attention ''": "Unknown attention ''",
     CONVERT + "--attention window --option windw=8": "window has no option 'windw'. Did you mean 'window'?",
@@ -268,6 +269,24 @@ def test_ls(attnswap):
     assert window["options"]["window"]["default"] == 64
 
 
+def test_ls_takes_one_line_of_80_columns_per_variant(attnswap, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = attnswap("ls").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.split()[:1] == [name] for line in lines for name in NAMES) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ls_tells_all_about_one(attnswap, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    entry = json.loads(attnswap("ls", name, "--json").out)
+    told = attnswap("ls", name).out
+    for key in ("name", "says", "formula", "cost", "source"):
+        assert entry[key] in told
+    for key in ("options", "parameters"):
+        assert all(word in told for word in entry[key])
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example_that_parses(attnswap, command):
     result = attnswap(command, "--help")
@@ -410,7 +429,8 @@ def test_evaluate_beside_a_control_on_the_same_items(attnswap, files, tmp_path):
     writing = tasks["tokens as the control's"]
     assert writing["items"] == 4 and 0 <= writing["value"] < writing["control"] == 1
     table = attnswap(*arguments(line, files)).out
-    assert "ratio to control" in table and "no measurable difference" in table and "fewer than 500" in table
+    assert row["verdict"] is None and "ratio to control" in table and "fewer than 500" in table
+    assert "no interval: it needs 8 blocks or items of a task" in table
     same = json.loads(attnswap(*arguments(line.replace("{converted}", "{llama}") + " --json", files)).out)
     assert same["perplexity"][0]["ratio"]["value"] == 1
     agreement = {task["metric"]: task["value"] for task in same["tasks"] if task["task"] == "writing"}

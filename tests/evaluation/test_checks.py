@@ -108,7 +108,7 @@ def test_what_raises_is_a_failure_with_its_reason(broken):
 
 @pytest.mark.parametrize(("cls", "how", "caught_by"), BROKEN)
 def test_the_report_shows_no_number_of_a_broken_swap(broken, cls, how, caught_by, tmp_path):
-    from test_tradeoff import Letters, settings
+    from tradeoff.test_tradeoff import Letters, settings
 
     from hf_attnswap.sources.texts import TextSource
 
@@ -120,12 +120,12 @@ def test_the_report_shows_no_number_of_a_broken_swap(broken, cls, how, caught_by
         settings(arms=("softmax", name), lengths=(16,), train_lengths=()),
         tmp_path / "out", model_name="tiny", command="test",
     )  # fmt: skip
-    softmax, arm = found["arms"]
-    assert softmax["status"] == "measured" and arm["status"] == "failed"
-    assert arm["perplexity"] == arm["speed"] == []
-    first = next(check for check in arm["checks"] if not check["passed"])
-    assert arm["reason"].startswith(f"it fails the check '{first['name']}': ")
-    assert {check["name"] for check in arm["checks"] if not check["passed"]} == caught_by
+    softmax, arm = found.arms
+    assert softmax.status == "measured" and arm.status == "failed"
+    assert arm.perplexity == arm.speed == []
+    first = next(check for check in arm.checks if not check.passed)
+    assert arm.reason.startswith(f"it fails the check '{first.name}': ")
+    assert {check.name for check in arm.checks if not check.passed} == caught_by
     words = hf_attnswap.report.summary.summary(found)
     assert any(paragraph.startswith(f"Failed: {name}") for paragraph in words)
 

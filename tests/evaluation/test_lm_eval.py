@@ -123,7 +123,7 @@ def test_the_task_of_the_examples_is_one(stories260k, folder, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     model, tokenizer = load(stories260k)
     ours = run_tasks(model, tokenizer, [str(SHARED / FILES["arc"])], TaskInputs(limit=4))
-    theirs = run_tasks(model, tokenizer, ["arc_easy_local"], TaskInputs(limit=4), include_path="examples/tasks")
+    theirs = run_tasks(model, tokenizer, ["arc_easy_local"], TaskInputs(limit=4), include_path="benchmarks/tasks")
     assert [(r.task, r.metric) for r in theirs] == [("arc_easy_local", "acc"), ("arc_easy_local", "acc_norm")]
     assert [r.scores for r in theirs] == [r.scores for r in ours]
 

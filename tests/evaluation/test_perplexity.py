@@ -107,10 +107,10 @@ def test_units_of_what_was_predicted():
 
 
 def test_ratio_is_the_exponential_of_the_paired_difference():
-    ours, control = Perplexity(8, (1.0, 2.0, 3.5)), Perplexity(8, (0.5, 1.5, 2.5))
+    ours, control = Perplexity(8, (1.0, 2.0, 3.5) * 3), Perplexity(8, (0.5, 1.5, 2.5) * 3)
     found = ratio(ours, control)
     assert found["value"] == pytest.approx(math.exp(2 / 3)) and found["low"] <= found["value"] <= found["high"]
-    assert found["items"] == 3 and found["few"] and found["verdict"] == "worse"
+    assert found["items"] == 9 and found["few"] and found["verdict"] == "worse"
     assert ratio(ours, Perplexity(8, (0.5, 2.5, 2.5)))["verdict"] == "no measurable difference"
     assert compare(ours, control).value == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="same blocks"):

@@ -130,7 +130,9 @@ def test_rows_have_errors_marks_and_paired_differences():
     row = ours.row(control)
     assert (row["value"], row["control"], row["items"], row["few"]) == (0.75, 0.25, 4, True)
     assert row["standard_error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
-    assert row["difference"]["value"] == 0.5 and row["verdict"] == "no measurable difference"
+    assert row["difference"]["value"] == 0.5 and row["difference"]["low"] is None and row["verdict"] is None
+    eight = Result("t", "acc", (1.0, 0.0, 0.0, 1.0) * 2), Result("t", "acc", (0.0, 0.0, 1.0, 0.0) * 2)
+    assert eight[0].row(eight[1])["verdict"] == "no measurable difference"
     many = Result("t", "acc", (1.0, 0.0) * 300), Result("t", "acc", (0.0, 0.0) * 300)
     assert not many[0].row()["few"] and many[0].row(many[1])["verdict"] == "better"
     assert Result("t", "loss", (1.0, 0.0) * 300, False).row(many[1])["verdict"] == "worse"
@@ -216,4 +218,4 @@ def test_a_task_is_one_file(stories260k, text_file, tmp_path):
     line += "--context_length 64 --max_eval_tokens 128 --block_size 64 --align_tokens 0 --length 16 --rounds 1 "
     attnswap(line + "--decode_tokens 1 --tasks first_token")
     arms = json.loads((tmp_path / "out" / "report.json").read_text())["arms"]
-    assert [arm["tasks"][0]["task"] for arm in arms] == ["first_token"] * 2 and arms[0]["tasks"][0]["value"] == 1
+    assert [arm["metrics"][0]["task"] for arm in arms] == ["first_token"] * 2 and arms[0]["metrics"][0]["value"] == 1

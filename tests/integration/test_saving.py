@@ -276,7 +276,7 @@ def test_a_name_that_is_registered_already_is_no_licence_to_run_softmax(saved):
 
 
 def group(**changed):
-    entry = {"attention": "elu", "options": {}, "layers": [0, 1, 2]} | changed
+    entry = {"attention": "elu", "options": {}, "kind": "causal", "layers": [0, 1, 2]} | changed
     return {"format_version": 2, "kept": "sdpa", "swapped": [entry]}
 
 

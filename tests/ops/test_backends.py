@@ -1,18 +1,62 @@
 """The choice of an implementation: every form of an op gives the same, and nothing is passed over in silence."""
 
+import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from attention_cases import NAMES, SCALING, build, inputs
+from tiny_models import tiny
 
+from hf_attnswap import UsageError, cli, ops
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops import backends
-from hf_attnswap.ops.backends import Op, backend, watch
+from hf_attnswap.ops.backends import OPS, backend, backends_of, told, watch
 
 SWAPPED = [name for name in NAMES if name not in ("softmax", "none")]  # these are one call of torch
+FORM = '''
+"""ReLU on the scores, for this test."""
+
+import torch
+
+from hf_attnswap.ops.heads import mix
+from hf_attnswap.ops.scores.reference import score_weights, with_gain
+
+devices = ("cpu",)
+dtypes = (torch.float32,)
+
+
+def unfit(query, key, value, mask, scaling, activation, gain, result_dtype):
+    return None if activation.name == "relu" else f"it has no kernel for {activation.name}"
+
+
+def run(query, key, value, mask, scaling, activation, gain, result_dtype):
+    return with_gain(mix(score_weights(query, key, mask, scaling, activation), value), gain).to(result_dtype)
+'''
+
+
+def add_form(tmp_path, monkeypatch, text: str, op: str = "scores", name: str = "toy") -> None:
+    """One file more in the folder of an op; `forget` undoes it."""
+    (tmp_path / f"{name}.py").write_text(text)
+    package = sys.modules[f"{ops.__name__}.{op}"]
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    OPS[op].discover()
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    """Nothing is known of earlier tests, and nothing is left to later ones."""
+    monkeypatch.setattr(backends, "_logged", set())
+    yield
+    monkeypatch.undo()
+    for op in OPS.values():
+        op.discover()
+        for name in [n for n in sys.modules if n.startswith(f"{op.package}.toy")]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", SWAPPED)
@@ -43,36 +87,164 @@ def test_the_reference_backend_keeps_a_state(name):
     torch.testing.assert_close(torch.cat([first, rest], dim=2), whole)
 
 
-def test_a_form_that_cannot_serve_is_passed_over_with_a_warning(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_warned", set())
-    for _ in range(2):
-        with backend("reference"), watch() as ran, torch.no_grad():
-            build("window")(*inputs(9), Mask(9, 9), SCALING, {})
-    assert ran == {"window": {"torch"}}
-    assert caplog.messages == ["window: backend reference is passed over: the definition keeps no state for generation"]
+def test_a_form_in_one_file_is_chosen_told_and_silent_elsewhere(tmp_path, monkeypatch, forget, caplog, capsys):
+    caplog.set_level(logging.INFO)
+    add_form(tmp_path, monkeypatch, FORM)
+    assert backends_of("scores") == ["toy", "torch", "reference"]
+    given = [t.detach().float() for t in inputs(20)]
+    for name in ("relu", "elu", "window", "delta", "gated", "elu+window"):
+        variant = build(name, dtype=torch.float32)
+        with watch() as ran:
+            out = variant(*given, Mask(20, 20), SCALING)
+        assert ran == {variant.ops[0]: {"toy" if name == "relu" else "torch"}}
+        torch.testing.assert_close(out, variant.reference(*given, Mask(20, 20), SCALING), atol=1e-5, rtol=1e-4)
+    assert not caplog.messages
+    tiny("llama").config.save_pretrained(tmp_path / "model")
+    command = f"attnswap bench {tmp_path}/model --attention relu --attention elu --length 16 --rounds 1 --json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["backends"] for row in rows] == [{"scores": ["toy"]}, {"linear": ["torch"]}]
+    assert not caplog.messages
 
 
-def test_an_op_without_a_form_that_serves_says_so():
-    op = Op("test_op")
-    del backends.OPS["test_op"]
-    op.form("torch", lambda x: "x is odd" if x % 2 else None)(lambda x: x)
-    assert op(2) == 2
-    with pytest.raises(NotImplementedError, match="test_op: no backend of torch, reference can serve this call"):
-        op(1)
-    with pytest.raises(ValueError, match="test_op: backend 'fpga' is not one of torch, reference"):
-        op.form("fpga")
+def test_a_form_that_cannot_serve_is_passed_over_and_said_so_once(tmp_path, monkeypatch, forget, caplog):
+    caplog.set_level(logging.INFO)
+    add_form(tmp_path, monkeypatch, FORM)
+    with watch() as ran:
+        for _ in range(2):
+            build("sigmoid", dtype=torch.float32)(*(t.float() for t in inputs(9)), Mask(9, 9), SCALING)
+            build("relu")(*inputs(9), Mask(9, 9), SCALING)
+    assert ran == {"scores": {"torch"}} and told(ran) == "scores torch"
+    assert caplog.messages == [
+        "scores: backend toy is passed over: it has no kernel for sigmoid",
+        "scores: backend toy is passed over: it takes torch.float32, not torch.float64",
+    ]
+    assert {record.levelno for record in caplog.records} == {logging.INFO}
+
+
+def test_a_form_for_another_device_is_no_form_here(tmp_path, monkeypatch, forget, caplog):
+    caplog.set_level(logging.INFO)
+    add_form(tmp_path, monkeypatch, FORM.replace('("cpu",)', '("cuda",)'))
+    with watch() as ran:
+        build("relu", dtype=torch.float32)(*(t.float() for t in inputs(9)), Mask(9, 9), SCALING)
+    assert ran == {"scores": {"torch"}} and not caplog.messages
+    with backend("toy"), pytest.raises(NotImplementedError, match="it runs on cuda, not on cpu"):
+        build("relu", dtype=torch.float32)(*(t.float() for t in inputs(9)), Mask(9, 9), SCALING)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    (
+        ("import a_library_that_is_not_there", "a_library_that_is_not_there is not installed"),
+        ("available = lambda: 'the processor has no AVX-512'", "the processor has no AVX-512"),
+    ),
+    ids=("library", "processor"),
+)
+def test_a_form_that_this_machine_cannot_run_is_passed_over_with_its_reason(
+    tmp_path, monkeypatch, forget, caplog, line, reason
+):
+    caplog.set_level(logging.INFO)
+    add_form(tmp_path, monkeypatch, f"{FORM}\n{line}\n")
+    given = [t.float() for t in inputs(9)]
+    build("relu", dtype=torch.float32)(*given, Mask(9, 9), SCALING)
+    assert caplog.messages == [f"scores: backend toy is passed over: {reason}"]
+    with backend("scores=toy"), pytest.raises(NotImplementedError, match=reason):
+        build("relu", dtype=torch.float32)(*given, Mask(9, 9), SCALING)
+
+
+def test_what_is_forced_refuses_instead_of_passing_over(tmp_path, monkeypatch, forget, caplog):
+    caplog.set_level(logging.INFO)
+    add_form(tmp_path, monkeypatch, FORM)
+    for text in ("toy", "scores=toy", "linear=reference, scores=toy"):
+        with backend(text), pytest.raises(NotImplementedError) as error:
+            build("relu")(*inputs(9), Mask(9, 9), SCALING)
+        assert str(error.value) == (
+            "scores: HF_ATTNSWAP_BACKEND asks for backend toy, which cannot serve this call: "
+            "it takes torch.float32, not torch.float64"
+        )
+    with backend("toy"), watch() as ran:  # the others have no such form
+        build("elu")(*inputs(9), Mask(9, 9), SCALING)
+    with backend("scores=reference,linear=torch"), watch(), watch() as both:
+        build("relu")(*inputs(9), Mask(9, 9), SCALING)
+        build("elu")(*inputs(9), Mask(9, 9), SCALING)
+        assert backends_of("scores")[0] == "reference"
+    assert ran == {"linear": {"torch"}} and both == {"scores": {"reference"}, "linear": {"torch"}}
+    assert not caplog.messages
+    with backend("reference"), torch.no_grad(), pytest.raises(NotImplementedError, match="keeps no state"):
+        build("window")(*inputs(9), Mask(9, 9), SCALING, {})
+
+
+def test_an_op_without_a_form_that_serves_says_so(monkeypatch, forget):
+    relu = build("relu")
+    for form in OPS["scores"].forms.values():
+        monkeypatch.setattr(form, "unfit", lambda *arguments: "not today")
+    with pytest.raises(NotImplementedError, match="scores: no backend of torch, reference can serve this call"):
+        relu(*inputs(9), Mask(9, 9), SCALING)
+
+
+def test_a_form_without_run_is_refused(tmp_path, monkeypatch, forget):
+    with pytest.raises(TypeError, match="toy.py has no function run"):
+        add_form(tmp_path, monkeypatch, "devices = ('cpu',)\n")
+
+
+def test_each_thread_chooses_and_watches_for_itself():
+    """Both threads stand inside their contexts while both call."""
+    relu, results, together = build("relu"), {}, threading.Barrier(3, timeout=60)
+
+    def work(chosen):
+        with backend(chosen), watch() as ran:
+            for _ in range(50):
+                together.wait()
+                relu(*inputs(5), Mask(5, 5), SCALING)
+        results[chosen] = ran
+
+    threads = [threading.Thread(target=work, args=(chosen,)) for chosen in ("torch", "reference", None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {"torch": {"scores": {"torch"}}, "reference": {"scores": {"reference"}}, None: results["torch"]}
 
 
 def test_the_variable_is_read_on_import():
-    run = subprocess.run(
-        [sys.executable, "-c", "from hf_attnswap.ops import backends; print(backends.order())"],
-        env={**os.environ, backends.VARIABLE: "reference"},
-        capture_output=True,
-        text=True,
+    def run(value):
+        return subprocess.run(
+            [sys.executable, "-c", "from hf_attnswap.ops import backends; print(backends.forced())"],
+            env={**os.environ, backends.VARIABLE: value},
+            capture_output=True,
+            text=True,
+        )
+
+    assert run("reference").stdout.strip() == "{'all ops': 'reference'}"
+    wrong = run("fast")
+    assert wrong.returncode == 1 and wrong.stderr.strip().endswith(
+        "UsageError: HF_ATTNSWAP_BACKEND=fast: no op has a backend 'fast'; expected one of reference, torch"
     )
-    assert run.stdout.strip() == "('reference', 'torch')", run.stderr
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="HF_ATTNSWAP_BACKEND is 'fast'; expected one of torch, reference"):
-        backends._ordered("fast")
+@pytest.mark.parametrize(
+    ("text", "says"),
+    (
+        ("fast", "no op has a backend 'fast'; expected one of reference, torch"),
+        ("scores=fast", "op scores has no backend 'fast'; expected one of reference, torch"),
+        ("score=torch", "there is no op 'score'; the ops are delta, gated, hybrid, linear, scores, window"),
+        ("torch,reference", "two backends for all ops; name one"),
+        ("scores=torch,scores=torch", "two backends for scores; name one"),
+    ),
+)
+def test_what_does_not_exist_is_refused(text, says):
+    with pytest.raises(UsageError) as error, backend(text):
+        pass
+    assert str(error.value) == f"HF_ATTNSWAP_BACKEND={text}: {says}"
+
+
+def test_choosing_costs_little():
+    """A few microseconds; the bound is for a busy machine."""
+    import timeit
+
+    op = OPS["linear"]
+    given = (torch.zeros(1),) * 11
+    assert min(timeit.repeat(lambda: op._choose(given), number=1000, repeat=5)) / 1000 < 20e-6

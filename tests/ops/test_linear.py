@@ -6,7 +6,10 @@ import torch
 from hf_attnswap import attentions
 from hf_attnswap.attentions import Heads
 from hf_attnswap.masks import Mask
-from hf_attnswap.ops import linear
+from hf_attnswap.ops.linear import reference as by_formula
+from hf_attnswap.ops.linear.torch import at_once
+from hf_attnswap.ops.scores.torch import by_blocks
+from hf_attnswap.ops.spec import FeatureMap
 
 
 def inputs(length: int):
@@ -22,13 +25,10 @@ def test_all_chunks_at_once(length, eps, masked):
     key_mask = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
     state = torch.rand(2, 2, 4, 4, dtype=torch.float64)
     found = []
-    for form in (linear._at_once, linear._causal_reference):
+    phi = FeatureMap("of this test", lambda x, weight: (x @ weight).sigmoid(), tensors={"weight": weight})
+    for form, more in ((at_once, ()), (by_formula.run, (True,))):
         tensors = [*inputs(length), weight]
-
-        def phi(x):
-            return (x @ weight).sigmoid()
-
-        out, den, after = form(*tensors[:3], key_mask, state, phi, phi, 0.5, eps, 8, weight)
+        out, den, after = form(*tensors[:3], phi, phi, 0.5, key_mask, state, eps, 8, *more)
         grads = torch.autograd.grad(out.square().sum() + den.sum(), tensors)
         found.append([out, den, after, *grads])
     for ours, reference in zip(*found, strict=True):
@@ -40,7 +40,11 @@ def test_gradient_of_blocked_scores(name):
     """Long enough for several blocks of rows and of keys, and no multiple of them."""
     attention = attentions.get(name)(Heads(2, 1, 4)).double()
     length, found = 600, []
-    for form in (attention._blocked, attention.reference):
+
+    def blocked(query, key, value, mask, scaling):
+        return by_blocks(query, key, value, mask, scaling, attention.activation(), None, query.dtype)
+
+    for form in (blocked, attention.reference):
         torch.manual_seed(0)
         tensors = [torch.randn(1, h, length, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1)]
         out = form(*tensors, Mask(length, length), 0.5)

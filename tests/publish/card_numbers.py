@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from hf_attnswap import attentions
+from hf_attnswap.report import Report, to_json
 from hf_attnswap.report.text import count, number
 
 ALWAYS = {
@@ -30,10 +31,17 @@ def shown(value: Any) -> set[str]:
     if isinstance(value, int):
         return {str(value), count(value), number(value)}
     # As it is, as a duration in milliseconds, as a share in percent, as a learning rate.
-    return {str(value), number(value), number(value * 1000), f"{100 * abs(value):.1f}", f"{value:g}"}
+    return {
+        str(value),
+        number(value),
+        number(abs(value)),
+        number(value * 1000),
+        f"{100 * abs(value):.1f}",
+        f"{value:g}",
+    }
 
 
-def strangers(text: str, report: dict | None, config: dict, *names: str) -> set[str]:
+def strangers(text: str, report: Report | None, config: dict, *names: str) -> set[str]:
     """Numbers of a card that neither its JSON nor the description of its variants has.
 
     Args:
@@ -42,4 +50,4 @@ def strangers(text: str, report: dict | None, config: dict, *names: str) -> set[
     groups = config["attnswap"]["swapped"] or []
     classes = [attentions.get(group["attention"]) for group in groups]
     described = [[cls.formula, cls.cost, cls.source] for cls in classes]
-    return numbers_in(text) - shown([report, config, described, *names]) - ALWAYS
+    return numbers_in(text) - shown([report and to_json(report), config, described, *names]) - ALWAYS

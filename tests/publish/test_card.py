@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from huggingface_hub import ModelCard
 
 from hf_attnswap import UsageError, report
 from hf_attnswap.publish import card
+from hf_attnswap.report import Report
 from hf_attnswap.report.text import number
+from hf_attnswap.report.types import Arm, Group, Metric, Stage
+from hf_attnswap.statistics import Spread
 
 DEMO = Path(__file__).parents[2] / "benchmarks" / "results" / "demo" / "report.json"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -23,60 +27,60 @@ def config_of(attention: str, options: dict, layers: int = 30) -> dict:
 
 
 @pytest.fixture
-def demo() -> dict:
+def demo() -> Report:
     return report.read(DEMO)
 
 
-def arms(found: dict) -> list[dict]:
-    return [arm for arm in found["arms"] if arm["attention"] != "softmax"]
+def arms(found: Report) -> list[Arm]:
+    return [arm for arm in found.arms if arm.attention != "softmax"]
 
 
-def render(found: dict | None, config: dict, **changed) -> str:
+def render(found: Report | None, config: dict, **changed) -> str:
     given = dict(report=found, base_model=BASE, licence="apache-2.0") | changed
     return card.render(config, "user/smollm2-swapped", **given)
 
 
-def unknown(text: str, found: dict | None, config: dict) -> set[str]:
+def unknown(text: str, found: Report | None, config: dict) -> set[str]:
     return strangers(text, found, config, BASE, "user/smollm2-swapped")
 
 
 def test_every_number_is_in_the_json(demo):
     for arm in arms(demo):
-        config = config_of(arm["attention"], arm["options"])
+        config = config_of(arm.attention, arm.options)
         text = render(demo, config)
-        assert not unknown(text, demo, config), arm["label"]
-        for entry in arm["perplexity"]:
-            assert number(entry["perplexity"]) in text and number(entry["ratio"]["low"]) in text
-        for entry in arm["speed"]:
-            assert number(entry["prefill_speedup"]["median"]) in text
+        assert not unknown(text, demo, config), arm.label
+        for entry in arm.perplexity:
+            assert number(entry.perplexity) in text and number(entry.ratio.low) in text
+        for entry in arm.speed:
+            assert number(entry.prefill_speedup.median) in text
 
 
 def test_a_number_that_is_not_in_the_json_is_found(demo):
     config = config_of("elu", {})
     assert unknown(render(demo, config) + "It is 3.75 times as fast.", demo, config) == {"3.75"}
     changed = copy.deepcopy(demo)
-    arm = next(arm for arm in changed["arms"] if arm["attention"] == "elu")
-    arm["perplexity"][0]["perplexity"] *= 1.5
+    arm = next(arm for arm in changed.arms if arm.attention == "elu")
+    arm.perplexity[0].perplexity *= 1.5
     assert unknown(render(demo, config), changed, config)
 
 
 def test_metadata(demo):
-    arm = next(arm for arm in demo["arms"] if arm["attention"] == "hedgehog+window")
-    data = ModelCard(render(demo, config_of(arm["attention"], arm["options"]), tags=["mine"])).data
+    arm = next(arm for arm in demo.arms if arm.attention == "hedgehog+window")
+    data = ModelCard(render(demo, config_of(arm.attention, arm.options), tags=["mine"])).data
     assert (data.base_model, data.base_model_relation, data.license) == (BASE, "finetune", "apache-2.0")
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     assert set(data.tags) == {"hf_attnswap", "attention", "hedgehog+window", "mine"}
     perplexity, ratio = data.eval_results
-    assert perplexity.metric_value == arm["perplexity"][0]["perplexity"] and perplexity.metric_type == "perplexity"
-    assert ratio.metric_value == arm["perplexity"][0]["ratio"]["value"]
+    assert perplexity.metric_value == arm.perplexity[0].perplexity and perplexity.metric_type == "perplexity"
+    assert ratio.metric_value == arm.perplexity[0].ratio.value
 
 
 def test_controls_formula_machine_and_limits_are_there(demo):
-    arm = next(arm for arm in demo["arms"] if arm["attention"] == "hedgehog+window")
-    text = render(demo, config_of(arm["attention"], arm["options"]))
+    arm = next(arm for arm in demo.arms if arm.attention == "hedgehog+window")
+    text = render(demo, config_of(arm.attention, arm.options))
     for said in (
         "softmax (control)", "none (control)", "window (control)", "| hedgehog |", "16,384 tokens",
-        "no length was found from which on it is faster in every run", demo["machine"]["processor"], demo["date"],
+        "too few rounds to say from which length on it is faster", demo.machine.processor, demo.date,
         "attnswap tradeoff", "import hf_attnswap", 'pipeline("text-generation", "user/smollm2-swapped")',
         "SmolLM2-135M-Instruct.Q4_1.gguf, dequantised", "is for causal attention only", "any other mask raises",
     ):  # fmt: skip
@@ -86,8 +90,8 @@ def test_controls_formula_machine_and_limits_are_there(demo):
 
 
 def test_speed_is_said_as_it_was_measured(demo):
-    for entry in (entry for arm in demo["arms"] if arm["attention"] == "elu" for entry in arm["speed"]):
-        entry["prefill_speedup"] = {"median": 2.5, "low": 2.25, "high": 2.75, "runs": 2}
+    for entry in (entry for arm in demo.arms if arm.attention in ("elu", "none") for entry in arm.speed):
+        entry.prefill_speedup = Spread(2.5, 2.25, 2.75, 3)
     text = render(demo, config_of("elu", {}))
     assert (
         "Prefill: ×2.500 the speed of softmax at 1,024 tokens, the longest measured; faster in every run from 256"
@@ -116,11 +120,13 @@ def test_a_report_on_something_else_is_refused(demo):
 
 def test_some_layers_only(demo):
     odd = list(range(1, 30, 2))
-    for arm in demo["arms"]:
-        if arm["attention"] in ("elu", "none"):
-            part = arm | {"label": f"{arm['label']}:layers=1::2", "cost": f"{arm['cost']}, softmax in 15 of 30 layers"}
-            part |= {"swapped": [arm["swapped"][0] | {"layers": odd}], "cost_class": "quadratic"}
-            demo["arms"] = [*demo["arms"], part]
+    for arm in demo.arms:
+        if arm.attention in ("elu", "none"):
+            part = replace(
+                arm, label=f"{arm.label}:layers=1::2", cost=f"{arm.cost}, softmax in 15 of 30 layers",
+                swapped=[replace(arm.swapped[0], layers=odd)], cost_class="quadratic",
+            )  # fmt: skip
+            demo.arms = [*demo.arms, part]
     config = config_of("elu", {})
     config["attnswap"]["swapped"][0]["layers"] = odd
     text = render(demo, config)
@@ -137,8 +143,9 @@ def test_layers_of_several_kinds(demo):
         {"attention": "elu", "options": {}, "kind": "causal", "layers": [0, 3]},
         {"attention": "sigmoid", "options": {}, "kind": "causal", "layers": [1, 2]},
     ]
-    (arm,) = (arm for arm in demo["arms"] if arm["attention"] == "elu")
-    demo["arms"] += [arm | {"label": "elu and sigmoid of mine", "attention": "mixed", "swapped": groups}]
+    (arm,) = (arm for arm in demo.arms if arm.attention == "elu")
+    mixed = [Group(**group) for group in groups]
+    demo.arms += [replace(arm, label="elu and sigmoid of mine", attention="mixed", swapped=mixed)]
     config = config_of("elu", {})
     config["attnswap"]["swapped"] = groups[::-1]
     text = render(demo, config)
@@ -146,12 +153,11 @@ def test_layers_of_several_kinds(demo):
     assert "| elu and sigmoid of mine |" in text and not unknown(text, demo, config)
 
 
-def trained(demo: dict) -> dict:
+def trained(demo: Report) -> Report:
     """The arm of a trained conversion, beside one that the run aligned itself."""
-    (arm,) = (arm for arm in demo["arms"] if arm["attention"] == "hedgehog")
+    (arm,) = (arm for arm in demo.arms if arm.attention == "hedgehog")
     stages = [
-        {"stage": name, "trains": trains, "text": "book.txt", "tokens": tokens, "steps": 7, "learning_rate": rate,
-         "first_loss": 0.8125, "last_loss": 0.25, "arguments": arguments}
+        Stage(name, trains, "book.txt", tokens, 7, rate, first_loss=0.8125, last_loss=0.25, arguments=arguments)
         for name, trains, tokens, rate, arguments in (
             ("align", "the parameters of the variant", 204_800, 0.01,
              {"attention": "hedgehog", "train_file": "book.txt", "max_train_tokens": 204_800}),
@@ -159,7 +165,7 @@ def trained(demo: dict) -> dict:
         )
     ]  # fmt: skip
     told = {"alignment": None, "training": stages, "training_tokens": 819_200, "conversion": "mine"}
-    demo["arms"] += [arm | {"label": "hedgehog of mine", **told}]
+    demo.arms += [replace(arm, label="hedgehog of mine", **told)]
     return demo
 
 
@@ -167,29 +173,31 @@ def test_training_is_told_by_stage_and_can_be_repeated(demo):
     config = config_of("hedgehog", {})
     text = render(trained(demo), config)
     assert "| distill | all weights | book.txt | 614,400 | 7 | 1e-05 | 0.812 to 0.250 |" in text
-    assert "convert.py --recipe recipe.yaml" in text and "| hedgehog of mine |" in text and "| hedgehog |" in text
+    assert (
+        "hf_attnswap.training --recipe recipe.yaml" in text
+        and "| hedgehog of mine |" in text
+        and "| hedgehog |" in text
+    )
     assert not unknown(text, demo, config)
     assert card.recipe(demo, config, BASE) == {
         "model_name_or_path": "SmolLM2-135M-Instruct.Q4_1.gguf",
         "attention": "hedgehog",
         "stages": [
-            {"stage": "align", "train_file": "book.txt", "max_train_tokens": 204_800},
-            {"stage": "distill", "train_file": "book.txt", "use_lora": True},
+            {"stage": "align", "max_train_tokens": 204_800},
+            {"stage": "distill", "use_lora": True},
         ],
     }
-    task = {"task": "needle", "metric": "accuracy", "higher_is_better": True, "value": 0.75, "standard_error": 0.0625}
-    task |= {"items": 48, "few": True, "difference": None, "against": []}
-    demo["arms"][-1]["tasks"] = [task]
+    demo.arms[-1].metrics = [Metric("needle", "accuracy", True, 0.75, 0.0625, 48)]
     first = ModelCard(render(demo, config)).data.eval_results[0]
     assert (first.dataset_name, first.metric_type, first.metric_value) == ("needle", "accuracy", 0.75)
-    tuned = demo["arms"][0] | {"label": "softmax of tuned", "conversion": "tuned", "training_tokens": 32_768}
-    against = demo["arms"][-1]["perplexity"][0]["ratio"] | {"arm": "softmax of tuned"}
-    demo["arms"][-1] = demo["arms"][-1] | {"perplexity": [demo["arms"][-1]["perplexity"][0] | {"against": [against]}]}
-    demo["arms"] += [tuned]
+    tuned = replace(demo.arms[0], label="softmax of tuned", conversion="tuned", training_tokens=32_768)
+    against = replace(demo.arms[-1].perplexity[0].ratio, arm="softmax of tuned")
+    demo.arms[-1] = replace(demo.arms[-1], perplexity=[replace(demo.arms[-1].perplexity[0], against=[against])])
+    demo.arms += [tuned]
     text = render(demo, config)
     assert "against softmax of tuned, trained on 32,768 tokens: ×" in text and "| softmax of tuned (control) |" in text
     assert not unknown(text, demo, config)
-    demo["arms"] += [demo["arms"][-2] | {"label": "hedgehog of others"}]
+    demo.arms += [replace(demo.arms[-2], label="hedgehog of others")]
     with pytest.raises(UsageError, match="several arms that are this conversion.*of mine and hedgehog of others"):
         render(demo, config)
 

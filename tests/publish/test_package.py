@@ -73,7 +73,9 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     """The wheel and the sdist."""
     needs("build")
     folder = tmp_path_factory.mktemp("package")
-    unwanted = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "examples", "model_cards")
+    unwanted = shutil.ignore_patterns(
+        ".*", "*.egg-info", "__pycache__", "build", "dist", "examples", "benchmarks", "model_cards"
+    )
     source = shutil.copytree(ROOT, folder / "source", ignore=unwanted)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -87,7 +89,11 @@ def test_wheel_and_sdist_hold_the_package_and_its_metadata(built):
     wheel, sdist = built
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_attnswap").rglob("*.py")} <= inside
-    assert {"hf_attnswap/py.typed", "hf_attnswap/publish/portable_runtime.txt"} <= inside
+    assert {
+        "hf_attnswap/training/recipes/plain.yaml",
+        "hf_attnswap/py.typed",
+        "hf_attnswap/publish/portable_runtime.txt",
+    } <= inside
     assert not any(name.startswith("tests") for name in inside)
     metadata = zipfile.ZipFile(wheel).read(next(n for n in inside if n.endswith("/METADATA"))).decode()
     for said in ("Name: hf_attnswap", "License-Expression: Apache-2.0", "Requires-Python: >=3.10", "# hf_attnswap"):

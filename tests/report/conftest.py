@@ -2,9 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+
+from hf_attnswap.report import Report, parse
+from hf_attnswap.report.types import Comparison, Diagnostics, Gradient, Layer, Metric, Scale
+from hf_attnswap.statistics import Spread
 
 LENGTHS = (512, 2048, 8192)
 SOFTMAX = {512: 29.3, 2048: 21.4}
@@ -14,10 +19,11 @@ def spread(median: float) -> dict[str, Any]:
     return {"median": median, "low": median * 0.95, "high": median * 1.06, "runs": 5}
 
 
-def compared(value: float, spread: float = 0.02, few: bool = False) -> dict[str, Any]:
+def compared(value: float, spread: float = 0.02, few: bool = False, arm: str = "softmax") -> dict[str, Any]:
     low, high = value * (1 - spread), value * (1 + spread)
     verdict = "worse" if low > 1 else "better" if high < 1 else "no measurable difference"
-    return {"value": value, "low": low, "high": high, "items": 20 if few else 640, "few": few, "verdict": verdict}
+    items = 20 if few else 640
+    return {"arm": arm, "value": value, "low": low, "high": high, "items": items, "verdict": verdict}
 
 
 def compare_all(arms: list[dict[str, Any]]) -> None:
@@ -26,7 +32,7 @@ def compare_all(arms: list[dict[str, Any]]) -> None:
         for index, entry in enumerate(mine["perplexity"]):
             others = [o for o in arms if o is not mine and o["attention"] != "softmax" and len(o["perplexity"]) > index]
             pairs = [(o["label"], entry["perplexity"] / o["perplexity"][index]["perplexity"]) for o in others]
-            entry["against"] = [{"arm": label} | compared(value) for label, value in pairs]
+            entry["against"] = [compared(value, arm=label) for label, value in pairs]
 
 
 def arm(
@@ -86,14 +92,10 @@ def arm(
         "training": [],
         "conversion": None,
         "checks": [] if is_softmax else [{"name": "causal", "passed": True, "worst": 1e-6, "limit": 1e-3}],
-        "growth": {
-            "prefill_s": {"exponent": 1.4, "low": 1.2, "high": 1.6, "lengths": 3} if speed else None,
-            "decode_s": None,
-            "train_s": None,
-        },
+        "growth": {"prefill_s": {"exponent": 1.4, "low": 1.2, "high": 1.6, "lengths": 3}} if speed else {},
         "diagnostics": None,
         "perplexity": perplexity,
-        "tasks": [],
+        "metrics": [],
         "speed": speed,
     }
     made |= other
@@ -140,8 +142,10 @@ def make_report() -> dict[str, Any]:
     ]
     compare_all(arms)
     return {
-        "schema": "hf_attnswap.tradeoff",
-        "version": 3,
+        "schema": "hf_attnswap.report",
+        "version": 1,
+        "kind": "tradeoff",
+        "title": "Attention swaps in HuggingFaceTB/SmolLM2-135M-Instruct",
         "model": {
             "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "parameters": 134_515_008,
@@ -162,11 +166,13 @@ def make_report() -> dict[str, Any]:
         "versions": {"hf_attnswap": "0.1.0", "torch": "2.9.0", "transformers": "5.0.0", "python": "3.11.7"},
         "date": "2026-11-21T22:00:00+00:00",
         "command": "attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct",
-        "seed": 0,
+        "seeds": [0],
         "data": {
-            "text": "WikiText-2 test",
-            "training_tokens": 51200,
-            "evaluation_tokens": 10240,
+            "training": "WikiText-2 valid",
+            "training_size": 51200,
+            "evaluation": "WikiText-2 test",
+            "evaluation_size": 10240,
+            "unit": "tokens",
             "fingerprint": "0123456789abcdef",
         },
         "arms": arms,
@@ -174,35 +180,40 @@ def make_report() -> dict[str, Any]:
 
 
 @pytest.fixture
-def report() -> dict[str, Any]:
-    """A fresh copy: tests change it."""
+def content() -> dict[str, Any]:
+    """The report as its JSON has it."""
     return make_report()
 
 
-def metric(task: str, value: float, softmax: float, others: dict[str, float] | None, few: bool) -> dict[str, Any]:
+@pytest.fixture
+def report(content: dict[str, Any]) -> Report:
+    """A fresh copy: tests change it."""
+    return parse(content)
+
+
+def metric(task: str, value: float, softmax: float, others: dict[str, float] | None, few: bool) -> Metric:
     """The entry of a task; `others` None for softmax's own."""
 
-    def told(other: float, spread: float = 0.1) -> dict[str, Any]:
+    def told(arm: str, other: float, spread: float = 0.1) -> Comparison:
         less = value - other
         low, high = less - spread, less + spread
         verdict = "better" if low > 0 else "worse" if high < 0 else "no measurable difference"
-        return {"value": less, "low": low, "high": high, "items": 20 if few else 640, "few": few, "verdict": verdict}
+        return Comparison(arm, less, low, high, 20 if few else 640, verdict)
 
-    return {
-        "task": task, "metric": "found", "higher_is_better": True, "value": value, "standard_error": 0.05,
-        "items": 20 if few else 640, "few": few, "difference": None if others is None else told(softmax),
-        "against": [{"arm": label} | told(other) for label, other in (others or {}).items()],
-    }  # fmt: skip
+    return Metric(
+        task, "found", True, value, 0.05, 20 if few else 640,
+        difference=None if others is None else told("softmax", softmax),
+        against=[told(label, other) for label, other in (others or {}).items()],
+    )  # fmt: skip
 
 
-def layer(kl: float, gradient: float, keys: float) -> dict[str, Any]:
-    norms = dict.fromkeys(["query", "key", "value", "layer_input"], 1.0)
-    return {
-        "layer": "model.layers.0.self_attn", "kl": kl, "perplexity_ratio": 1.1,
-        "gradient": norms | {"layer_input": gradient}, "gradient_of_softmax": norms | {"layer_input": 2.0},
-        "dead": 0.1, "saturated": None, "effective_keys": keys, "softmax_effective_keys": 10.0, "row_sum": 1.0,
-        "negative": 0.0, "sparsity": 0.2, "distance": 0.3, "output_scale": [{"first": 1, "last": 1, "scale": 1.0}],
-    }  # fmt: skip
+def layer(kl: float, gradient: float, keys: float) -> Layer:
+    return Layer(
+        layer="model.layers.0.self_attn", kl=kl, perplexity_ratio=1.1,
+        gradient=Gradient(1.0, 1.0, 1.0, gradient), gradient_of_softmax=Gradient(1.0, 1.0, 1.0, 2.0),
+        dead=0.1, effective_keys=keys, softmax_effective_keys=10.0, row_sum=1.0,
+        negative=0.0, sparsity=0.2, distance=0.3, output_scale=[Scale(1, 1, 1.0)],
+    )  # fmt: skip
 
 
 # What an arm finds of the needles at two lengths.
@@ -213,29 +224,29 @@ FOUND = {
 
 
 @pytest.fixture
-def full(report: dict[str, Any]) -> dict[str, Any]:
+def full(report: Report) -> Report:
     """The report with tasks, the time of training steps, and a look at three layers of some arms."""
-    for one in report["arms"]:
-        found = FOUND.get(one["label"])
+    for one in report.arms:
+        found = FOUND.get(one.label)
         for number, length in enumerate((512, 2048) if found else ()):
             values = {label: both[number] for label, both in FOUND.items()}
-            value, softmax = values.pop(one["label"]), FOUND["softmax"][number]
-            others = None if one["attention"] == "softmax" else {k: v for k, v in values.items() if k != "softmax"}
-            one["tasks"].append(metric(f"needle at {length}", value, softmax, others, few=not number))
-        for entry in one["speed"][1:]:
-            entry["train_s"] = spread(entry["prefill_s"]["median"] * 3)
-            entry["train_speedup"] = entry["prefill_speedup"]
-        if found and one["attention"] != "softmax":
+            value, softmax = values.pop(one.label), FOUND["softmax"][number]
+            others = None if one.attention == "softmax" else {k: v for k, v in values.items() if k != "softmax"}
+            one.metrics.append(metric(f"needle at {length}", value, softmax, others, few=not number))
+        for entry in one.speed[1:]:
+            entry.train_s = Spread(**spread(entry.prefill_s.median * 3))
+            entry.train_speedup = entry.prefill_speedup
+        if found and one.attention != "softmax":
             layers = [layer(kl, 1.0 + kl, 5.0) for kl in (0.3, 0.1, 0.2)]
-            one["diagnostics"] = {"context": 64, "tokens": 64, "layers": layers, "layers_by_damage": [1, 2, 0]}
+            one.diagnostics = Diagnostics(64, 64, layers, [1, 2, 0])
     return report
 
 
 @pytest.fixture
-def without() -> Callable[[dict[str, Any], str], dict[str, Any]]:
+def without() -> Callable[[Report, str], Report]:
     """The report without the arms of one attention."""
 
-    def remove(report: dict[str, Any], attention: str) -> dict[str, Any]:
-        return copy.deepcopy(report) | {"arms": [a for a in report["arms"] if a["attention"] != attention]}
+    def remove(report: Report, attention: str) -> Report:
+        return replace(copy.deepcopy(report), arms=[a for a in report.arms if a.attention != attention])
 
     return remove

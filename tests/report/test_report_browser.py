@@ -3,11 +3,10 @@
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hf_attnswap.report import write_all
+from hf_attnswap.report import Report, write_all
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -25,14 +24,14 @@ def browse(page: Path, folder: Path, *arguments: str) -> str:
     return run.stdout
 
 
-def test_the_page_in_a_browser_light_and_dark_on_a_desk_and_on_a_phone(full: dict[str, Any], tmp_path: Path) -> None:
+def test_the_page_in_a_browser_light_and_dark_on_a_desk_and_on_a_phone(full: Report, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     write_all(full, tmp_path)
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
     found = browse(page, tmp_path, "--dump-dom")
     assert found.count("<img") == 4 and found.count("<table>") == 7
-    assert all(arm["label"].replace("+", "+<wbr>").split(":")[0] in found for arm in full["arms"])
+    assert all(arm.label.replace("+", "+<wbr>").split(":")[0] in found for arm in full.arms)
     for dark in (False, True):
         for width, height in ((1280, 1600), (390, 1600)):
             scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"

@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 
-from hf_attnswap.report import compare, write
+from hf_attnswap.report import Report, compare, write
 
 
-def test_every_run_has_its_rows_and_its_machine(report: dict[str, Any]) -> None:
+def test_every_run_has_its_rows_and_its_machine(report: Report) -> None:
     other = copy.deepcopy(report)
-    other["machine"]["processor"] = "another"
-    other["arms"] = other["arms"][:3]
-    for arm in other["arms"]:
-        arm["perplexity"], arm["speed"] = arm["perplexity"][:1], arm["speed"][1:]
-    header, *body = compare.rows({"a.json": report, "b.json": other})
+    other.machine.processor = "another"
+    other.arms = other.arms[:3]
+    for arm in other.arms:
+        arm.perplexity, arm.speed = arm.perplexity[:1], arm.speed[1:]
+    table = compare.side_by_side({"a.json": report, "b.json": other})
+    header, body = table.header, table.rows
     assert header[3:5] == ["perplexity at 512 (ratio to softmax, 95 %)", "perplexity at 2,048 (ratio to softmax, 95 %)"]
-    assert [row[0] for row in body] == ["a.json"] * len(report["arms"]) + ["b.json"] * 3
+    assert [row[0] for row in body] == ["a.json"] * len(report.arms) + ["b.json"] * 3
     window = dict(zip(header, body[-1], strict=True))
     assert window["arm"] == "window:w=64 (control)"
     assert window[header[3]] == "44.24; ×1.510 (1.480–1.540)" and window[header[4]] == "not measured"
@@ -28,22 +29,22 @@ def test_every_run_has_its_rows_and_its_machine(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("text", "Moby Dick"), ("evaluation_tokens", 512), ("fingerprint", "fedcba9876543210")]
+    ("key", "value"), [("evaluation", "Moby Dick"), ("evaluation_size", 512), ("fingerprint", "fedcba9876543210")]
 )
-def test_runs_on_different_data_are_refused(report: dict[str, Any], key: str, value: Any) -> None:
+def test_runs_on_different_data_are_refused(report: Report, key: str, value: Any) -> None:
     other = copy.deepcopy(report)
-    other["data"][key] = value
+    setattr(other.data, key, value)
     with pytest.raises(ValueError, match=rf"a.json and b.json were measured on different data \({key} "):
-        compare.rows({"a.json": report, "b.json": other})
+        compare.side_by_side({"a.json": report, "b.json": other})
 
 
-def test_a_run_without_a_fingerprint_goes_by_its_text(report: dict[str, Any]) -> None:
+def test_a_run_without_a_fingerprint_goes_by_its_text(report: Report) -> None:
     other = copy.deepcopy(report)
-    other["data"]["fingerprint"] = None
-    assert len(compare.rows({"a.json": report, "b.json": other})) == 1 + 2 * len(report["arms"])
+    other.data.fingerprint = None
+    assert len(compare.side_by_side({"a.json": report, "b.json": other}).rows) == 2 * len(report.arms)
 
 
-def test_the_command(report: dict[str, Any], tmp_path, monkeypatch, capsys) -> None:
+def test_the_command(report: Report, tmp_path, monkeypatch, capsys) -> None:
     from hf_attnswap import cli
 
     def attnswap(*arguments: Any) -> tuple[int, str, str]:
@@ -57,14 +58,14 @@ def test_the_command(report: dict[str, Any], tmp_path, monkeypatch, capsys) -> N
     first, second, third = (tmp_path / name for name in ("a.json", "b.json", "c.json"))
     write(report, first)
     write(report, second)
-    report["data"]["text"] = "Moby Dick"
+    report.data.evaluation = "Moby Dick"
     write(report, third)
     code, out, _ = attnswap(first, second)
     assert code == 0 and "b.json: HuggingFaceTB/SmolLM2-135M-Instruct on x86_64" in out
     code, out, err = attnswap(first, third)
-    assert (code, out) == (2, "") and "measured on different data (text 'WikiText-2 test' and 'Moby Dick')" in err
+    assert (code, out) == (2, "") and "measured on different data (evaluation 'WikiText-2 test' and 'Moby Dick')" in err
     code, out, err = attnswap(first, "--output_dir", tmp_path / "again")
-    assert code == 0 and "Quality: at context 2,048" in out and (tmp_path / "again" / "report.html").is_file()
+    assert code == 0 and "Keeps most: relu_power:p=16" in out and (tmp_path / "again" / "report.html").is_file()
     code, _, err = attnswap(first, second, "--output_dir", tmp_path / "x")
     assert code == 2 and "--output_dir is for the pages of a single report" in err
     (tmp_path / "bad.json").write_text("{")

@@ -11,12 +11,15 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from hf_attnswap import UsageError, report, swap
-from hf_attnswap.evaluation.paired import paired_bootstrap
+from hf_attnswap import UsageError, attentions, report, swap
 from hf_attnswap.evaluation.tasks.writing import agreement, continuations
 from hf_attnswap.sources.texts import TextSource, token_blocks
-from hf_attnswap.tradeoff import Settings, measure, with_controls
+from hf_attnswap.statistics import paired_bootstrap
+from hf_attnswap.tradeoff import Arm, Settings, measure, with_controls
+from hf_attnswap.tradeoff.rows import row
 from hf_attnswap.tradeoff.speed import training_step
+
+LABELS = ("softmax", "elu")
 
 
 class Letters:
@@ -32,7 +35,7 @@ class Letters:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The cat sat on the mat, and then it went out into the rain. " * 30)
+    path.write_text("The cat sat on the mat, and then it went out into the rain. " * 50)
     return TextSource(str(path))
 
 
@@ -64,61 +67,61 @@ def test_the_report_is_valid_and_can_be_drawn(measured, tmp_path):
     found, _ = measured
     report.write_all(found, tmp_path)
     written = report.read(tmp_path / "report.json")
-    assert written.keys() == found.keys()
-    assert [arm["label"] for arm in written["arms"]] == [arm["label"] for arm in found["arms"]]
+    assert [arm.label for arm in written.arms] == [arm.label for arm in found.arms]
     assert (tmp_path / "layers.png").is_file() and (tmp_path / "positions.png").is_file()
 
 
 def test_perplexity_and_paired_comparisons(measured):
-    arms = {arm["label"]: arm for arm in measured[0]["arms"]}
-    assert {arm["status"] for arm in arms.values()} == {"measured"}
-    softmax, hybrid = (arms[label]["perplexity"][0] for label in ("softmax", "elu+window:window=4,sinks=1"))
-    assert softmax["ratio"] is None and {a["arm"] for a in softmax["against"]} == set(arms) - {"softmax"}
-    assert hybrid["ratio"]["value"] == pytest.approx(hybrid["perplexity"] / softmax["perplexity"])
-    assert hybrid["ratio"]["items"] == 8 and hybrid["ratio"]["few"]
-    (against,) = [a for a in hybrid["against"] if a["arm"] == "elu"]
-    assert against["value"] == pytest.approx(hybrid["perplexity"] / arms["elu"]["perplexity"][0]["perplexity"])
-    assert math.log(softmax["word_perplexity"]) > math.log(softmax["perplexity"])
-    assert softmax["by_position"][-1]["last"] == 31
+    arms = {arm.label: arm for arm in measured[0].arms}
+    assert {arm.status for arm in arms.values()} == {"measured"}
+    softmax, hybrid = (arms[label].perplexity[0] for label in ("softmax", "elu+window:window=4,sinks=1"))
+    assert softmax.ratio is None and {a.arm for a in softmax.against} == set(arms) - {"softmax"}
+    assert hybrid.ratio.value == pytest.approx(hybrid.perplexity / softmax.perplexity)
+    assert hybrid.ratio.items == 8 and hybrid.ratio.few
+    (against,) = [a for a in hybrid.against if a.arm == "elu"]
+    assert against.value == pytest.approx(hybrid.perplexity / arms["elu"].perplexity[0].perplexity)
+    assert math.log(softmax.word_perplexity) > math.log(softmax.perplexity)
+    assert softmax.by_position[-1].last == 31
 
 
 def test_tasks_are_compared_on_the_same_items(measured, text):
-    arms = {arm["label"]: arm["tasks"] for arm in measured[0]["arms"]}
+    arms = {arm.label: arm.metrics for arm in measured[0].arms}
     hybrid, kept = arms["elu+window:window=4,sinks=1"], measured[1] / "measured"
-    names = [(entry["task"], entry["metric"], entry["items"]) for entry in hybrid]
+    names = [(entry.task, entry.metric, entry.items) for entry in hybrid]
     assert names == [
-        ("pairs", "acc", 8), ("pairs", "acc_norm", 8), ("writing", "tokens as the control's", 6),
-        ("writing", "tokens before the first other", 6), ("writing", "agreement when told the control's", 6),
-        ("writing", "repetition", 6),
+        ("pairs", "acc", 8), ("pairs", "acc_norm", 8), ("writing", "tokens as the control's", 8),
+        ("writing", "tokens before the first other", 8), ("writing", "agreement when told the control's", 8),
+        ("writing", "repetition", 8),
     ]  # fmt: skip
-    assert all(entry["few"] for entry in hybrid) and [entry["value"] for entry in arms["softmax"]][2:5] == [1, 64, 1]
-    assert all(entry["difference"] is None for entry in arms["softmax"])
+    assert all(entry.difference.few for entry in hybrid)
+    assert [entry.value for entry in arms["softmax"]][2:5] == [1, 64, 1]
+    assert all(entry.difference is None for entry in arms["softmax"])
     for entry, softmax, linear in zip(hybrid, arms["softmax"], arms["elu"], strict=True):
-        assert entry["difference"]["value"] == pytest.approx(entry["value"] - softmax["value"])
-        (against,) = [found for found in entry["against"] if found["arm"] == "elu"]
-        assert against["value"] == pytest.approx(entry["value"] - linear["value"])
+        assert entry.difference.value == pytest.approx(entry.value - softmax.value)
+        (against,) = [found for found in entry.against if found.arm == "elu"]
+        assert against.value == pytest.approx(entry.value - linear.value)
     # The interval is that of a paired bootstrap over the items.
     swapped, original = swap(tiny(), "elu"), tiny()
     written = torch.tensor(json.loads((kept / "answers.json").read_text())["writing"])
-    assert written.shape == (6, 64)
+    assert written.shape == (8, 64)
     tokens = token_blocks(text, Letters(), 32)
-    starts = tokens[-math.ceil(len(tokens) / 5) :].reshape(-1)[: 6 * 64].view(6, 64)
+    starts = tokens[-math.ceil(len(tokens) / 5) :].reshape(-1)[: 8 * 64].view(8, 64)
     assert torch.equal(continuations(original, starts, 64), written)
     ours, control = (agreement(model, starts, written).same for model in (swapped, original))
     expected = paired_bootstrap(ours, control, resamples=4000)
-    found = arms["elu"][2]["difference"]
-    assert found["value"] == pytest.approx(expected.value) and found["verdict"] == expected.verdict()
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), abs=0.02)
+    found = arms["elu"][2].difference
+    assert found.value == pytest.approx(expected.value) and found.verdict == expected.verdict()
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
 def test_a_training_step_is_timed_where_it_was_asked_for(measured):
-    softmax, *arms = measured[0]["arms"]
-    assert [entry["train_s"] is None for entry in softmax["speed"]] == [True, False]
-    assert softmax["speed"][1]["train_speedup"] is None and softmax["growth"]["train_s"] is None
+    softmax, *arms = measured[0].arms
+    assert [entry.train_s is None for entry in softmax.speed] == [True, False]
+    assert softmax.speed[-1].train_speedup is None and softmax.growth == {}
     for arm in arms:
-        step, pass_ = arm["speed"][1]["train_s"], arm["speed"][1]["prefill_s"]
-        assert step["runs"] == 2 and step["median"] > pass_["low"]
-        assert arm["speed"][1]["train_speedup"]["runs"] == 2
+        step, pass_ = arm.speed[-1].train_s, arm.speed[-1].prefill_s
+        assert step.runs == 2 and step.median > pass_.low
+        assert arm.speed[-1].train_speedup.runs == 2
 
 
 def test_a_training_step_leaves_the_model_as_it_was():
@@ -130,15 +133,14 @@ def test_a_training_step_leaves_the_model_as_it_was():
 
 
 def test_checks_growth_and_layers(measured):
-    softmax, *arms = measured[0]["arms"]
-    assert softmax["checks"] == [] and softmax["diagnostics"] is None
+    softmax, *arms = measured[0].arms
+    assert softmax.checks == [] and softmax.diagnostics is None
     for arm in arms:
-        assert [c["name"] for c in arm["checks"]] == ["causal", "padding", "state", "definition", "seam"]
-        assert all(c["passed"] for c in arm["checks"])
-        assert sorted(arm["diagnostics"]["layers_by_damage"]) == [0, 1, 2]
-        assert arm["diagnostics"]["tokens"] == 24 and len(arm["diagnostics"]["layers"]) == 3
-        assert arm["growth"]["prefill_s"]["low"] <= arm["growth"]["prefill_s"]["high"]
-    assert arms[0]["growth"]["prefill_s"]["lengths"] == 2
+        assert [c.name for c in arm.checks] == ["causal", "padding", "state", "definition", "seam"]
+        assert all(c.passed for c in arm.checks)
+        assert sorted(arm.diagnostics.layers_by_damage) == [0, 1, 2]
+        assert arm.diagnostics.tokens == 24 and len(arm.diagnostics.layers) == 3
+        assert arm.growth == {}  # two lengths say nothing of growth
 
 
 def test_an_interrupted_run_goes_on(measured, text, tasks):
@@ -147,10 +149,45 @@ def test_an_interrupted_run_goes_on(measured, text, tasks):
     said = []
     given = settings(**tasks)
     again = measure(
-        tiny(), Letters(), text, None, given, folder, model_name="tiny", command="test", progress=said.append
+        tiny(), Letters(), text, None, given, folder, model_name="tiny", command="test", observe=said.append
     )
-    assert [line for line in said if "perplexity" in line] == ["elu: perplexity at context 32"]
-    assert again["arms"] == found["arms"]
+    lines = dict.fromkeys(progress.line for progress in said)
+    assert [line for line in lines if "perplexity" in line] == ["elu: perplexity at context 32"]
+    assert 0.5 < said[0].done / said[0].total < 1 and said[-1].done == pytest.approx(said[-1].total)
+    assert again.arms == found.arms
+
+
+def test_growth_of_three_lengths_and_three_rounds():
+    """Of softmax n^2, of the arm n, in every round."""
+    cls = attentions.get("elu")
+    runs = {
+        str(n): [
+            {"softmax": {"prefill_s": 1e-6 * n * n, "cache_bytes": 8, "peak_memory_mib": None}}
+            | {"elu": {"prefill_s": 1e-4 * n, "cache_bytes": 4, "peak_memory_mib": 2.0}}
+        ]
+        * 3
+        for n in (100, 200, 400)
+    }
+    empty = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0, "nll": {}, "checks": []}
+    empty |= {"by_position": {}, "diagnostics": None, "tasks": [], "swapped": [], "kept": 0}
+    softmax, elu = (row(Arm(name, name, {}), dict.fromkeys(("softmax", "elu"), empty), runs, {}) for name in LABELS)
+    assert softmax.growth["prefill_s"].exponent == pytest.approx(2) and set(softmax.growth) == {"prefill_s"}
+    assert elu.growth["prefill_s"].exponent == pytest.approx(1) and elu.growth["prefill_s"].lengths == 3
+    assert elu.growth["prefill_s"].low == pytest.approx(1) and elu.formula == cls.formula
+    assert elu.speed[2].prefill_speedup.median == pytest.approx(4) and elu.speed[2].peak_memory_mib == 2
+    assert softmax.speed[0].prefill_speedup is None and softmax.speed[0].cache_mib == 8 / 2**20
+
+
+def test_every_step_says_how_much_of_the_whole_is_done(text, tmp_path):
+    said = []
+    given = settings(arms=("softmax", "hedgehog"), align_tokens=64, diagnose_tokens=0, lengths=(16,), train_lengths=())
+    measure(tiny(), Letters(), text, None, given, tmp_path, model_name="tiny", command="test", observe=said.append)
+    shares = [progress.done / progress.total for progress in said]
+    assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    assert len({progress.total for progress in said}) == 1
+    after = [share for share, progress in zip(shares, said, strict=True) if "alignment step 2 of 2" in progress.line]
+    before = [share for share, progress in zip(shares, said, strict=True) if "alignment step 1 of 2" in progress.line]
+    assert min(before) < min(after)  # the alignment counts as it goes
 
 
 @pytest.mark.long
@@ -159,7 +196,8 @@ def test_what_was_measured_survives_kill_9(stories260k, text_file, tmp_path, lin
     told = f"tradeoff {stories260k} --train_file {text_file} --output_dir {tmp_path / 'out'} --arm elu --no_controls "
     told += "--context_length 64 --max_eval_tokens 256 --block_size 64 --align_tokens 0 --decode_tokens 1 --rounds 2 "
     told += "--length 16 --length 32 --json"
-    command = [sys.executable, "-m", "hf_attnswap", *shlex.split(told)]
+    program = "import hf_attnswap.cli.progress as p; p.SELDOM_S = 0; from hf_attnswap.cli import main; main()"
+    command = [sys.executable, "-c", program, *shlex.split(told)]
     kept = tmp_path / "out" / "measured"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         said = ""
@@ -172,15 +210,16 @@ def test_what_was_measured_survives_kill_9(stories260k, text_file, tmp_path, lin
 
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = again.stderr.splitlines()
-    assert "softmax: already measured" in lines and not any(said.startswith("softmax: perplexity") for said in lines)
-    assert ("elu: checks" in lines) == ("elu.json" not in before)
+    assert any(said.endswith("] softmax: already measured") for said in lines)
+    assert not any("softmax: perplexity" in said for said in lines)
+    assert any(said.endswith("] elu: checks") for said in lines) == ("elu.json" not in before)
     after = {file.name: json.loads(file.read_text()) for file in kept.glob("*.json")}
     for name in set(before) - {"speed.json"}:
         assert after[name] == before[name]
     for length, rounds in before.get("speed.json", {}).items():
         assert after["speed.json"][length][: len(rounds)] == rounds
     found = json.loads(again.stdout)
-    assert found == report.read(tmp_path / "out" / "report.json")
+    assert found == report.to_json(report.read(tmp_path / "out" / "report.json"))
     assert [entry["prefill_s"]["runs"] for arm in found["arms"] for entry in arm["speed"]] == [2] * 4
     if "speed" in line:  # round 1 of both lengths, and 2 of the first, are those of the run that was killed
         assert {length: len(rounds) for length, rounds in before["speed.json"].items()} == {"16": 2, "32": 1}

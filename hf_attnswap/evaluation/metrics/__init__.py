@@ -1,4 +1,4 @@
-"""Metrics of the package `evaluate` (extra `eval`), as local modules: nothing is downloaded.
+"""Load metrics of the package `evaluate` (extra `eval`) from local modules, without a download.
 
 metric = hf_attnswap.evaluation.metrics.load("matthews")  # or evaluate.load(path of the folder)
 metric.compute(predictions=[1, 0, 1], references=[1, 1, 1])
@@ -13,10 +13,14 @@ NAMES = ("accuracy", "agreement", "f1", "matthews", "perplexity")
 
 
 def load(name: str, **arguments: Any) -> Any:
-    """The `evaluate.Metric` of that name; `arguments` go to `evaluate.load`.
+    """Return the `evaluate.Metric` of this name.
+
+    Args:
+        name: one of `NAMES`.
+        arguments: further arguments of `evaluate.load`.
 
     Raises:
-        UsageError: an unknown name, or the package evaluate is not installed.
+        UsageError: the name is unknown, or the package evaluate is not installed.
     """
     if name not in NAMES:
         raise UsageError(f"Unknown metric {name!r}. Available: {', '.join(NAMES)}")

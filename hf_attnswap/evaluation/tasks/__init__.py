@@ -1,4 +1,4 @@
-"""Tasks: generated ones, a class in a file of this folder each; local .jsonl files; and those of lm-eval."""
+"""Run tasks: generated ones, each a class in a file of this folder; local .jsonl files; and tasks of lm-eval."""
 
 from .base import Task, TaskInputs
 from .registry import get, help_text, names, register

@@ -1,4 +1,4 @@
-"""The interface of a generated task."""
+"""Define the interface of a generated task."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from ..result import Result
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What every task is given beside the model.
+    """Hold what every task gets besides the model.
 
     Attributes:
-        lengths: tokens of the texts that a task makes, where it makes texts of a length.
+        lengths: tokens of the texts that a task makes, for tasks whose texts have a set length.
         limit: the most items, per length where there are lengths; None leaves the number to the task.
-        batch_size: items that a task may put through the model at once.
-        seed: of all that a task draws.
+        batch_size: the most items that a task may put through the model at once.
+        seed: seed of everything that a task draws.
         tokens: held-out text, int64 of any shape, read as one stream; None where no text was given.
     """
 
@@ -31,12 +31,12 @@ class TaskInputs:
 
 @dataclass(frozen=True)
 class Task:
-    """A generated task: a subclass in a file of this folder, a frozen dataclass whose fields are its options.
+    """Describe a generated task: a frozen dataclass in a file of this folder whose fields are the options of the task.
 
     Attributes:
         name: what `--tasks` calls the task.
         measures: what the task measures, in one sentence.
-        text_tokens: tokens of held-out text (`TaskInputs.tokens`) without which the task has nothing to do.
+        text_tokens: tokens of held-out text (`TaskInputs.tokens`) that the task needs; 0 where the task reads no text.
     """
 
     name = ""
@@ -44,16 +44,17 @@ class Task:
     text_tokens = 0
 
     def answer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: TaskInputs) -> Any:
-        """Return what `run` has to know of the control, the model that others are compared with, as JSON.
+        """Return what `run` needs to know of the control, as JSON values.
 
-        None, as here, where a task compares nothing but its results.
+        The control is the model that others are compared with. The default is None, for tasks that compare only
+        metrics.
         """
         return None
 
     def run(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: TaskInputs, control: Any = None
     ) -> list[Result]:
-        """Run the task on `model` and return its metrics, the scores by item so that two models can be paired.
+        """Run the task on `model` and return its metrics, with scores by item so that two models can be paired.
 
         Args:
             control: the `answer` of the control; None where the task has none, or where there is no control.

@@ -1,4 +1,4 @@
-"""A needle in a haystack: a number that stands somewhere in a long text, and is asked for at its end."""
+"""Ask for a number that stands somewhere in a long text: a needle in a haystack."""
 
 import random
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ _QUESTION = "What is the pass key? The pass key is"
 @register
 @dataclass(frozen=True)
 class NeedleTask(Task):
-    """Hide a number in texts of each of the lengths, at depths that come in turn.
+    """Hide a number in texts of each of the lengths, at each of the depths in turn.
 
     Attributes:
-        texts: texts per length, unless `TaskInputs.limit` says another number.
+        texts: texts per length where `TaskInputs.limit` is None.
         depths: where the number is hidden, 0 (at the start) to 1 (at the question).
     """
 
@@ -50,10 +50,12 @@ class NeedleTask(Task):
 
 @dataclass(frozen=True)
 class Needle:
-    """One text with a number hidden in it.
+    """Hold one text with a number hidden in it.
 
     Attributes:
-        length: tokens, the question included. depth: where it is hidden, 0 (at the start) to 1 (at the question).
+        length: tokens of the text, the question included.
+        depth: where the number is hidden, 0 (at the start) to 1 (at the question).
+        request: the text as prompt, and the number as target.
     """
 
     length: int
@@ -64,14 +66,18 @@ class Needle:
 def needles(
     tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], depths: Sequence[float], repeats: int = 1, seed: int = 0
 ) -> list[Needle]:
-    """Return `repeats` texts for every length and depth, each with another number of five digits.
+    """Return `repeats` texts for every length and depth, each with another random number of five digits.
 
-    Within a length the depths come in turn.
+    Within a length the depths come in turn. The texts follow the passkey task of Mohtashami and Jaggi, "Landmark
+    attention", 2023.
 
-    After the passkey task of Mohtashami and Jaggi, "Landmark attention", 2023.
+    Args:
+        lengths: tokens of a text, the question included.
+        depths: where the number is hidden, 0 (at the start) to 1 (at the question).
+        seed: seed of the numbers.
 
     Raises:
-        ValueError: a length that leaves no room for needle and question.
+        ValueError: a length leaves no room for needle and question.
     """
     numbers = random.Random(seed)
     made = []
@@ -99,5 +105,8 @@ def _hide(tokenizer, key: str, length: int, depth: float) -> Request:
 
 
 def found_needles(model: nn.Module, items: Sequence[Needle], batch_size: int = 1) -> list[bool]:
-    """Return by item whether the model, reading greedily, says the number: each of its tokens is the most likely."""
+    """Return for each item whether the model, decoding greedily, writes the number.
+
+    The number counts where each of its tokens is the most likely one after the text and the tokens before.
+    """
     return [found.greedy for found in log_likelihoods(model, [item.request for item in items], batch_size)]

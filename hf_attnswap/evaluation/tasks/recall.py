@@ -1,4 +1,4 @@
-"""Multi-query associative recall: many keys with their values, and then some of the keys again."""
+"""Test multi-query associative recall: a text of keys with their values, and then some of the keys again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from .registry import register
 @register
 @dataclass(frozen=True)
 class RecallTask(Task):
-    """Ask for an eighth of the tokens of a text, at most 32 values; a small vocabulary makes shorter texts.
+    """Ask for `length / 8` values per text, at most 32; a small vocabulary makes shorter texts.
 
     Attributes:
-        texts: texts per length, unless `TaskInputs.limit` says another number.
+        texts: texts per length where `TaskInputs.limit` is None.
     """
 
     name = "recall"
@@ -42,11 +42,12 @@ class RecallTask(Task):
 
 @dataclass(frozen=True)
 class Recall:
-    """Pairs of random tokens, a key and its value each, and then some of the keys again.
+    """Hold texts of random tokens: pairs of a key and its value, and then some of the pairs again.
 
     Attributes:
         tokens: int64 `[N, length]`.
-        asked: bool `[N, length]`, the keys that come again; what follows a key is its value.
+        asked: bool `[N, length]`, True at the keys that come again; the token after such a key is its value.
+        pairs: different pairs per text.
     """
 
     tokens: Tensor
@@ -55,19 +56,24 @@ class Recall:
 
     @property
     def length(self) -> int:
+        """Return the number of tokens of each text."""
         return self.tokens.shape[1]
 
 
 def recalls(vocabulary: Tensor, pairs: int, queries: int, texts: int = 8, seed: int = 0) -> Recall:
-    """Draw texts `k1 v1 k2 v2 ...`, then `queries` of the pairs again in another order: `2 (pairs + queries)` tokens.
+    """Draw texts `k1 v1 k2 v2 ...`, followed by `queries` of the pairs again in another order.
 
-    Arora et al., "Zoology", 2023. A model that copies by induction knows every value that is asked for.
+    A text has `2 (pairs + queries)` tokens. A model that copies by induction knows every value that is asked for (Arora
+    et al., "Zoology", 2023).
 
     Args:
-        vocabulary: the token ids to draw from, int64, at least `2 pairs`: keys and values of a text are all different.
+        vocabulary: the token ids to draw from, int64, at least `2 pairs`; all keys and values of a text are different.
+        pairs: different pairs per text.
+        queries: pairs that come again, at most `pairs`.
+        texts: number of texts.
 
     Raises:
-        ValueError: too few tokens to draw from, or more queries than pairs.
+        ValueError: there are too few tokens to draw from, or more queries than pairs.
     """
     if len(vocabulary) < 2 * pairs or queries > pairs:
         raise ValueError(
@@ -88,7 +94,11 @@ def recalls(vocabulary: Tensor, pairs: int, queries: int, texts: int = 8, seed: 
 
 @torch.no_grad()
 def recalled(model: nn.Module, task: Recall, progress: Callable[[int], None] | None = None) -> list[float]:
-    """Return by text the share of the values asked for that are the most likely next token."""
+    """Return for each text the share of the values asked for that the model predicts as the most likely next token.
+
+    Args:
+        progress: called with 1 after each text.
+    """
     device, shares = next(model.parameters()).device, []
     for tokens, asked in zip(task.tokens, task.asked, strict=True):
         said = model(input_ids=tokens[None].to(device), use_cache=False).logits[0].argmax(-1).cpu()
@@ -100,7 +110,14 @@ def recalled(model: nn.Module, task: Recall, progress: Callable[[int], None] | N
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, most: int = 4096) -> Tensor:
-    """Return the ids of at most so many tokens that are a word of letters with a space before it, int64 `[words]`."""
+    """Return the ids of the first tokens that are a word of two or more ASCII letters with a space before it.
+
+    Args:
+        most: the most ids that are returned.
+
+    Returns:
+        int64 `[words]`, ascending.
+    """
     ids = [
         index
         for piece, index in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])

@@ -1,4 +1,4 @@
-"""Names to generated tasks. A file of this folder that registers a class is found without being named anywhere."""
+"""Look up generated tasks by name; a file of this folder that registers a class is discovered automatically."""
 
 import difflib
 import importlib
@@ -12,7 +12,11 @@ _registered: dict[str, type[Task]] = {}
 
 
 def register(cls: type[Task]) -> type[Task]:
-    """Make a task known under `cls.name` (class decorator). ValueError for a name that is taken."""
+    """Register a task under `cls.name`, as a class decorator.
+
+    Raises:
+        ValueError: another task has the name.
+    """
     if cls.name in _registered and _registered[cls.name].__qualname__ != cls.__qualname__:
         raise ValueError(f"task {cls.name!r} is already registered by {_registered[cls.name].__module__}")
     _registered[cls.name] = cls
@@ -20,22 +24,27 @@ def register(cls: type[Task]) -> type[Task]:
 
 
 def names() -> list[str]:
-    """Return the names of the generated tasks, in the order of the alphabet."""
+    """Return the names of the generated tasks in alphabetical order."""
     _load()
     return sorted(_registered)
 
 
 def get(name: str) -> Task:
-    """Return the task with its options at their defaults. UsageError, with a suggestion, for an unknown name."""
+    """Return the task of this name with its options at their defaults.
+
+    Raises:
+        UsageError: an unknown name; the message suggests the nearest one.
+    """
     if name not in names():
         raise unknown(name)
     return _registered[name]()
 
 
 def unknown(name: str, reason: str = "") -> UsageError:
-    """Return the error for a name that is no task: the names there are, the nearest one, and what else `reason` says.
+    """Return the error for a name that is no task, which lists the known names and suggests the nearest one.
 
-    Local files and tasks of lm-eval are named in it too.
+    Args:
+        reason: words put at the end of the message.
     """
     close = difflib.get_close_matches(name, names(), n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""

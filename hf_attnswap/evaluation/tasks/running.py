@@ -1,4 +1,4 @@
-"""Run tasks by name, from three sources: generated ones, local .jsonl files, and those of lm-eval (extra `eval`)."""
+"""Run tasks by name from three sources: generated tasks, local .jsonl files, and tasks of lm-eval (extra `eval`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -17,9 +17,17 @@ Progress = Callable[[str], None]
 
 
 def check_tasks(chosen: Sequence[str], has_text: bool = True) -> None:
-    """Raise UsageError for a task that cannot run: a file that is not there, a name that nobody knows, a missing text.
+    """Check that the chosen tasks can run, without running them.
 
-    A name that only lm-eval can know is looked up when it runs, where lm-eval is installed.
+    A name that only lm-eval can know is looked up when the task runs, where lm-eval is installed.
+
+    Args:
+        chosen: names of generated tasks, paths of .jsonl files, or tasks of lm-eval.
+        has_text: whether a held-out text is given.
+
+    Raises:
+        UsageError: a file does not exist or holds no item, a name is unknown and lm-eval is not installed, or a task
+            needs a text and none is given.
     """
     for name in chosen:
         if name.endswith(".jsonl"):
@@ -32,14 +40,14 @@ def check_tasks(chosen: Sequence[str], has_text: bool = True) -> None:
 
 
 def text_tokens(chosen: Sequence[str]) -> int:
-    """Return the tokens of held-out text that the chosen tasks need, 0 where none of them reads a text."""
+    """Return how many tokens of held-out text the chosen tasks need; 0 where none of the tasks reads a text."""
     return max((task.text_tokens for task in _generated(chosen)), default=0)
 
 
 def answers_of(
     control: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chosen: Sequence[str], inputs: TaskInputs
 ) -> dict[str, Any]:
-    """Return by name what the chosen tasks have to know of the control, as JSON, for `run_tasks(answers=...)`."""
+    """Return by name, as JSON values, what tasks need to know of the control, for `run_tasks(answers=...)`."""
     answers = {task.name: task.answer(control, tokenizer, inputs) for task in _generated(chosen)}
     return {name: answer for name, answer in answers.items() if answer is not None}
 
@@ -60,9 +68,10 @@ def run_tasks(
         chosen: names of generated tasks (`names()`), paths of .jsonl files (see `choices`), or tasks of lm-eval.
         answers: what `answers_of` returns for the control; None where there is no control.
         include_path: a folder of task files (yaml) for lm-eval.
+        progress: called with the name of each task before the task runs.
 
     Raises:
-        UsageError: an unknown task, or one that does not fit the model.
+        UsageError: a task is unknown, or does not fit the model or the inputs.
     """
     check_tasks(chosen, inputs.tokens is not None)
     results: list[Result] = []

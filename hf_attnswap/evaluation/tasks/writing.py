@@ -1,4 +1,4 @@
-"""Free generation: how long a swapped model says what the original says, and whether it repeats itself.
+"""Compare free generation: how long a model writes what its control writes, and whether the model repeats itself.
 
 A small difference in likelihood becomes a large one where a model reads its own words.
 """
@@ -18,14 +18,14 @@ from .registry import register
 @register
 @dataclass(frozen=True)
 class WritingTask(Task):
-    """Write on greedily from the starts of a text, and compare with what the control writes there.
+    """Continue the starts of a text greedily, and compare the continuations with what the control writes.
 
     Without a control only the repetition is measured.
 
     Attributes:
-        prompts: starts, taken one after another from the text, whatever `TaskInputs.limit` says.
-        text_tokens: tokens of a start.
-        new_tokens: tokens that are written after each.
+        prompts: number of starts, cut one after another from the text, whatever `TaskInputs.limit` says.
+        text_tokens: tokens per start.
+        new_tokens: tokens that are written after each start.
     """
 
     name = "writing"
@@ -51,7 +51,11 @@ class WritingTask(Task):
         ]
 
     def starts(self, inputs: TaskInputs) -> Tensor:
-        """Return the starts that are continued, int64 `[N, text_tokens]`."""
+        """Return the starts that are continued, int64 `[N, text_tokens]`.
+
+        Raises:
+            UsageError: the text is shorter than one start.
+        """
         stream = inputs.tokens.reshape(-1)
         if len(stream) < self.text_tokens:
             raise UsageError(f"task {self.name!r} needs a text of {self.text_tokens} tokens, not {len(stream)}")
@@ -60,12 +64,13 @@ class WritingTask(Task):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a model writes what another one, the original, writes; lists of one number per prompt.
+    """Hold how far a model writes what the original writes; each list has one number per prompt.
 
     Attributes:
-        same: share of the new tokens that are, at their place, those of the original.
-        prefix: tokens before the first that differs.
-        told: share of the original's tokens that are the most likely ones where the model reads the original's text.
+        same: share of the new tokens that equal the original's at the same place.
+        prefix: number of tokens before the first that differs.
+        told: share of the original's tokens that are the model's most likely ones where the model reads the original's
+            text.
         repetition: `repetition_rate` of what the model writes.
     """
 
@@ -77,7 +82,14 @@ class Agreement:
 
 @torch.no_grad()
 def continuations(model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
-    """Write exactly `new_tokens` tokens after each of the prompts `[N, n]`, greedily: int64 `[N, new_tokens]`."""
+    """Write exactly `new_tokens` tokens after each prompt, greedily.
+
+    Args:
+        prompts: int64 `[N, n]`, without padding.
+
+    Returns:
+        int64 `[N, new_tokens]`, on the CPU.
+    """
     prompts = prompts.to(next(model.parameters()).device)
     told = {"do_sample": False, "num_beams": 1, "pad_token_id": model.generation_config.pad_token_id or 0}
     told |= {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "attention_mask": torch.ones_like(prompts)}
@@ -86,7 +98,12 @@ def continuations(model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def agreement(model: nn.Module, prompts: Tensor, original: Tensor) -> Agreement:
-    """Compare what `model` writes after `prompts` `[N, n]` with `original`, the `continuations` of another model."""
+    """Compare what `model` writes after each prompt with what another model wrote.
+
+    Args:
+        prompts: int64 `[N, n]`.
+        original: the `continuations` of the other model, int64 `[N, new_tokens]`, on the CPU.
+    """
     prompts = prompts.cpu()
     written = continuations(model, prompts, original.shape[1])
     equal = written == original
@@ -105,6 +122,6 @@ def agreement(model: nn.Module, prompts: Tensor, original: Tensor) -> Agreement:
 
 
 def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
-    """Return the share of the runs of `n` tokens that occurred before; 0 where there is no such run."""
+    """Return the share of the runs of `n` tokens that occurred before; 0 where there is no run of `n` tokens."""
     runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

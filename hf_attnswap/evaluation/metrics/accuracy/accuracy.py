@@ -1,4 +1,4 @@
-"""Accuracy, for the package `evaluate`."""
+"""Define accuracy for the package `evaluate`."""
 
 import datasets
 import evaluate
@@ -7,7 +7,7 @@ from ...classification import accuracy
 
 
 class Accuracy(evaluate.Metric):
-    """Share of the labels that are right."""
+    """Measure the share of the labels that are right."""
 
     def _info(self):
         features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}

@@ -1,4 +1,4 @@
-"""Agreement with a teacher, for the package `evaluate`."""
+"""Define the agreement with a teacher for the package `evaluate`."""
 
 import datasets
 import evaluate
@@ -7,7 +7,7 @@ from ...classification import accuracy
 
 
 class Agreement(evaluate.Metric):
-    """Share of the labels or tokens that a swapped model has in common with the original."""
+    """Measure the share of the labels or tokens that a swapped model has in common with the original."""
 
     def _info(self):
         features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}

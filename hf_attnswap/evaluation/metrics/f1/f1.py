@@ -1,4 +1,4 @@
-"""F1, for the package `evaluate`."""
+"""Define F1 for the package `evaluate`."""
 
 import datasets
 import evaluate
@@ -7,7 +7,7 @@ from ...classification import f1
 
 
 class F1(evaluate.Metric):
-    """Harmonic mean of precision and recall: of label 1, or with average='macro' the mean over labels."""
+    """Measure the harmonic mean of precision and recall: of label 1, or with average='macro' the mean over labels."""
 
     def _info(self):
         features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}

@@ -1,4 +1,4 @@
-"""The correlation of Matthews, for the package `evaluate`."""
+"""Define the Matthews correlation for the package `evaluate`."""
 
 import datasets
 import evaluate
@@ -7,7 +7,7 @@ from ...classification import matthews
 
 
 class Matthews(evaluate.Metric):
-    """Correlation of predicted and true labels: 1 for all right, 0 for chance, -1 for two labels exchanged."""
+    """Measure the correlation of predicted and true labels: 1 all right, 0 chance, -1 two labels swapped."""
 
     def _info(self):
         features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}

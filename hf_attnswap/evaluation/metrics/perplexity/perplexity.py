@@ -1,4 +1,4 @@
-"""Perplexity from log-likelihoods, for the package `evaluate`."""
+"""Define perplexity from log-likelihoods for the package `evaluate`."""
 
 import math
 
@@ -7,7 +7,7 @@ import evaluate
 
 
 class Perplexity(evaluate.Metric):
-    """exp of the negative log-likelihood per token, word or byte, over all texts."""
+    """Measure the exponential of the negative log-likelihood per token, word or byte, over all texts."""
 
     def _info(self):
         features = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}

@@ -1,0 +1,61 @@
+"""The bar of a whole run: what is done, how long it took, and about how long the rest takes."""
+
+import sys
+import time
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from ..tradeoff.progress import Progress
+
+SELDOM_S = 10.0  # between two lines where nobody sees a bar
+
+
+class RunBar:
+    """Shows every `Progress` that it is called with: as a bar on a terminal, as seldom lines in a pipe or a file."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self.started = self.said = time.monotonic()
+        self.first: float | None = None
+        self.bars: Bars | None = None
+        if console.is_terminal:
+            columns = (
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            # Steps may take a minute each: the rest is estimated from the last ten.
+            self.bars = Bars(TextColumn("{task.description}"), *columns, console=console, speed_estimate_period=600)
+            self.task = self.bars.add_task("loading the model", total=None)
+
+    def __enter__(self) -> "RunBar":
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        if self.first is None:
+            self.first, self.started = progress.done, time.monotonic()  # an earlier run did what is done by now
+            if self.bars:
+                self.bars.reset(self.task, total=progress.total, completed=progress.done)
+        if self.bars:
+            self.bars.update(self.task, description=progress.line[:40], completed=progress.done)
+        elif time.monotonic() - self.said >= SELDOM_S or progress.line == "starting":
+            self.said = time.monotonic()
+            print(f"[{self._where(progress)}] {progress.line}", file=sys.stderr, flush=True)
+
+    def _where(self, progress: Progress) -> str:
+        """35 %, 0:02:10, about 0:04:00 left"""
+        took, own = time.monotonic() - self.started, progress.done - (self.first or 0)
+        said = f"{100 * progress.done / progress.total:.0f} %, {timedelta(seconds=round(took))}"
+        left = took * (progress.total - progress.done) / own if own > 0 else None
+        return said if left is None else f"{said}, about {timedelta(seconds=round(left))} left"

@@ -1,0 +1,103 @@
+"""The command that lists the variants, and tells all about one."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UsageError
+from .options import Json, show
+
+
+def list_variants(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="tell all about this one")] = None,
+    as_json: Json = False,
+) -> None:
+    """The variants, a line each; with NAME, the formula, the options and the parameters of one.
+
+    Example: attnswap ls hedgehog
+    """
+    from .. import available
+    from ..attentions import get
+
+    if name is None:
+        variants = [_description(cls) for cls in available()]
+        show(as_json, variants, _overview(variants))
+        return
+    try:
+        variant = _description(get(name))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    show(as_json, variant, _details(variant))
+
+
+def _description(cls: type) -> dict[str, Any]:
+    from ..attentions import Heads
+    from ..ops.backends import backends_of
+
+    return {
+        "name": cls.name,
+        "says": (cls.__doc__ or "").splitlines()[0],
+        "control": cls.control,
+        "formula": cls.formula,
+        "cost": cls.cost,
+        "cost_class": cls.cost_class,
+        "backend": backends_of(cls.ops[0])[0] if cls.ops else "torch",
+        "ops": list(cls.ops),
+        "kinds": list(cls.kinds),
+        "masks": "any" if cls.any_mask else "padding, packed",
+        "state": "constant" if cls.stateful else "keys, values",
+        "parameters": [name for name, _ in cls(Heads(1, 1, 1)).named_parameters()],
+        "options": {n: {"default": o.default, "help": o.help} for n, o in cls.options().items()},
+        "source": cls.source,
+    }
+
+
+def _overview(variants: list[dict[str, Any]]) -> Table:
+    """Return one line per variant, for 80 columns."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("name", "cost", "masks", "cache", "learns", "source"):
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    table.columns[-1].ratio = 1
+    for variant in variants:
+        table.add_row(
+            variant["name"],
+            escape(variant["cost"]),
+            variant["masks"].partition(",")[0],
+            "fixed" if variant["state"] == "constant" else "grows",
+            "yes" if variant["parameters"] else "-",
+            "control" if variant["control"] else escape(variant["source"]),
+        )
+    table.expand = True
+    table.caption = (
+        "masks: any includes a bias, a soft cap and sinks; padding includes packed texts. cache: whether what a layer "
+        "keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME tells all about one."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _details(variant: dict[str, Any]) -> Table:
+    """Return all that is known of one variant."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    options = [f"{name}={option['default']}: {option['help']}" for name, option in variant["options"].items()]
+    rows = {
+        "name": variant["name"] + (" (a control, for comparison)" if variant["control"] else ""),
+        "": variant["says"],
+        "formula": variant["formula"],
+        "cost": variant["cost"],
+        "source": variant["source"],
+        "attention": ", ".join(variant["kinds"]),
+        "masks": "any, a bias, a soft cap and sinks too" if variant["masks"] == "any" else variant["masks"],
+        "cache": "a state of constant size" if variant["state"] == "constant" else variant["state"],
+        "options": "\n".join(options) or "none",
+        "parameters": ", ".join(variant["parameters"]) or "none",
+        "runs": ", ".join(variant["ops"]) + f" with {variant['backend']}" if variant["ops"] else "one call of torch",
+    }
+    for what, value in rows.items():
+        table.add_row(what, escape(value))
+    return table

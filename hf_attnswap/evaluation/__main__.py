@@ -1,0 +1,98 @@
+"""Measure the perplexity of a model, swapped or not, by context length, with its standard error.
+
+Every block of text is a context of its own. Under accelerate launch the processes share the blocks.
+
+    accelerate launch -m hf_attnswap.evaluation --model_name_or_path aligned/model --validation_file book.txt \\
+        --context_length 512 --context_length 2048 --output_file perplexity.json
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..errors import one_line_errors
+from ..integration.swapping import describe
+from ..launch import build_accelerator, unit_bar
+from ..sources.files import write_whole
+from ..sources.models import load
+from ..sources.texts import TextSource, token_blocks
+from .processes import blocks_of_process, shared_perplexity
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for, print a table, and write the numbers to `--output_file` as JSON."""
+    parser = argparse.ArgumentParser(
+        prog="hf_attnswap.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model_name_or_path", required=True, help="a Hub id, a folder or a .gguf file")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: %(default)s)")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--validation_file", help="text, json, jsonl, parquet, csv or tsv")
+    text.add_argument("--dataset_name", help="a dataset of the Hub")
+    parser.add_argument("--dataset_config_name", help="configuration of the dataset")
+    parser.add_argument("--text_column", default="text", help="column that holds the text (default: %(default)s)")
+    parser.add_argument("--split", default="test", help="split of the dataset (default: %(default)s)")
+    parser.add_argument("--context_length", type=int, action="append", help="may be repeated (default: 512)")
+    parser.add_argument("--max_eval_tokens", type=int, default=16384, help="(default: %(default)s)")
+    parser.add_argument("--output_file", type=Path, help="where the numbers go, as JSON")
+    args = parser.parse_args(argv)
+    accelerator = build_accelerator()
+    contexts = args.context_length or [512]
+    model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    source = TextSource(
+        args.validation_file or args.dataset_name,
+        split=args.split,
+        config_name=args.dataset_config_name,
+        column=args.text_column,
+    )
+    tokens = token_blocks(source, tokenizer, max(contexts), max(args.max_eval_tokens, *contexts)).reshape(-1)
+    rows = [measure(accelerator, model, tokens, context) for context in contexts]
+    if not accelerator.is_main_process:
+        return
+    if args.output_file:
+        result = {"model": args.model_name_or_path, "attention": describe(model), "text": source.name, "rows": rows}
+        write_whole(args.output_file, json.dumps(result, indent=1).encode())
+    table = Table(title=f"{args.model_name_or_path}: {describe(model)}, on {source.name}")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*("?" if v is None else str(v) if isinstance(v, int) else f"{v:.4f}" for v in row.values()))
+    Console().print(table)
+
+
+def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context: int) -> dict[str, float | int | None]:
+    """Return the row of the table for one context length, computed by all processes together.
+
+    Args:
+        tokens: int64 `[N]`, the text as one stream.
+        context: tokens per block.
+
+    Returns:
+        `context`, `perplexity`, `nll` (nats per token), `standard_error` (of `nll`; None for a single block) and
+        `tokens` (the number of tokens predicted).
+    """
+    blocks = tokens[: len(tokens) // context * context].view(-1, context)
+    share = len(blocks_of_process(accelerator, len(blocks)))
+    with unit_bar(accelerator, share * context) as bar:
+        bar.set_description(f"context {context}", refresh=False)
+        result = shared_perplexity(accelerator, model, blocks, progress=lambda n: bar.update(n * context))
+    return {
+        "context": context,
+        "perplexity": result.perplexity,
+        "nll": result.mean,
+        "standard_error": None if math.isnan(result.standard_error) else result.standard_error,
+        "tokens": result.tokens,
+    }
+
+
+if __name__ == "__main__":
+    with one_line_errors("hf_attnswap.evaluation"):
+        main()

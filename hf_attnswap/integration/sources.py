@@ -1,0 +1,44 @@
+"""What the source of transformers' classes says, where no attribute does. Each class is read once."""
+
+import functools
+import inspect
+import re
+import sys
+
+from torch import nn
+
+
+@functools.cache
+def dispatches(cls: type[nn.Module]) -> bool:
+    """Return whether a class calls its attention through transformers' interface."""
+    if cls.__module__.startswith("torch."):
+        return False
+    bases = [base for base in cls.__mro__ if base.__module__ == cls.__module__]
+    return any(re.search(r"ALL_ATTENTION_FUNCTIONS(\.get_interface|\[)", _source(base)) for base in bases)
+
+
+@functools.cache
+def calls_it_causal(cls: type[nn.Module]) -> bool:
+    """Return whether the forward pass of a class says `is_causal=True` to what it calls."""
+    try:
+        return "is_causal=True" in inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return False
+
+
+@functools.cache
+def reads_mask(cls: type[nn.Module]) -> bool:
+    """Return whether a class does more with a mask than hand it on."""
+    if not cls.__module__.startswith("transformers.models.") and "transformers_modules" not in cls.__module__:
+        return False
+    return bool(re.search(r"mask(\[|\.[a-z]| [-+*&] )|[-+*&] \w*mask\b", _source(cls)))
+
+
+def _source(cls: type) -> str:
+    """Return the source of a class, "" where there is none. `inspect.getsource` of a class parses its whole file."""
+    try:
+        file = inspect.getsource(sys.modules[cls.__module__])
+    except (KeyError, OSError, TypeError):  # made in a console, or not of Python
+        return ""
+    block = re.search(rf"^class {cls.__name__}\b.*?(?=^[^\s)]|\Z)", file, re.M | re.S)
+    return block[0] if block else ""

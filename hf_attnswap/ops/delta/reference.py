@@ -1,0 +1,17 @@
+"""The recurrence as it is written, token by token."""
+
+import torch
+
+from ..heads import compute_dtype, scores
+
+
+def run(query, key, value, beta, state, chunk):
+    dtype = compute_dtype(query.dtype)
+    q, k, v, b = (t.to(dtype) for t in (query, key, value, beta))
+    S = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
+    rows = []
+    for i in range(query.shape[2]):
+        token = k[:, :, i, :, None]
+        S = S + token * (b[:, :, i, None, None] * (v[:, :, i, None, :] - token.mT @ S))
+        rows.append(scores(q[:, :, i : i + 1], S.mT))
+    return torch.cat(rows, dim=2).to(query.dtype), S.detach()

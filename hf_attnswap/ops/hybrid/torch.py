@@ -1,0 +1,61 @@
+"""The portable form: tiles of rows in whole chunks, softmax over the window of each chunk, and the state of the keys
+that leave the window handed on from tile to tile.
+"""
+
+import torch
+
+from ..chunks import from_chunks, to_chunks
+from ..heads import compute_dtype
+from ..rows import by_rows
+from ..sliding import HybridState, Step, context
+from ..states import linear_block, linear_step, values_with_ones
+from .reference import NO_MASS, log_of_mass, log_scale, one_for_none
+
+
+def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+    at = context(query, key, value, valid, window, sinks, state and state.window)
+    dtype = compute_dtype(query.dtype)
+    if state is not None:
+        S = state.linear.to(dtype)
+    else:
+        features = map_key(key[:, :, :1].to(dtype)).shape[-1]
+        S = key.new_zeros(*key.shape[:2], features, value.shape[-1] + 1, dtype=dtype)
+    if isinstance(at, Step):
+        leaving_key, leaving_value, leaving = at.leaving()
+        x = query.to(dtype)
+        features, left_out = map_query.beside_softmax(x)
+        k = map_key(leaving_key.to(dtype))
+        k = k if leaving is None else k * leaving[:, None, :, None].to(dtype)
+        linear, S = linear_step(features, k, leaving_value, S)
+        out = _joined(*at.softmax_parts(scaling), linear, log_scale(x, log_mix, left_out))
+    else:
+        leaving = at.leaving()
+
+        def attend(query, key, value, bias, tile, S):
+            size, kv_heads, new = at.chunk_of(query), key.shape[1], slice(0, query.shape[2])
+            x = query.to(dtype)
+            features, left_out = map_query.beside_softmax(x)
+            k = map_key(key[:, :, new].to(dtype)) * leaving[:, None, tile.rows, None].to(dtype)
+            in_chunks = (features, k, log_scale(x, log_mix, left_out))
+            q, k, scale = (to_chunks(t, kv_heads, size) for t in in_chunks)
+            linear, S = linear_block(q, k, values_with_ones(value[:, :, new], size, dtype), S)
+            out = _joined(*at.softmax_parts(query, key, value, tile, scaling), linear, scale)
+            return (from_chunks(out, query.shape[0], size),), S
+
+        tensors = (at.sink_key, at.sink_value, *map_query.tensors.values(), *map_key.tensors.values(), log_mix)
+        (out,), S = by_rows(attend, at.query, at.key, at.value, at.tiles(), tensors, carry=S.flatten(0, 1))
+        out, S = at.unalign(out), S.unflatten(0, key.shape[:2])
+    return out.to(query.dtype), HybridState(at.state(), S) if keep_state else None
+
+
+def _joined(numerator, denominator, c, linear, log_scale):
+    """The result of rows, from the parts of both branches `[..., Dv]`, `[..., 1]`, `[..., 1]` and `[..., Dv + 1]`.
+
+    Each branch is a mean with the log of its mass; a sigmoid of the difference weighs them, and nothing can overflow.
+    """
+    linear_numerator, linear_denominator = linear[..., :-1], linear[..., -1:]
+    linear_mass = log_scale + log_of_mass(linear_denominator)
+    linear_mass = linear_mass.masked_fill(linear_denominator <= NO_MASS, torch.finfo(c.dtype).min)
+    lead = (c + log_of_mass(denominator)).sub(linear_mass)
+    out = numerator * (torch.sigmoid(lead) / one_for_none(denominator))
+    return torch.addcmul(out, linear_numerator, torch.sigmoid(-lead) / one_for_none(linear_denominator))

@@ -1,0 +1,80 @@
+"""Linear attention: `o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + eps)`, in O(n d F) time.
+
+F is the number of features. The causal form goes by chunks of tokens: inside a chunk the masked product, across chunks
+the state `S = sum_j phi(k_j) [v_j, 1]^T`, or by the recurrence; O(n d) memory. Katharopoulos et al., "Transformers are
+RNNs", 2020; by chunks as in Hua et al., "Transformer quality in linear time" (FLASH), 2022. States, denominators and
+products are float32 whatever the dtype of the inputs (float64 for float64): a bfloat16 state drifts over long texts.
+"""
+
+from torch import Tensor
+
+from ..backends import Op
+from ..spec import FeatureMap
+
+_op = Op(__name__)
+
+
+def causal_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    map_query: FeatureMap,
+    map_key: FeatureMap,
+    *,
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    state: Tensor | None = None,
+    eps: float | None = 1e-6,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return linear attention of every query to the keys up to its own, and the state after the last token.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`. Query heads share key/value heads in
+            equal groups.
+        map_query, map_key: the feature maps, applied to float32 slices of the sequence.
+        scale: factor of query and key before the maps.
+        key_mask: bool `[B, T]`; keys at False leave no trace.
+        state: of the tokens before, `[B, Hkv, F, Dv + 1]` (a constant to the gradient); None at the start of a text.
+        eps: added to the denominator; None returns the numerator undivided.
+        chunk: tokens per chunk.
+
+    Returns:
+        `[B, H, T, Dv]` in the query's dtype (float32 where `eps` is None), the denominator
+        `sum_j phi(q_i) . phi(k_j)` as float32 `[B, H, T]`, and the state after the last token. In place of float32
+        stands float64 for float64 inputs.
+
+    Raises:
+        ValueError: a chunk of no tokens.
+        NotImplementedError: the backend that HF_ATTNSWAP_BACKEND asks for cannot serve this call.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    return _op(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, True)
+
+
+def full_linear(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    map_query: FeatureMap,
+    map_key: FeatureMap,
+    *,
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    eps: float | None = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return linear attention of every query to every key: two products.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`.
+        key_mask: bool `[B, S]`; keys at False leave no trace.
+        map_query, map_key, scale, eps: as in `causal_linear`.
+
+    Returns:
+        `[B, H, T, Dv]` and the denominator `[B, H, T]`, both in float32 (float64 for float64 inputs).
+
+    Raises:
+        NotImplementedError: the backend that HF_ATTNSWAP_BACKEND asks for cannot serve this call.
+    """
+    return _op(query, key, value, map_query, map_key, scale, key_mask, None, eps, 0, False)[:2]

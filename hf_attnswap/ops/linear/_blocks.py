@@ -1,0 +1,105 @@
+"""Causal linear attention by blocks of a few chunks in turn.
+
+Features are made block by block, while they fit in a core's cache, so that no `n x F` tensor is written; kept for the
+backward pass are query, key, value, the result, and the state at the start of every block, and the features are made
+again.
+"""
+
+import torch
+
+from ..chunks import blocks, by_heads, from_chunks, product, to_chunks, tril_
+from ..heads import cast_like, compute_dtype, distinct
+from ..states import linear_block, numerator_grad, running_sums, values_with_ones
+from ._features import empty_result, mapped, scaled, write_result
+
+
+def by_blocks(*arguments):
+    """Without a gradient; the arguments are those of the form `torch`."""
+    return _by_blocks(*arguments)[:3]
+
+
+def by_blocks_with_gradient(query, key, value, map_query, map_key, *rest):
+    tensors = distinct((*map_query.tensors.values(), *map_key.tensors.values()))
+    return _CausalLinear.apply(query, key, value, map_query, map_key, *rest, *tensors)
+
+
+def _by_blocks(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, keep_states=False):
+    batch, heads, length, _ = query.shape
+    kv_heads, dtype = value.shape[1], compute_dtype(query.dtype)
+    out, den = empty_result(query, value, dtype if eps is None else query.dtype)
+    S = None if state is None else state.to(dtype).flatten(0, 1)
+    states = []
+    for part in blocks(length, chunk):
+        size = min(chunk, part.stop - part.start)
+        q = to_chunks(mapped(scaled(query[:, :, part], dtype, scale), map_query), kv_heads, size)
+        k = to_chunks(mapped(scaled(key[:, :, part], dtype, scale), map_key, key_mask, part), kv_heads, size)
+        v = values_with_ones(value[:, :, part], size, dtype)
+        if S is None:
+            S = q.new_zeros(batch * kv_heads, q.shape[-1], v.shape[-1])
+        if keep_states:
+            states.append(S)
+        mixed, S = linear_block(q, k, v, S)
+        mixed = by_heads(mixed, batch, size)
+        shape = mixed.shape[:-1]
+        write_result(
+            mixed[..., :-1], mixed[..., -1:], out[:, :, part].view(*shape, -1), den[:, :, part].view(shape), eps
+        )
+    return out, den, S.unflatten(0, (batch, kv_heads)), states
+
+
+class _CausalLinear(torch.autograd.Function):
+    """With v and dn the values and the numerator's gradient, both with the denominator's column, per chunk:
+
+    P        = tril(dn v^T),  A = tril(phi(q) phi(k)^T)
+    dphi(q)  = P phi(k) + dn S^T              (S: state before the chunk)
+    dphi(k)  = P^T phi(q) + v R^T             (R = sum of phi(q)^T dn over later chunks)
+    dv       = A^T dn + phi(k) R
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, *tensors):
+        arguments = (query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk)
+        out, den, S, states = _by_blocks(*arguments, keep_states=True)
+        ctx.save_for_backward(query, key, value, key_mask, out, den, torch.stack(states), *tensors)
+        ctx.maps, ctx.scale, ctx.eps, ctx.chunk = (map_query, map_key), scale, eps, chunk
+        ctx.mark_non_differentiable(S)
+        return out, den, S
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_den, _grad_state):
+        query, key, value, key_mask, out, den, states, *tensors = ctx.saved_tensors
+        batch, _, length, _ = query.shape
+        kv_heads, dtype, scale = value.shape[1], compute_dtype(query.dtype), ctx.scale
+        grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
+        grad_tensors = [torch.zeros_like(t, dtype=compute_dtype(t.dtype)) for t in tensors]
+        wanted = [i for i, t in enumerate(tensors) if t.requires_grad]
+        R = torch.zeros_like(states[0])
+        for S, part in reversed(list(zip(states, blocks(length, ctx.chunk), strict=True))):
+            size = min(ctx.chunk, part.stop - part.start)
+            with torch.enable_grad():
+                leaves = [scaled(t[:, :, part].detach(), dtype, scale).requires_grad_() for t in (query, key)]
+                features = [mapped(leaves[0], ctx.maps[0]), mapped(leaves[1], ctx.maps[1], key_mask, part)]
+            q, k = (to_chunks(t.detach(), kv_heads, size) for t in features)
+            v = values_with_ones(value[:, :, part], size, dtype)
+            dn = numerator_grad(grad_out[:, :, part], grad_den[:, :, part], out[:, :, part], den[:, :, part], ctx.eps)
+            dn = to_chunks(dn, kv_heads, size)
+            S, _ = running_sums(S, k, v)
+            Rs, R = running_sums(R, q, dn, backwards=True)
+            P = tril_(product(dn, v.mT), size)
+            A = tril_(product(q, k.mT), size)
+            dq = product(dn, S.mT, add_to=product(P, k))
+            dk = product(v, Rs.mT, add_to=product(P.mT, q))
+            dv = product(k, Rs, add_to=product(A.mT, dn))
+            grad_value[:, :, part] = from_chunks(dv, batch, size)[..., :-1]
+            grads = torch.autograd.grad(
+                features,
+                [*leaves, *(tensors[i] for i in wanted)],
+                [from_chunks(g, batch, size) for g in (dq, dk)],
+                allow_unused=True,
+            )
+            for target, grad in zip((grad_query, grad_key), grads, strict=False):
+                torch.mul(grad, scale, out=target[:, :, part])
+            for i, grad in zip(wanted, grads[2:], strict=True):
+                if grad is not None:
+                    grad_tensors[i] += grad
+        return grad_query, grad_key, grad_value, *[None] * 7, *cast_like(grad_tensors, tensors)

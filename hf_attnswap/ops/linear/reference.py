@@ -1,0 +1,23 @@
+"""The formula over whole matrices: O(n^2), features of every token at once, float64 where the inputs are."""
+
+import torch.nn.functional as F
+
+from ..heads import compute_dtype
+from ..states import divided
+from ._features import mapped, scaled
+
+
+def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
+    dtype, group = compute_dtype(query.dtype), query.shape[1] // key.shape[1]
+    q = mapped(scaled(query, dtype, scale), map_query)
+    k = mapped(scaled(key, dtype, scale), map_key, key_mask).repeat_interleave(group, dim=1)
+    v = F.pad(value.to(dtype), (0, 1), value=1.0).repeat_interleave(group, dim=1)
+    if not causal:
+        return *divided(q @ k.mT @ v, eps), None
+    mixed = (q @ k.mT).tril() @ v
+    added = (k.mT @ v)[:, ::group]
+    if state is not None:
+        mixed = mixed + q @ state.to(dtype).repeat_interleave(group, dim=1)
+        added = added + state
+    out, den = divided(mixed, eps)
+    return out if eps is None else out.to(query.dtype), den, added.detach()

@@ -1,0 +1,81 @@
+"""The portable form. One token after a state is the recurrence; long texts go by blocks in a CPU's cache (`_blocks.py`)
+or, elsewhere and where torch.compile looks at the code, by all chunks at once in a handful of large kernels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..chunks import BLOCK, from_chunks, in_large_kernels, to_chunks, to_rows
+from ..heads import compute_dtype
+from ..states import divided, linear_step
+from ._blocks import by_blocks, by_blocks_with_gradient
+from ._features import empty_result, mapped, scaled, write_result
+
+
+def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
+    if not causal:
+        return full(query, key, value, map_query, map_key, scale, key_mask, eps)
+    if query.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        form = one_token
+    elif in_large_kernels(query):
+        form = at_once
+    else:
+        form = by_blocks_with_gradient if torch.is_grad_enabled() else by_blocks
+    return form(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk)
+
+
+def one_token(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk):
+    dtype = compute_dtype(query.dtype)
+    q = mapped(scaled(query, dtype, scale), map_query)
+    k = mapped(scaled(key, dtype, scale), map_key, key_mask)
+    mixed, S = linear_step(q, k, value, state.to(dtype))
+    out, den = divided(mixed, eps)
+    return out if eps is None else out.to(query.dtype), den, S
+
+
+def at_once(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk):
+    """All chunks together: O(n d') memory, no loop, differentiable as it stands."""
+    batch, heads, length, _ = query.shape
+    kv_heads, dtype = value.shape[1], compute_dtype(query.dtype)
+    q = mapped(scaled(query, dtype, scale), map_query)
+    k = mapped(scaled(key, dtype, scale), map_key, key_mask)
+    v = F.pad(value.to(dtype), (0, 1), value=1.0)
+    # Tokens without features behind the last one leave no trace.
+    q, k, v = (to_chunks(F.pad(t, (0, 0, 0, -length % chunk)), kv_heads, chunk) for t in (q, k, v))
+    first = (
+        k.new_zeros(1, *k.shape[1:2], k.shape[-1], v.shape[-1])
+        if state is None
+        else state.to(dtype).flatten(0, 1)[None]
+    )
+    sums = torch.cat([first, k.mT @ v]).cumsum(0)
+    A = (q @ k.mT).unflatten(2, (-1, chunk)).tril().flatten(2, 3)
+    mixed = from_chunks(A @ v + q @ sums[:-1], batch, chunk)[:, :, :length]
+    out, den = divided(mixed, eps)
+    return out if eps is None else out.to(query.dtype), den, sums[-1].detach().unflatten(0, (batch, kv_heads))
+
+
+def full(query, key, value, map_query, map_key, scale, key_mask, eps):
+    # With a gradient, autograd keeps all features anyway.
+    block = max(query.shape[2], key.shape[2], 1) if in_large_kernels(query) or torch.is_grad_enabled() else BLOCK
+    rows, dtype = value.shape[0] * value.shape[1], compute_dtype(query.dtype)
+    S = None
+    for start in range(0, key.shape[2], block):
+        part = slice(start, start + block)
+        k = to_rows(mapped(scaled(key[:, :, part], dtype, scale), map_key, key_mask, part), rows)
+        v = F.pad(value[:, :, part].to(dtype), (0, 1), value=1.0).flatten(0, 1)
+        S = torch.bmm(k.mT, v) if S is None else S.baddbmm_(k.mT, v)
+
+    def of_rows(part: slice) -> tuple[Tensor, Tensor]:
+        q = mapped(scaled(query[:, :, part], dtype, scale), map_query)
+        mixed = torch.bmm(to_rows(q, rows), S).view(*q.shape[:3], -1)
+        return mixed[..., :-1], mixed[..., -1:]
+
+    if block >= query.shape[2]:
+        numerator, denominator = of_rows(slice(None))
+        return numerator if eps is None else numerator / (denominator + eps), denominator.squeeze(-1), None
+    out, den = empty_result(query, value, dtype)
+    for start in range(0, query.shape[2], block):
+        part = slice(start, start + block)
+        write_result(*of_rows(part), out[:, :, part], den[:, :, part], eps)
+    return out, den, None

@@ -1,0 +1,64 @@
+"""The portable form: one row at once; on a CPU long plain texts by blocks in its cache; all else by tiles of rows."""
+
+import torch
+
+from ...masks import Tile
+from ..chunks import in_large_kernels
+from ..heads import compute_dtype, mix
+from ..rows import by_rows, rows_per_tile
+from ._blocks import WORTH_IT, blocked_scores
+from .reference import weights_and_denominator, with_gain
+
+
+def run(query, key, value, mask, scaling, activation, gain, result_dtype):
+    if query.shape[2] == 1:
+        form = one_row
+    else:
+        form = by_blocks if fits_blocks(query, key, mask, activation) else by_tiles
+    return form(query, key, value, mask, scaling, activation, gain, result_dtype)
+
+
+def _attend(query, key, value, bias, tile: Tile, mask, scaling, activation, gain, result_dtype):
+    """The rows of one tile."""
+    dtype = compute_dtype(query.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    weights, denominator = weights_and_denominator(
+        query.to(dtype), key.to(dtype), tile, mask, bias, scaling, activation
+    )
+    out = mix(weights if mask.sinks is None else weights[..., :-1], value.to(dtype))
+    out = out if denominator is None else out / denominator
+    return with_gain(out, gain).to(result_dtype)
+
+
+def one_row(query, key, value, mask, scaling, activation, gain, result_dtype):
+    tile = Tile(slice(None), slice(None), mask.matrix(query.device))
+    return _attend(query, key, value, mask.bias, tile, mask, scaling, activation, gain, result_dtype)
+
+
+def by_tiles(query, key, value, mask, scaling, activation, gain, result_dtype):
+    def attend(query, key, value, bias, tile: Tile, carry):
+        return (_attend(query, key, value, bias, tile, mask, scaling, activation, gain, result_dtype),), carry
+
+    size = rows_per_tile(query.shape[0], query.shape[1], key.shape[2])
+    learned = [*activation.learned(), *(t for t in (gain, mask.sinks) if t is not None)]
+    (out,), _ = by_rows(attend, query, key, value, mask.tiles(size, query.device), learned, mask.bias)
+    return out
+
+
+def fits_blocks(query, key, mask, activation) -> bool:
+    """Whether blocks of scores in a CPU's cache serve the call, and are worth it."""
+    scores_per_head = query.shape[2] * key.shape[2] * query.shape[1] // key.shape[1]
+    simple = mask.plain and mask.valid is None and not (torch.is_grad_enabled() and activation.needs_peak)
+    return simple and scores_per_head >= WORTH_IT and not in_large_kernels(query)
+
+
+def by_blocks(query, key, value, mask, scaling, activation, gain, result_dtype):
+    dtype = compute_dtype(query.dtype)
+    query = query.to(dtype)
+    query = query * (scaling * activation.factor_for(query))
+    out, total = blocked_scores(query, key, value, activation, causal=mask.causal)
+    if activation.denominator is not None:
+        rows = torch.arange(query.shape[2], device=query.device) + mask.offset + 1
+        count = rows[:, None] if mask.causal else torch.full_like(rows, key.shape[2])[:, None]
+        out = out / activation.denominator(total, count.to(dtype))
+    return with_gain(out, gain).to(result_dtype)

@@ -1,0 +1,238 @@
+"""Rows with the keys of their window and the first tokens (sinks), for the ops `window` and `hybrid`.
+
+Rows are taken as texts whose valid tokens stand side by side: `Context` moves padding to the end first, so that
+"the last w keys" means the last w keys that the row may attend to, wherever the padding was.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunks import blocks, in_large_kernels, product, to_chunks
+from .heads import compute_dtype, mix, scores
+from .rows import Tile, rows_per_tile
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x `[B, H, S, D]`, index `[B, t]` -> `[B, H, t, D]`."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+# Rows of a chunk; it sees its own tokens and the w before them.
+CHUNK = 64
+# Powers of two: on a CPU, torch's exp takes twenty times as long for -inf as for other numbers, its exp2 does not.
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """What a window layer remembers: the first m keys and values, then the last w (right-aligned), and how many came.
+
+    Shapes: `[B, Hkv, m + w, D]`, `[B, Hkv, m + w, Dv]`, `[B]`.
+    """
+
+    key: Tensor
+    value: Tensor
+    count: Tensor
+
+
+class HybridState(NamedTuple):
+    """What is remembered of earlier tokens: those near and at the start, and the state of all others.
+
+    `linear` is `sum_j phi(k_j) [v_j, 1]^T` over the keys that have left the window, `[B, Hkv, F, Dv + 1]`.
+    """
+
+    window: WindowState
+    linear: Tensor
+
+
+class Context:
+    """The new tokens of a call behind the w remembered ones, padding moved to the end.
+
+    Attributes:
+        query: `[B, H, T, D]`, aligned. key, value: `[B, Hkv, w + T, *]`: slot u holds the token at position
+            `count + u - w` of its text (nothing where that is negative).
+        sink_key, sink_value: `[B, Hkv, m, *]`: slot j holds position j (meaningful where a row is at j or later).
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        window: int,
+        sinks: int,
+        state: WindowState | None = None,
+    ):
+        self.window, self.sinks, self.length = window, sinks, query.shape[2]
+        self.chunk = max(16, min(CHUNK, window))
+        self.order = None if valid is None else torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
+        self.lengths = None if valid is None else valid.sum(1)
+        if self.order is not None:
+            query, key, value = (_gather(t, self.order) for t in (query, key, value))
+        self.query = query
+        self.count = None if state is None else state.count
+        self.sink_key, self.key = self._remembered(key, state and state.key)
+        self.sink_value, self.value = self._remembered(value, state and state.value)
+
+    def _remembered(self, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sinks, those among the new tokens included, and the new tokens behind the last w."""
+        if old is None:
+            sinks = F.pad(new[:, :, : self.sinks], (0, 0, 0, max(0, self.sinks - new.shape[2])))
+            return sinks, F.pad(new, (0, 0, self.window, 0))
+        slot = torch.arange(self.sinks, device=new.device)
+        source = (slot[None, :] - self.count[:, None]).clamp(0, new.shape[2] - 1)
+        known = (slot[None, :] < self.count[:, None])[:, None, :, None]
+        sinks = torch.where(known, old[:, :, : self.sinks], _gather(new, source))
+        return sinks, torch.cat([old[:, :, self.sinks :].to(new.dtype), new], dim=2)
+
+    def position(self, slots: slice) -> Tensor:
+        """Position in its text of each slot of `key`: `[1 or B, s]`, negative where nothing is."""
+        index = torch.arange(slots.start, slots.stop, device=self.query.device)[None] - self.window
+        return index if self.count is None else index + self.count[:, None]
+
+    def bias(self, rows: slice, chunk: int, dtype: torch.dtype) -> Tensor:
+        """0 or -inf for the sinks and the slots that a chunk sees: `[1 or c, 1 or B, 1, 1, chunk, m + chunk + w]`."""
+        row = torch.arange(chunk, device=self.query.device)[:, None]
+        slot = torch.arange(chunk + self.window, device=self.query.device)
+        near = ((slot > row) & (slot <= row + self.window))[None, None]
+        sinks = near.new_ones(1, 1, chunk, self.sinks)
+        if rows.start < self.window + self.sinks:  # sinks stand in the window, or slots before the text
+            position = self.position(slice(rows.start, rows.stop + self.window)).unfold(1, chunk + self.window, chunk)
+            near = near & (position >= self.sinks)[:, :, None, :]
+            sinks = torch.arange(self.sinks, device=row.device) <= position[:, :, self.window :, None]
+        allowed = torch.cat([sinks, near], dim=-1).transpose(0, 1)
+        return torch.zeros(allowed.shape, dtype=dtype, device=row.device).masked_fill_(~allowed, -math.inf)[
+            :, :, None, None
+        ]
+
+    def unalign(self, rows: Tensor) -> Tensor:
+        """`[B, H, T, D]` in the order of the call again."""
+        return rows if self.order is None else _gather(rows, torch.argsort(self.order, dim=1))
+
+    def leaving(self) -> Tensor:
+        """Whether slot u leaves the window as row u enters: bool `[1 or B, T]`.
+
+        False where no token leaves, where it is a sink, and in the rows of padding at the end.
+        """
+        exists = self.position(slice(0, self.length)) >= self.sinks
+        if self.lengths is not None:
+            exists = exists & (torch.arange(self.length, device=exists.device) < self.lengths[:, None])
+        return exists
+
+    def state(self) -> WindowState:
+        """What to remember after these tokens."""
+        count = 0 if self.count is None else self.count
+        if self.lengths is None:
+            recent = (t[:, :, self.length :] for t in (self.key, self.value))
+            count = self.query.new_full((self.query.shape[0],), self.length, dtype=torch.long) + count
+        else:
+            last = self.lengths[:, None] + torch.arange(self.window, device=self.query.device)
+            recent = (_gather(t, last) for t in (self.key, self.value))
+            count = self.lengths + count
+        sinks = (self.sink_key, self.sink_value)
+        return WindowState(*(torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)), count)
+
+    def tiles(self) -> list[Tile]:
+        """Blocks of rows in whole chunks, over the w slots before them and themselves."""
+        batch, heads, _, _ = self.query.shape
+        most = rows_per_tile(batch, heads, self.sinks + self.chunk + self.window)
+        rows = blocks(self.length, self.chunk, most)
+        return [Tile(part, slice(part.start, part.stop + self.window), None) for part in rows]
+
+    def softmax_parts(
+        self, query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Numerator `sum e^{s - c} v`, denominator `sum e^{s - c}` and row maximum c of one tile.
+
+        Over the last `window` tokens and the first `sinks`; each token counts once.
+
+        Args:
+            query: `[B, H, t, D]`; key: `[B, Hkv, t + w, D]`; value: `[B, Hkv, t + w, Dv]`.
+
+        Returns:
+            `[c, B Hkv, G chunk, Dv]` and twice `[c, B Hkv, G chunk, 1]`, in `compute_dtype`.
+        """
+        batch, dtype, size = query.shape[0], compute_dtype(query.dtype), self.chunk_of(query)
+
+        def columns(sinks: Tensor, slots: Tensor) -> Tensor:
+            """`[c, B Hkv, D, m + chunk + w]`: what each chunk sees."""
+            slots = slots.to(dtype).unfold(2, size + self.window, size).permute(2, 0, 1, 3, 4)
+            sinks = sinks.to(dtype).mT.expand(len(slots), -1, -1, -1, -1)
+            return torch.cat([sinks, slots], dim=-1).flatten(1, 2)
+
+        # The factor goes to the keys: there are fewer of them, in groups.
+        key, sink_key = (t.to(dtype) * (scaling * _LOG2_E) for t in (key, self.sink_key))
+        s = product(to_chunks(query.to(dtype), key.shape[1], size), columns(sink_key, key))
+        s.view(len(s), batch, key.shape[1], -1, size, s.shape[-1]).add_(self.bias(tile.rows, size, dtype))
+        e, c = _exponentials(s)
+        return product(e, columns(self.sink_value, value).mT), e.sum(-1, keepdim=True), c
+
+    def chunk_of(self, rows: Tensor) -> int:
+        """Rows per chunk in a tile of rows `[B, H, t, D]`."""
+        return min(self.chunk, rows.shape[2])
+
+
+class Step:
+    """One new token after a state, nothing padded: a `Context` of few kernels, for generation."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, sinks: int, state: WindowState):
+        self.query, self.sinks, self.old = query, sinks, state
+        slots = state.key.shape[2]
+        # Where all slots are taken there is less to do; elsewhere than on the CPU it would take long to look.
+        self.full = not in_large_kernels(query) and bool((state.count >= slots).all())
+        if not self.full:
+            slot = torch.arange(slots, device=query.device)
+            count = state.count[:, None]
+            # A sink slot is filled from its own position on; a recent slot counts where it holds no sink.
+            self.allowed = torch.where(slot < sinks, count >= slot, count + slot >= slots - 1 + sinks)[:, None, None]
+        self.key, self.value = (self._push(old, new) for old, new in ((state.key, key), (state.value, value)))
+
+    def _push(self, old: Tensor, new: Tensor) -> Tensor:
+        sinks, new = old[:, :, : self.sinks], new.to(old.dtype)
+        if not self.full:
+            slot = torch.arange(self.sinks, device=new.device)
+            sinks = torch.where((slot == self.old.count[:, None])[:, None, :, None], new, sinks)
+        return torch.cat([sinks, old[:, :, self.sinks + 1 :], new], dim=2)
+
+    def leaving(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The token that leaves the window: key, value `[B, Hkv, 1, *]`; bool `[B, 1]`, False where none does.
+
+        None for the last where one leaves in every row.
+        """
+        slot = slice(self.sinks, self.sinks + 1)
+        leaves = None if self.full else self.old.count[:, None] >= self.key.shape[2]
+        return self.old.key[:, :, slot], self.old.value[:, :, slot], leaves
+
+    def state(self) -> WindowState:
+        return WindowState(self.key, self.value, self.old.count + 1)
+
+    def softmax_parts(self, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Context.softmax_parts`, over `[B, H, 1, *]`."""
+        dtype = compute_dtype(self.query.dtype)
+        s = scores(self.query.to(dtype) * (scaling * _LOG2_E), self.key.to(dtype))
+        e, c = _exponentials(s if self.full else s.masked_fill_(~self.allowed, -math.inf))
+        return mix(e, self.value.to(dtype)), e.sum(-1, keepdim=True), c
+
+
+def context(query, key, value, valid, window: int, sinks: int, state: WindowState | None) -> Context | Step:
+    """The new tokens of a call with what is remembered, in the form that suits them."""
+    if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled():
+        return Step(query, key, value, sinks, state)
+    return Context(query, key, value, valid, window, sinks, state)
+
+
+def _exponentials(s: Tensor) -> tuple[Tensor, Tensor]:
+    """`e^{s - c}` of scores times log2(e), in their place, and their maximum c, for each row `[..., 1]`.
+
+    c is a constant to the gradient: what is made of numerators and denominators does not depend on it.
+    """
+    # Rows of padding may see nothing at all; their maximum must not be -inf.
+    lowest = torch.finfo(s.dtype).min
+    c = s.detach().amax(-1, keepdim=True).clamp_(min=lowest)
+    return s.sub_(c).exp2_(), (c / _LOG2_E).clamp_(min=lowest)

@@ -1,0 +1,44 @@
+"""Softmax over a sliding window and the first tokens (sinks): O(n (w + m) d) time, O(n d) memory.
+
+Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language models with attention sinks", 2023.
+"""
+
+from torch import Tensor
+
+from ..backends import Op
+from ..sliding import WindowState
+
+_op = Op(__name__)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    *,
+    window: int,
+    sinks: int,
+    valid: Tensor | None = None,
+    state: WindowState | None = None,
+    keep_state: bool = False,
+) -> tuple[Tensor, WindowState | None]:
+    """Return softmax attention to the last `window` keys and the first `sinks`, and what to remember.
+
+    Both are counted among the tokens that are not padding, and the token itself is one of the window.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`. Query heads share key/value heads in
+            equal groups.
+        scaling: factor of the scores.
+        valid: bool `[B, T]`, False at padding; None where there is none.
+        state: what is remembered of the tokens before; None at the start of a text.
+        keep_state: whether to return what to remember after these tokens.
+
+    Returns:
+        `[B, H, T, Dv]` in the query's dtype, any finite numbers at padding, and the state, None unless `keep_state`.
+
+    Raises:
+        NotImplementedError: the backend that HF_ATTNSWAP_BACKEND asks for cannot serve this call.
+    """
+    return _op(query, key, value, scaling, window, sinks, valid, state, keep_state)

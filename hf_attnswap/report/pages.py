@@ -1,0 +1,60 @@
+"""The pages of a report: report.html and report.md, each from a template and the same content."""
+
+import re
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup, escape
+
+from . import tables
+from .details import details
+from .drawing import Picture
+from .short import short
+from .summary import summary
+from .table import WORDS, markdown, two_lines
+from .table import escape as escape_markdown
+from .text import plain
+from .types import Report
+
+_TEMPLATES = PackageLoader("hf_attnswap.report")
+_HTML = Environment(loader=_TEMPLATES, autoescape=True)
+_MARKDOWN = Environment(loader=_TEMPLATES, keep_trailing_newline=True)
+
+
+def html(report: Report, pictures: Sequence[Picture]) -> str:
+    """The whole page, the pictures inside it."""
+    return _HTML.get_template("report.html.j2").render(words=WORDS, **_content(report, pictures))
+
+
+def paper(report: Report, pictures: Sequence[Picture]) -> str:
+    """The whole page in GitHub's Markdown; `pictures` are referred to by the names of their PNG files."""
+    return _MARKDOWN.get_template("report.md.j2").render(**_content(report, pictures))
+
+
+def _content(report: Report, pictures: Sequence[Picture]) -> dict[str, Any]:
+    return {
+        "title": plain(report.title),
+        "short": short(report),
+        "pictures": pictures,
+        "tables": tables.tables(report),
+        "summary": summary(report),
+        "arms": tables.arms(report),
+        "details": details(report),
+    }
+
+
+def _breakable(label: str) -> Markup:
+    """The label, with where it may break."""
+    return Markup(re.sub(r"([:,+])", r"\1<wbr>", str(escape(label))))
+
+
+def _led(paragraph: str) -> Markup:
+    """The paragraph, the word before its colon in bold."""
+    return Markup(re.sub(r"^([A-Z][a-z]+(?: [a-z]+)?):", r"<strong>\1:</strong>", str(escape(paragraph))))
+
+
+_HTML.filters |= {"two_lines": two_lines, "breakable": _breakable, "led": _led}
+_HTML.filters |= {"base64": lambda data: b64encode(data).decode("ascii")}
+_MARKDOWN.filters |= {"md": escape_markdown, "markdown": markdown}

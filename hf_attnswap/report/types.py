@@ -1,0 +1,363 @@
+"""What a measured number is from the measurement to the card: one Report, whatever was compared.
+
+A trade-off, a comparison of classifiers and the quality of training runs are reports of one type; what differs are the
+metrics that their arms carry. pydantic checks every value where it is made and where a file is read.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from ..statistics import FEW, MIN_ITEMS, Growth, Spread, lacking
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def _writable(value: Any) -> Any:
+    """Replace what UTF-8 cannot hold: a broken error message or file name may have lone surrogates."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+
+
+def _date(value: str) -> str:
+    datetime.fromisoformat(value)
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_writable)]
+Name = Annotated[Text, Field(pattern=r"\S")]
+Date = Annotated[Text, AfterValidator(_date)]
+Count = Annotated[int, Field(ge=0, le=10**18)]
+Size = Annotated[int, Field(ge=1, le=10**18)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Kind = Literal["tradeoff", "classification", "quality"]
+Verdict = Literal["better", "no measurable difference", "worse"]
+
+
+@dataclass(config=STRICT)
+class Model:
+    """The model whose attention was swapped."""
+
+    name: Name
+    parameters: Count
+    attention_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    dtype: Text
+
+
+@dataclass(config=STRICT)
+class Machine:
+    """Where the numbers were measured."""
+
+    processor: Text
+    cores: Count
+    threads: Count
+    memory_gib: Amount
+    device: Text
+    platform: Text
+
+
+@dataclass(config=STRICT)
+class Data:
+    """The data; sizes count what `unit` says. fingerprint: of the tokens or labels that quality was measured on."""
+
+    training: Text
+    training_size: Count
+    evaluation: Text
+    evaluation_size: Count
+    unit: Literal["tokens", "texts", "images"] = "tokens"
+    fingerprint: Text | None = None
+
+
+@dataclass(config=STRICT)
+class Comparison:
+    """A value of an arm beside that of `arm` on the same items, with its 95 % interval.
+
+    low, high and verdict are None where the items are too few for an interval.
+    """
+
+    arm: Name
+    value: float
+    low: float | None
+    high: float | None
+    items: Size
+    verdict: Verdict | None
+
+    def __post_init__(self) -> None:
+        _check_interval(self)
+        if self.low is not None and self.items < MIN_ITEMS:
+            raise ValueError(f"no interval: {lacking('it', MIN_ITEMS, 'items', self.items)}")
+
+    @property
+    def few(self) -> bool:
+        """Whether the interval rests on so few items that it is rough."""
+        return self.items < FEW
+
+
+def _check_interval(estimate: Any) -> None:
+    if (estimate.low is None) != (estimate.high is None):
+        raise ValueError("low and high together, or neither")
+    if estimate.low is not None and not estimate.low <= estimate.value <= estimate.high:
+        raise ValueError("low <= value <= high")
+
+
+@dataclass(config=STRICT)
+class Range:
+    """The mean negative log-likelihood over the positions `first` to `last` of a context."""
+
+    first: Size
+    last: Size
+    nll: float
+
+
+@dataclass(config=STRICT)
+class Perplexity:
+    """Perplexity at one context; None where it is not finite. ratio: to the control that the kind of report names.
+
+    block_nll: of every block, where reports are to be paired with later ones.
+    """
+
+    context: Size
+    perplexity: Positive | None
+    nll: float | None
+    standard_error: Amount | None
+    tokens: Count
+    ratio: Comparison | None = None
+    against: list[Comparison] = Field(default_factory=list)
+    word_perplexity: Positive | None = None
+    byte_perplexity: Positive | None = None
+    by_position: list[Range] = Field(default_factory=list)
+    block_nll: list[float] = Field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.perplexity is None and self.ratio is not None:
+            raise ValueError("no ratio, since perplexity is null")
+        if self.ratio and self.ratio.value <= 0:
+            raise ValueError("a ratio above 0")
+
+
+@dataclass(config=STRICT)
+class Metric:
+    """A metric of a task over its items, accuracy among them. low and high: the 95 % interval of the value itself."""
+
+    task: Name
+    metric: Name
+    higher_is_better: bool
+    value: float | None
+    standard_error: Amount | None
+    items: Size
+    low: float | None = None
+    high: float | None = None
+    by_seed: list[float] = Field(default_factory=list)
+    difference: Comparison | None = None
+    ratio: Comparison | None = None
+    against: list[Comparison] = Field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.value is not None:
+            _check_interval(self)
+
+
+@dataclass(config=STRICT)
+class Speed:
+    """Time and memory at one length; a speed-up is over softmax in the same rounds. note: why there is no time."""
+
+    length: Size
+    prefill_s: Spread | None = None
+    prefill_speedup: Spread | None = None
+    decode_tokens_per_s: Spread | None = None
+    decode_speedup: Spread | None = None
+    train_s: Spread | None = None
+    train_speedup: Spread | None = None
+    forward_s: Spread | None = None
+    forward_speedup: Spread | None = None
+    peak_memory_mib: Amount | None = None
+    cache_mib: Amount | None = None
+    note: Text | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill_s is None and self.forward_s is None and not (self.note or "").strip():
+            raise ValueError("a note with the reason, since no time was measured")
+
+
+@dataclass(config=STRICT)
+class Stage:
+    """A stage of training; size counts what `Data.unit` says. What was not recorded is None."""
+
+    stage: Name
+    trains: Text
+    text: Text
+    size: Count | None
+    steps: Count | None
+    learning_rate: Amount | None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    seconds: Amount | None = None
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(config=STRICT)
+class Alignment:
+    """The alignment that a trade-off itself gave an arm."""
+
+    tokens: Count
+    seconds: Amount
+    first_loss: float
+    last_loss: float
+
+
+@dataclass(config=STRICT)
+class CurvePoint:
+    """Perplexity on the validation text of a run after so many tokens of training."""
+
+    tokens: Count
+    perplexity: Positive
+
+
+@dataclass(config=STRICT)
+class Group:
+    """Layers of one kind that have one attention."""
+
+    attention: Name
+    options: dict[str, Any]
+    layers: list[Count]
+    kind: Name = "causal"
+
+
+@dataclass(config=STRICT)
+class Check:
+    """A check of the swap itself; worst is None where nothing could be compared."""
+
+    name: Name
+    passed: bool
+    worst: Amount | None
+    limit: Amount
+
+
+@dataclass(config=STRICT)
+class Scale:
+    """The root mean square of a layer's output over softmax's at the positions `first` to `last`."""
+
+    first: Size
+    last: Size
+    scale: Amount | None
+
+
+@dataclass(config=STRICT)
+class Gradient:
+    """Norms of the gradients in a layer."""
+
+    query: Amount | None
+    key: Amount | None
+    value: Amount | None
+    layer_input: Amount | None
+
+
+@dataclass(config=STRICT)
+class Layer:
+    """What a swapped layer does, beside the softmax that it stands in for (see `evaluation.diagnose`)."""
+
+    layer: Name
+    kl: float | None
+    perplexity_ratio: Positive | None
+    gradient: Gradient
+    gradient_of_softmax: Gradient
+    index: Count | None = None
+    kl_error: Amount | None = None
+    dead: Amount | None = None
+    saturated: Amount | None = None
+    saturated_of_softmax: Amount | None = None
+    row_sum: float | None = None
+    row_sum_spread: Amount | None = None
+    negative: Amount | None = None
+    entropy: Amount | None = None
+    effective_keys: Amount | None = None
+    sparsity: Amount | None = None
+    distance: Amount | None = None
+    softmax_entropy: Amount | None = None
+    softmax_effective_keys: Positive | None = None
+    softmax_sparsity: Amount | None = None
+    output_scale: list[Scale] = Field(default_factory=list)
+    by_head: dict[str, list[float | None]] = Field(default_factory=dict)
+
+
+@dataclass(config=STRICT)
+class Diagnostics:
+    """A look into the swapped layers of an arm; layers_by_damage are their numbers, the least damaged first."""
+
+    context: Size
+    tokens: Size
+    layers: list[Layer]
+    layers_by_damage: list[Count] = Field(default_factory=list)
+    attention: Text = ""
+    perplexity: Positive | None = None
+    gradient_at_first_layer: Amount | None = None
+
+
+@dataclass(config=STRICT)
+class Arm:
+    """One row of a comparison: an attention, how it was trained, and all that was measured of it."""
+
+    label: Name
+    attention: Name
+    options: dict[str, Any]
+    control: bool
+    formula: Text
+    cost: Text
+    cost_class: Literal["quadratic", "linear", "constant"]
+    source: Text
+    new_parameters: Count
+    status: Literal["measured", "failed", "not measured"]
+    reason: Text | None = None
+    swapped: list[Group] = Field(default_factory=list)
+    alignment: Alignment | None = None
+    training: list[Stage] = Field(default_factory=list)
+    training_tokens: Count = 0
+    training_seconds: Amount | None = None
+    curve: list[CurvePoint] = Field(default_factory=list)
+    conversion: Name | None = None
+    checks: list[Check] = Field(default_factory=list)
+    growth: dict[str, Growth] = Field(default_factory=dict)
+    diagnostics: Diagnostics | None = None
+    perplexity: list[Perplexity] = Field(default_factory=list)
+    metrics: list[Metric] = Field(default_factory=list)
+    speed: list[Speed] = Field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.status != "measured" and not (self.reason or "").strip():
+            raise ValueError(f"a reason, since status is {self.status!r}")
+        if self.status == "measured" and any(entry.perplexity is None for entry in self.perplexity):
+            raise ValueError("finite perplexities, since status is 'measured'")
+        _check_unique("perplexity.context", [entry.context for entry in self.perplexity])
+        _check_unique("speed.length", [entry.length for entry in self.speed])
+        _check_unique("metrics", [f"{entry.metric} of {entry.task}" for entry in self.metrics])
+
+
+def _check_unique(what: str, values: list[Any]) -> None:
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"every {what} once, {twice!r} is there twice")
+
+
+@dataclass(config=STRICT)
+class Report:
+    """A comparison of arms on one model. settings: what else the command was given, as plain data."""
+
+    kind: Kind
+    title: Name
+    model: Model
+    machine: Machine
+    versions: dict[str, Text]
+    date: Date
+    command: Text
+    seeds: list[int]
+    data: Data
+    arms: Annotated[list[Arm], Field(min_length=1)]
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_unique("arms.label", [arm.label for arm in self.arms])

@@ -1,0 +1,58 @@
+"""Distil the original model into the swapped one: the same next-token distribution, on any text.
+
+The original is the teacher. With LoRA it is the model itself, with softmax switched on and LoRA off, so that one copy
+of the weights is in memory; without, a frozen copy of the model as it starts, with softmax switched on. Both are the
+original as long as nothing but the swapped attention's own parameters has been trained; else name the original with
+--teacher_name_or_path.
+
+    accelerate launch -m hf_attnswap.training distill --model_name_or_path aligned/model --train_file book.txt \\
+        --max_train_tokens 500000 --output_dir distilled
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...errors import UsageError
+from ...integration.swapping import swapped_modules
+from ...sources.models import load
+from ..distill import DEFAULT_LEARNING_RATE, distillation_loss
+from ..options import argument
+from ..stage import WholeModelStage
+from ..teacher import frozen
+
+
+@dataclass(kw_only=True)
+class Distill(WholeModelStage):
+    """The swapped model learns the next-token distribution of the original."""
+
+    name: ClassVar[str] = "distill"
+    fsdp: ClassVar[str | None] = "FSDP shards the output embeddings, so launch with distributed_type: MULTI_GPU"
+
+    learning_rate: float = argument(DEFAULT_LEARNING_RATE, "highest learning rate of AdamW")
+    teacher_name_or_path: str | None = argument(None, "the original model; the model itself, with softmax, without it")
+    temperature: float = argument(1.0, "divides the logits")
+    hidden_weight: float = argument(
+        0.0, "factor of the cosine distance of each layer's hidden states, beside the divergence"
+    )
+
+    def prepare(self, model: PreTrainedModel, blocks: Tensor, accelerator: Accelerator) -> nn.Module:
+        trained = super().prepare(model, blocks, accelerator)
+        if not swapped_modules(model):
+            raise UsageError(f"the attention of {self.model_name_or_path!r} is not swapped: give --attention")
+        if self.teacher_name_or_path:
+            self._teacher = frozen(load(self.teacher_name_or_path, dtype=self.dtype, device=accelerator.device)[0])
+        else:
+            self._teacher = trained if self.use_lora else frozen(copy.deepcopy(trained))
+        self._autocast = accelerator.autocast
+        return trained
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        with self._autocast():
+            return distillation_loss(
+                model, self._teacher, batch, temperature=self.temperature, hidden_weight=self.hidden_weight
+            )

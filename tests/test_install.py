@@ -1,0 +1,67 @@
+"""The package as it is installed: found from any folder, and with all that it imports."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import hf_attnswap
+
+ROOT = Path(hf_attnswap.__file__).parents[1]
+COMES_WITH = {"markupsafe": "jinja2", "pydantic-core": "pydantic"}  # each a part of the other
+FIND = """
+import importlib.util, site, sys
+site.addsitedir(sys.argv[1])
+print(importlib.util.find_spec("hf_attnswap").origin)
+"""
+
+
+def test_the_folder_of_the_clone_does_not_hide_the_package(tmp_path):
+    for needed in ("hatchling", "editables"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    clone = tmp_path / "hf_attnswap"  # what `git clone` calls it
+    shutil.copytree(ROOT / "hf_attnswap", clone / "hf_attnswap", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    site = tmp_path / "site"
+    site.mkdir()
+    build = [sys.executable, "-c", f"import hatchling.build; print(hatchling.build.build_editable({str(site)!r}))"]
+    wheel = subprocess.run(build, cwd=clone, check=True, capture_output=True, text=True).stdout.split()[-1]
+    zipfile.ZipFile(site / wheel).extractall(site)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-c", FIND, str(site)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == str(clone / "hf_attnswap" / "__init__.py"), run.stderr
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ("demo", "finetune", "eval")
+    listed = {e: {_name(line) for line in project["optional-dependencies"][e]} for e in extras}
+    declared = {_name(line) for line in project["dependencies"]}
+    distributions = importlib.metadata.packages_distributions()
+    imported = set()
+    for path in (ROOT / "hf_attnswap").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    imported -= {"hf_attnswap", *sys.stdlib_module_names}
+    needed = {_name(distributions.get(name, [name])[0]) for name in imported}
+    needed = {COMES_WITH.get(name, name) for name in needed}
+    assert needed <= declared.union(*listed.values()), "imported, and not declared"
+    assert declared <= needed, "declared, and not imported"
+
+
+def _name(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9_.-]+", requirement)[0].lower().replace("_", "-")

@@ -1,0 +1,303 @@
+"""Recipes: what they say, what they may not say, and a run that goes on where it stopped."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hf_attnswap import UsageError, attentions, cli, report
+from hf_attnswap.integration.swapping import describe
+from hf_attnswap.publish import measured
+from hf_attnswap.sources import conversions
+from hf_attnswap.sources.models import load
+from hf_attnswap.training import loop
+from hf_attnswap.training import recipe as recipe_module
+from hf_attnswap.training.recipe import read_recipe
+
+
+@pytest.fixture
+def recipe(checkpoint, text, tmp_path):
+    """`recipe(key=value)` writes one of three short stages with these changes, and is the command line for it."""
+
+    def write(**changes):
+        content = {
+            "model_name_or_path": checkpoint, "attention": "hedgehog+window", "options": {"window": 4, "sinks": 1},
+            "train_file": text, "block_size": 32, "max_train_steps": 3, "checkpointing_steps": 2,
+            "stages": [
+                {"stage": "align"},
+                {"stage": "distill", "learning_rate": 1e-3, "use_lora": True},
+                {"stage": "finetune", "max_train_tokens": 64, "block_size": 16},
+            ],
+        }  # fmt: skip
+        content.update(changes)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+        return ["--recipe", str(path), "--output_dir", str(tmp_path / "out")]
+
+    return write
+
+
+@pytest.fixture
+def convert(train):
+    """`convert(command)` runs a recipe; the words after --recipe."""
+    return lambda command: train("--recipe", command[1:])
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def test_stages_follow_each_other_and_run_alone_with_what_is_printed(train, convert, recipe, tmp_path, capsys):
+    convert(recipe())
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "1_align", "2_distill", "3_finetune"}
+    assert describe(load(str(out / "3_finetune" / "model"))[0]) == "hedgehog+window in 3 layers"
+    assert [len(read_log(out / name)) for name in ("1_align", "2_distill", "3_finetune")] == [3, 3, 4]
+    lines = capsys.readouterr().err.splitlines()
+    started = "2_distill: accelerate launch -m hf_attnswap.training distill "
+    command = next(line.removeprefix(started).split() for line in lines if line.startswith(started))
+    assert "--attention" not in command and "--teacher_name_or_path" not in command
+    train("distill", [*command[:-1], tmp_path / "alone"])
+    assert same(weights(tmp_path / "alone"), weights(out / "2_distill"))
+    convert(recipe())
+    assert capsys.readouterr().err.count("is done") == 3
+
+
+def test_a_run_that_was_cut_off_goes_on_in_its_stage(convert, recipe, tmp_path, monkeypatch, capsys):
+    given = recipe()
+    convert([*given[:-1], str(tmp_path / "whole")])
+    save_checkpoint, calls = loop.save_checkpoint, []
+
+    def cut(*arguments):
+        save_checkpoint(*arguments)
+        calls.append(arguments)
+        if len(calls) == 2:  # in the second stage
+            raise ConnectionError("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(loop, "save_checkpoint", cut)
+        convert(given)
+    capsys.readouterr()
+    convert(given)
+    said = capsys.readouterr().err
+    assert "1_align is done" in said and "going on from" in said and "step_2" in said
+    for stage in ("1_align", "2_distill", "3_finetune"):
+        assert same(weights(tmp_path / "whole" / stage), weights(tmp_path / "out" / stage))
+
+
+def test_a_model_whose_projections_moved_is_not_its_own_teacher(convert, recipe, checkpoint, capsys):
+    stages = [{"stage": "align", "train": "attention", "learning_rate": 1e-3}, {"stage": "distill"}]
+    convert(recipe(attention="relu_norm", options={"gain": True}, max_train_steps=1, stages=stages))
+    assert f"--teacher_name_or_path {checkpoint}" in capsys.readouterr().err
+
+
+def test_softmax_trained_first_is_what_is_converted_and_what_teaches(convert, recipe, text, tmp_path, capsys):
+    hybrid = {"attention": "hedgehog+window", "options": {"window": 4, "sinks": 1}}
+    stages = [{"stage": "finetune"}, {"stage": "align", "train": "attention", **hybrid}, {"stage": "distill"}]
+    out = tmp_path / "out"
+    convert(recipe(attention="softmax", options=None, max_train_steps=2, stages=stages))
+    said = capsys.readouterr().err
+    assert "1_finetune/model has softmax in 3 layers, which gives way to hedgehog+window" in said
+    assert f"--teacher_name_or_path {out / '1_finetune' / 'model'}" in said
+    found = conversions.find(out)
+    assert [group["attention"] for group in found.swapped] == ["hedgehog+window"]
+    again = measured.recipe({"model": {"name": "org/base"}}, {"training": found.training}, "org/base")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    told = [
+        (name, given.get("attention")) for name, given in read_recipe(tmp_path / "again.yaml", {"train_file": text})
+    ]
+    assert told == [("finetune", "softmax"), ("align", "hedgehog+window"), ("distill", None)]
+
+
+@pytest.mark.parametrize("attention, options", [("hedgehog", None), ("hedgehog+window", {"window": 8})])
+def test_maps_are_aligned_first_then_the_modules_around_them(recipe, tmp_path, attention, options):
+    recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
+    (one, maps), (two, modules), (three, distill) = read_recipe(tmp_path / "recipe.yaml")
+    assert (one, two, three) == ("align", "align", "distill")
+    assert [stage["max_train_tokens"] for stage in (maps, modules, distill)] == [200, 1400, 2400]
+    assert (maps["attention"], maps.get("options"), maps["learning_rate"]) == (attention, options, 1e-2)
+    assert "train" not in maps and modules["train"] == "attention"
+    assert not {"attention", "options"} & {*modules, *distill}
+
+
+@pytest.mark.parametrize(
+    "attention, options, taken", [("elu", None, None), ("relu_power", {"p": 8}, {"gain": True, "p": 8})]
+)
+def test_without_maps_the_modules_are_aligned(recipe, tmp_path, attention, options, taken):
+    recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
+    (one, align), (two, distill) = read_recipe(tmp_path / "recipe.yaml")
+    assert (one, two) == ("align", "distill")
+    assert (align["train"], align["learning_rate"], align["final_learning_rate"]) == ("attention", 1e-3, 1e-5)
+    assert (align["max_train_tokens"], distill["max_train_tokens"]) == (1000, 3000)
+    assert align.get("options") == taken
+    assert distill["learning_rate"] == 1e-4 and not {"attention", "options"} & distill.keys()
+
+
+GIVEN = {"model_name_or_path": "m", "train_file": "t.txt", "max_train_tokens": 100_000}
+
+
+@pytest.mark.parametrize("name", recipe_module.names())
+def test_a_recipe_of_the_package_takes_model_and_text_as_arguments(name):
+    given = GIVEN if "attention:" in recipe_module.names()[name].read_text() else {**GIVEN, "attention": "relu_norm"}
+    stages = read_recipe(name, given)
+    assert stages[0][1]["model_name_or_path"] == "m" and all(options["train_file"] == "t.txt" for _, options in stages)
+    assert 99_990 <= sum(options["max_train_tokens"] for _, options in stages) <= 100_000
+    for key in GIVEN:
+        with pytest.raises(UsageError, match=f"give .*--{key}"):
+            read_recipe(name, {other: value for other, value in given.items() if other != key})
+    assert recipe_module.describe(name).endswith(".")
+
+
+@pytest.mark.parametrize("name", attentions.names())
+def test_the_family_of_a_variant_names_its_recipe(name):
+    variant = attentions.get(name)
+    assert variant.family in recipe_module.names()
+    parameters = list(variant(attentions.Heads(1, 1, 8)).parameters())
+    assert (variant.family == "maps") == bool(parameters and variant.cost_class == "linear")
+    assert (variant.family == "gain") == ("gain" in variant.options())
+
+
+def test_arguments_stand_in_place_of_the_top_of_a_recipe(recipe, tmp_path):
+    path = recipe()[1]
+    stages = read_recipe(path, {"block_size": 8, "dataset_name": "org/text", "options": {"window": 2}})
+    (_, align), (_, distill), (_, finetune) = stages
+    assert (align["block_size"], finetune["block_size"]) == (8, 16)  # what a stage says itself stays
+    assert align["options"] == {"window": 2, "sinks": 1}
+    assert {options["dataset_name"] for _, options in stages} == {"org/text"} and "train_file" not in distill
+
+
+def test_a_recipe_builds_on_another_one_beside_it(recipe, tmp_path):
+    recipe()
+    (tmp_path / "longer.yaml").write_text("{builds_on: recipe.yaml, max_train_steps: 5, options: {window: 8}}")
+    (_, align), *_ = read_recipe(tmp_path / "longer.yaml")
+    assert (align["max_train_steps"], align["options"]) == (5, {"window": 8, "sinks": 1})
+
+
+def test_an_unknown_recipe_is_told_the_names():
+    with pytest.raises(UsageError, match="neither a file nor one of control, .*Did you mean 'plain'"):
+        read_recipe("plaim")
+
+
+def test_a_recipe_of_the_package_runs_by_its_name(train, checkpoint, text, tmp_path):
+    given = ["plain", "--attention", "relu_norm", "--option", "gain=true", "--model_name_or_path", checkpoint]
+    given += ["--train_file", text, "--max_train_tokens", "128", "--block_size", "32", "--output_dir", tmp_path / "out"]
+    train("--recipe", given)
+    assert [len(read_log(tmp_path / "out" / name)) for name in ("1_align", "2_distill")] == [1, 3]
+    assert describe(load(str(tmp_path / "out" / "2_distill" / "model"))[0]) == "relu_norm in 3 layers"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(learning_rat=1), "unknown key 'learning_rat'. Did you mean 'learning_rate'"),
+        (dict(stages=[{"stage": "aline"}]), "stage 1 of recipe .* is 'aline'. Did you mean 'align'"),
+        (dict(stages=[{"stage": "align", "temprature": 2}]), r"stage 1 \(align\) .* unknown key 'temprature'"),
+        (dict(stages=[{"stage": "distill", "temprature": 2}]), "Did you mean 'temperature'"),
+        (dict(stages=[{"stage": "align", "learning_rate": "fast"}]), r"stage 1 \(align\).*invalid float value: 'fast'"),
+        (dict(stages=[]), r"stages in recipe .* is \[\]"),
+        (
+            dict(
+                attention="elu", options=None, stages=[{"stage": "distill"}, {"stage": "distill", "attention": "relu"}]
+            ),
+            r"stage 2 \(distill\) .* swaps to 'relu' what is 'elu' already",
+        ),
+        (dict(attention=None), "has no attention: give --attention"),
+        (dict(train_file=None), "give either --train_file or --dataset_name, which are missing"),
+        (dict(stages=None, max_train_steps=None), "takes a share of max_train_tokens, which is None"),
+        (dict(stages=None, max_train_tokens=100, attention="hedghog"), "Did you mean 'hedgehog'"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_one_clear_error(convert, recipe, tmp_path, change, message):
+    command = recipe(**change)
+    with pytest.raises(UsageError, match=message):
+        convert(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_recipe_in_the_same_folder_is_refused(convert, recipe, tmp_path):
+    stages = [{"stage": "align", "max_train_steps": 1}]
+    convert(recipe(stages=stages))
+    with pytest.raises(UsageError, match="stage 1 has seed = None, not 1"):
+        convert(recipe(stages=stages, seed=1))
+    with pytest.raises(UsageError, match="a run of 1 stages, not 2"):
+        convert(recipe(stages=[*stages, {"stage": "distill"}]))
+    command = recipe()
+    (tmp_path / "recipe.yaml").write_text("stages: [")
+    with pytest.raises(UsageError, match="is not YAML"):
+        convert(command)
+
+
+def attnswap(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["attnswap", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+def test_from_a_recipe_to_a_model_card(convert, recipe, checkpoint, text, tmp_path, monkeypatch, capsys):
+    """Half of the layers: their controls stand in the same ones."""
+    convert(recipe(layers="1:"))
+    out, measured, cards = tmp_path / "out", tmp_path / "report", tmp_path / "cards"
+    sizes = "--context_length 32 --max_eval_tokens 256 --length 16 --length 32 --rounds 1 --align_tokens 0".split()
+    given = ["tradeoff", checkpoint, "--arm", out, "--train_file", text, "--block_size", "32", *sizes]
+    assert attnswap(monkeypatch, *given, "--output_dir", measured) == 0
+    found = report.read(measured / "report.json")
+    arms = {arm["label"]: arm for arm in found["arms"]}
+    where = "layers=1:3"
+    assert list(arms) == [
+        "softmax", f"none:{where}", f"window:window=4,sinks=1,{where}", f"hedgehog:{where}", "hedgehog+window of out"
+    ]  # fmt: skip
+    arm = arms["hedgehog+window of out"]
+    assert {a["status"] for a in arms.values()} == {"measured"} and arm["conversion"] == "out"
+    assert [s["layers"] for a in arms.values() for s in a["swapped"]] == [[1, 2]] * 4
+    assert arm["cost_class"] == "quadratic" and arm["cost"].endswith(", softmax in 1 of 3 layers")
+    assert [check["passed"] for check in arm["checks"]] == [True] * 5
+    assert [(s["stage"], s["tokens"], s["steps"]) for s in arm["training"]] == [
+        ("align", 96, 3), ("distill", 96, 3), ("finetune", 64, 4)
+    ]  # fmt: skip
+    assert arm["training_tokens"] == 256
+    assert arm["training"][0]["first_loss"] == pytest.approx(read_log(out / "1_align")[0]["loss"], rel=5e-6)
+    assert arm["training"][1]["trains"].startswith("LoRA") and arm["training"][1]["text"] == "text.txt"
+    assert {a["arm"] for a in arm["perplexity"][0]["against"]} == set(arms) - {"softmax", arm["label"]}
+    assert str(tmp_path) not in json.dumps(found)
+
+    origin = ["--base_model", "org/base", "--license", "mit"]
+    told = ["card", out, "user/mine", "--report", measured / "report.json", *origin]
+    assert attnswap(monkeypatch, *told, "--output_dir", cards) == 0
+    assert {path.name for path in cards.iterdir()} == {"README.md", "report.json", "recipe.yaml", "config.json"}
+    card = (cards / "README.md").read_text()
+    assert (
+        "| finetune | all weights | text.txt | 64 | 4 |" in card and "All other attention layers keep softmax" in card
+    )
+    assert f"| window:window=4,sinks=1,{where} (control) |" in card and str(tmp_path) not in card
+    again = yaml.safe_load((cards / "recipe.yaml").read_text())
+    assert (again["model_name_or_path"], again["attention"], again["layers"]) == ("org/base", "hedgehog+window", "1:")
+    assert [s["stage"] for s in again["stages"]] == ["align", "distill", "finetune"]
+    assert "train_file" not in (cards / "recipe.yaml").read_text()
+    assert "-m hf_attnswap.training --recipe recipe.yaml --train_file text.txt --output_dir converted" in card
+    assert len(read_recipe(cards / "recipe.yaml", {"train_file": text})) == 3
+
+    assert attnswap(monkeypatch, *told) == 0  # into the conversion, from where a push takes them
+    capsys.readouterr()
+    assert attnswap(monkeypatch, "push", out, "user/mine", "--dry_run", "--json") == 0
+    assert {"README.md", "report.json", "recipe.yaml"} < set(json.loads(capsys.readouterr().out)["files"])
+
+
+def test_a_conversion_that_has_not_ended_is_no_arm(convert, recipe, tmp_path, monkeypatch, capsys, checkpoint):
+    convert(recipe(stages=[{"stage": "align"}]))
+    model = tmp_path / "out" / "1_align" / "model"
+    model.rename(tmp_path / "elsewhere")
+    given = ["tradeoff", checkpoint, "--arm", tmp_path / "out", "--train_file", "t.txt", "--output_dir", tmp_path / "r"]
+    assert attnswap(monkeypatch, *given) == 2
+    assert "has not ended: 1_align has no model; give the command of its recipe again" in capsys.readouterr().err
