@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from device_under_test import DEVICE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -58,7 +59,7 @@ def named(condition) -> list[str]:
 
 def build(name: str, heads: int = 2, kv_heads: int = 2, dtype: torch.dtype = torch.float64, **options) -> Attention:
     """A variant whose parameters are random rather than at their start."""
-    made = attentions.get(name)(Heads(heads, kv_heads, HEAD_DIM, VALUE_DIM), **options).to(dtype)
+    made = attentions.get(name)(Heads(heads, kv_heads, HEAD_DIM, VALUE_DIM), **options).to(DEVICE, dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from attention_cases import NAMES, PADDINGS, SCALING, assert_near, build, causal, inputs, valid_keys
+from device_under_test import DEVICE
 
 from hf_attnswap import attentions
 from hf_attnswap.attentions import Heads
@@ -62,7 +63,7 @@ def test_definition_is_the_recurrence(name, padding):
 
 def test_they_start_as_retnet_and_with_half_a_step():
     key = torch.randn(1, 5, 3, 8, dtype=torch.float64)
-    gated, delta = (attentions.get(name)(Heads(10, 5, 8)).double() for name in BY_TOKEN)
+    gated, delta = (attentions.get(name)(Heads(10, 5, 8)).to(DEVICE).double() for name in BY_TOKEN)
     forgotten = 1 - gated.log_gate(key).exp()
     expected = torch.tensor([1 / 32, 1 / 64, 1 / 128, 1 / 256, 1 / 512], dtype=torch.float64)
     torch.testing.assert_close(forgotten, expected[:, None].expand(1, 5, 3))

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from attention_cases import named
+from device_under_test import DEVICE
 
 from hf_attnswap import attentions
 from hf_attnswap.attentions import Heads
@@ -31,7 +32,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.long) for n in LINEAR])
 def test_rounding_is_small_and_does_not_drift(name, dtype):
     options = {"max_length": LENGTH} if "max_length" in attentions.get(name).options() else {}
-    attention = attentions.get(name)(Heads(3, 1, 64), **options).to(dtype)
+    attention = attentions.get(name)(Heads(3, 1, 64), **options).to(DEVICE, dtype)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(1, heads, LENGTH, 64, generator=generator).to(dtype) for heads in (3, 1, 1)]
     mask = Mask(LENGTH, LENGTH)

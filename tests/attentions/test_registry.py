@@ -115,7 +115,9 @@ def test_a_new_file_swaps_and_saves(new_file, llama, tmp_path):
     llama.save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "config.json").read_text())["attnswap"]["swapped"]
     assert saved == [{"attention": "squares", "options": {"floor": 0.25}, "kind": "causal", "layers": [0, 2]}]
-    torch.testing.assert_close(type(llama).from_pretrained(tmp_path / "model").eval()(ids).logits, expected)
+    torch.testing.assert_close(
+        type(llama).from_pretrained(tmp_path / "model").to(ids.device).eval()(ids).logits, expected
+    )
 
 
 def test_a_variant_on_the_scores_is_twenty_lines():

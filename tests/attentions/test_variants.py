@@ -24,6 +24,7 @@ from attention_cases import (
     small_options,
     valid_keys,
 )
+from device_under_test import DEVICE
 
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops.linear import causal_linear
@@ -272,7 +273,7 @@ def test_gradcheck_of_by_rows():
         return (scores @ value, scores.square().sum(-1, keepdim=True)), carry
 
     def run(*tensors):
-        return by_rows(attend, *tensors[:3], Mask(5, 5).tiles(2), tensors[3:4], tensors[4])[0]
+        return by_rows(attend, *tensors[:3], Mask(5, 5).tiles(2, DEVICE), tensors[3:4], tensors[4])[0]
 
     assert torch.autograd.gradcheck(run, (query, key, value, bias, table))
 
@@ -291,7 +292,7 @@ def test_by_rows_sums_parameter_gradients_in_float32():
     def attend(query, key, value, bias, tile, carry):
         return (query * factor,), carry
 
-    (out,), _ = by_rows(attend, ones, ones, ones, Mask(1024, 1024).tiles(1), (factor,))
+    (out,), _ = by_rows(attend, ones, ones, ones, Mask(1024, 1024).tiles(1, DEVICE), (factor,))
     (grad,) = torch.autograd.grad(out.sum(), factor)
     assert grad.item() == 1024
 

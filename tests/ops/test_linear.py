@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device_under_test import DEVICE
 
 from hf_attnswap import attentions
 from hf_attnswap.attentions import Heads
@@ -38,7 +39,7 @@ def test_all_chunks_at_once(length, eps, masked):
 @pytest.mark.parametrize("name", ("relu_norm", "sigmoid", "softplus"))
 def test_gradient_of_blocked_scores(name):
     """Long enough for several blocks of rows and of keys, and no multiple of them."""
-    attention = attentions.get(name)(Heads(2, 1, 4)).double()
+    attention = attentions.get(name)(Heads(2, 1, 4)).to(DEVICE).double()
     length, found = 600, []
 
     def blocked(query, key, value, mask, scaling):
