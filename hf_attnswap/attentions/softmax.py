@@ -1,4 +1,4 @@
-"""Softmax attention through the same seam as every variant: the control.
+"""Compute softmax attention through the same seam as every variant: the control.
 
 o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij). Vaswani et al., "Attention is all you need", 2017.
 """
@@ -12,12 +12,13 @@ from .scores import ScoreAttention
 
 
 def exp_below_peak(scores, count, peak):
+    """Return `exp(s - peak)`: the largest weight of a row is 1."""
     return torch.exp(scores - peak.clamp(min=torch.finfo(scores.dtype).min))
 
 
 @register
 class Softmax(ScoreAttention):
-    """torch's scaled_dot_product_attention; tiles of rows where there is a soft cap or sinks, which that has not."""
+    """Call torch's scaled_dot_product_attention; use tiles of rows for a soft cap or sinks, which torch's lacks."""
 
     name = "softmax"
     formula = "sum_j exp(s_ij) v_j / sum_j exp(s_ij)"
