@@ -27,10 +27,12 @@ class GateLogit(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Set weight and bias to 0."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, key: Tensor) -> Tensor:
+        """Return the logits, `[B, Hkv, T, D]` -> `[B, Hkv, T]`, in the dtype of `key`."""
         return (key @ self.weight.to(key.dtype)[..., None]).squeeze(-1) + self.bias.to(key.dtype)[:, None]
 
 

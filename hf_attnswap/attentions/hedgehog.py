@@ -23,6 +23,7 @@ class HedgehogMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Set W to the identity."""
         nn.init.zeros_(self.delta)
 
     def feature_map(self) -> FeatureMap:

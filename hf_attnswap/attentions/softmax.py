@@ -29,6 +29,16 @@ class Softmax(ScoreAttention):
         return Activation("exp", exp_below_peak, denominator=by_total(), needs_peak=True)
 
     def forward(self, query, key, value, mask, scaling, state=None, dropout=0.0):
+        """Return the output of softmax attention, by torch's scaled_dot_product_attention where it can.
+
+        Arguments as in `Attention.forward`; `state` has no effect.
+
+        Args:
+            dropout: probability of a weight to be dropped.
+
+        Raises:
+            NotImplementedError: dropout together with a soft cap or sinks.
+        """
         if mask.softcap is not None or mask.sinks is not None:
             if dropout:
                 raise NotImplementedError(f"attention dropout {dropout} together with {mask} is not supported")

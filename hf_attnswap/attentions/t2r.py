@@ -22,6 +22,7 @@ class T2RMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Set W to the identity and b to 0."""
         nn.init.zeros_(self.delta)
         nn.init.zeros_(self.bias)
 

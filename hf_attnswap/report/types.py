@@ -1,4 +1,4 @@
-"""What a measured number is from the measurement to the card: one Report, whatever was compared.
+"""Define what a measured number is, from the measurement to the card: one Report, whatever was compared.
 
 A trade-off, a comparison of classifiers and the quality of training runs are reports of one type; what differs are the
 metrics that their arms carry. pydantic checks every value where it is made and where a file is read.
@@ -38,7 +38,7 @@ Verdict = Literal["better", "no measurable difference", "worse"]
 
 @dataclass(config=STRICT)
 class Model:
-    """The model whose attention was swapped."""
+    """Describe the model whose attention was swapped."""
 
     name: Name
     parameters: Count
@@ -51,7 +51,7 @@ class Model:
 
 @dataclass(config=STRICT)
 class Machine:
-    """Where the numbers were measured."""
+    """Describe the machine on which the numbers were measured."""
 
     processor: Text
     cores: Count
@@ -63,7 +63,12 @@ class Machine:
 
 @dataclass(config=STRICT)
 class Data:
-    """The data; sizes count what `unit` says. fingerprint: of the tokens or labels that quality was measured on."""
+    """Describe the data of training and evaluation.
+
+    Attributes:
+        training_size, evaluation_size: how many of `unit`.
+        fingerprint: of the tokens or labels on which quality was measured.
+    """
 
     training: Text
     training_size: Count
@@ -75,7 +80,7 @@ class Data:
 
 @dataclass(config=STRICT)
 class Comparison:
-    """A value of an arm beside that of `arm` on the same items, with its 95 % interval.
+    """Hold a value of an arm beside that of the arm labelled `arm` on the same items, with its 95 % interval.
 
     low, high and verdict are None where the items are too few for an interval.
     """
@@ -94,7 +99,7 @@ class Comparison:
 
     @property
     def few(self) -> bool:
-        """Whether the interval rests on so few items that it is rough."""
+        """Return whether the interval rests on so few items that the interval is rough."""
         return self.items < FEW
 
 
@@ -107,7 +112,7 @@ def _check_interval(estimate: Any) -> None:
 
 @dataclass(config=STRICT)
 class Range:
-    """The mean negative log-likelihood over the positions `first` to `last` of a context."""
+    """Hold the mean negative log-likelihood over the positions `first` to `last` of a context."""
 
     first: Size
     last: Size
@@ -116,9 +121,11 @@ class Range:
 
 @dataclass(config=STRICT)
 class Perplexity:
-    """Perplexity at one context; None where it is not finite. ratio: to the control that the kind of report names.
+    """Hold the perplexity at one context; None where it is not finite.
 
-    block_nll: of every block, where reports are to be paired with later ones.
+    Attributes:
+        ratio: to the control that the kind of report names. against: ratios to other arms.
+        block_nll: of every block, where reports are to be paired with later ones.
     """
 
     context: Size
@@ -142,7 +149,12 @@ class Perplexity:
 
 @dataclass(config=STRICT)
 class Metric:
-    """A metric of a task over its items, accuracy among them. low and high: the 95 % interval of the value itself."""
+    """Hold a metric of a task over its items, accuracy among them.
+
+    Attributes:
+        low, high: the 95 % interval of `value`.
+        difference, ratio: to softmax. against: differences to other arms.
+    """
 
     task: Name
     metric: Name
@@ -164,7 +176,11 @@ class Metric:
 
 @dataclass(config=STRICT)
 class Speed:
-    """Time and memory at one length; a speed-up is over softmax in the same rounds. note: why there is no time."""
+    """Hold time and memory at one length; a speed-up is over softmax in the same rounds.
+
+    Attributes:
+        note: why there is no time, where there is none.
+    """
 
     length: Size
     prefill_s: Spread | None = None
@@ -186,7 +202,11 @@ class Speed:
 
 @dataclass(config=STRICT)
 class Stage:
-    """A stage of training; size counts what `Data.unit` says. What was not recorded is None."""
+    """Describe a stage of training; what was not recorded is None.
+
+    Attributes:
+        size: how many of `Data.unit`.
+    """
 
     stage: Name
     trains: Text
@@ -202,7 +222,7 @@ class Stage:
 
 @dataclass(config=STRICT)
 class Alignment:
-    """The alignment that a trade-off itself gave an arm."""
+    """Describe the alignment that a trade-off itself gave an arm."""
 
     tokens: Count
     seconds: Amount
@@ -212,7 +232,7 @@ class Alignment:
 
 @dataclass(config=STRICT)
 class CurvePoint:
-    """Perplexity on the validation text of a run after so many tokens of training."""
+    """Hold the perplexity on the validation text of a run after so many tokens of training."""
 
     tokens: Count
     perplexity: Positive
@@ -220,7 +240,7 @@ class CurvePoint:
 
 @dataclass(config=STRICT)
 class Group:
-    """Layers of one kind that have one attention."""
+    """Describe layers of one kind that have one attention."""
 
     attention: Name
     options: dict[str, Any]
@@ -230,7 +250,7 @@ class Group:
 
 @dataclass(config=STRICT)
 class Check:
-    """A check of the swap itself; worst is None where nothing could be compared."""
+    """Hold the outcome of a check of the swap itself; worst is None where nothing could be compared."""
 
     name: Name
     passed: bool
@@ -240,7 +260,7 @@ class Check:
 
 @dataclass(config=STRICT)
 class Scale:
-    """The root mean square of a layer's output over softmax's at the positions `first` to `last`."""
+    """Hold the root mean square of a layer's output over that of softmax, at the positions `first` to `last`."""
 
     first: Size
     last: Size
@@ -249,7 +269,7 @@ class Scale:
 
 @dataclass(config=STRICT)
 class Gradient:
-    """Norms of the gradients in a layer."""
+    """Hold norms of the gradients in a layer."""
 
     query: Amount | None
     key: Amount | None
@@ -259,7 +279,7 @@ class Gradient:
 
 @dataclass(config=STRICT)
 class Layer:
-    """What a swapped layer does, beside the softmax that it stands in for (see `evaluation.diagnose`)."""
+    """Describe what a swapped layer does, beside the softmax that it replaces (see `evaluation.diagnose`)."""
 
     layer: Name
     kl: float | None
@@ -287,7 +307,11 @@ class Layer:
 
 @dataclass(config=STRICT)
 class Diagnostics:
-    """A look into the swapped layers of an arm; layers_by_damage are their numbers, the least damaged first."""
+    """Hold measurements of the swapped layers of an arm.
+
+    Attributes:
+        layers_by_damage: numbers of the layers, the least damaged first.
+    """
 
     context: Size
     tokens: Size
@@ -300,7 +324,7 @@ class Diagnostics:
 
 @dataclass(config=STRICT)
 class Arm:
-    """One row of a comparison: an attention, how it was trained, and all that was measured of it."""
+    """Hold one row of a comparison: an attention, how it was trained, and all that was measured of it."""
 
     label: Name
     attention: Name
@@ -345,7 +369,11 @@ def _check_unique(what: str, values: list[Any]) -> None:
 
 @dataclass(config=STRICT)
 class Report:
-    """A comparison of arms on one model. settings: what else the command was given, as plain data."""
+    """Hold a comparison of arms on one model.
+
+    Attributes:
+        settings: what else the command was given, as plain data.
+    """
 
     kind: Kind
     title: Name

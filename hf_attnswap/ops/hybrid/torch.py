@@ -37,6 +37,7 @@ def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, 
         leaving = at.leaving()
 
         def attend(query, key, value, bias, tile, S):
+            """Return the output of one tile, `[B, H, t, Dv]`, and the state after its rows."""
             size, kv_heads, new = at.chunk_of(query), key.shape[1], slice(0, query.shape[2])
             x = query.to(dtype)
             features, left_out = map_query.beside_softmax(x)

@@ -48,6 +48,7 @@ def by_tiles(query, key, value, mask, scaling, activation, gain, result_dtype):
     """Return the output of all rows, tile by tile, under any mask; O(n d) memory. Arguments as in `run`."""
 
     def attend(query, key, value, bias, tile: Tile, carry):
+        """Return the output of one tile; no tile hands anything on."""
         return (_attend(query, key, value, bias, tile, mask, scaling, activation, gain, result_dtype),), carry
 
     size = rows_per_tile(query.shape[0], query.shape[1], key.shape[2])

@@ -20,6 +20,7 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     else:
 
         def attend(query, key, value, bias, tile, carry):
+            """Return the output of one tile, `[B, H, t, Dv]`."""
             numerator, denominator, _ = at.softmax_parts(query, key, value, tile, scaling)
             # Every valid row sees itself, so its denominator is at least 1.
             out = numerator / denominator.clamp(min=1)
