@@ -32,7 +32,8 @@ def _elu_plus_one(x):
 class _EluPlusOne(torch.autograd.Function):
     """Compute elu(x) + 1 = exp(min(x, 0)) + max(x, 0), with derivative min(phi, 1).
 
-    This takes half the passes over memory of torch's elu followed by an addition, which cost as much as the products.
+    The function takes half the passes over memory of torch's elu followed by an addition, which cost as much as the
+    products.
     """
 
     @staticmethod

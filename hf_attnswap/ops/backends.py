@@ -84,7 +84,7 @@ class Form:
             self.missing = module.available()
 
     def runs_on(self, device: str) -> bool:
-        """Return whether the form is written for the device type `device`, such as "cuda"."""
+        """Return whether the form is written for the device type `device`, such as "cuda"; True where it names no devices."""
         return self.devices is None or device in self.devices
 
     def refusal(self, arguments: tuple) -> str | None:
@@ -129,6 +129,11 @@ class Op:
         self.forms = {backend: Form(self.package, backend) for backend in order}
 
     def __call__(self, *arguments):
+        """Run the first form that can serve the arguments, and return its output.
+
+        Raises:
+            NotImplementedError: the forced form cannot serve the call, or no form can.
+        """
         form = self._choose(arguments)
         ran = _here.ran
         if ran is not None and not torch.compiler.is_compiling():
@@ -136,6 +141,7 @@ class Op:
         return form.run(*arguments)
 
     def _choose(self, arguments: tuple) -> Form:
+        """Return the forced form, or else the first one that can serve the arguments."""
         forced = _here.forced
         if forced:
             form = self.forms.get(forced.get(self.name) or forced.get(_ALL))
@@ -157,6 +163,7 @@ class Op:
 
 
 def _log_once(op: str, backend: str, reason: str) -> None:
+    """Log at INFO that a backend is passed over, once per op, backend and reason."""
     with _logging:
         if (op, backend, reason) in _logged:
             return

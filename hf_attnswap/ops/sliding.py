@@ -58,6 +58,12 @@ class HybridState(NamedTuple):
 class Context:
     """Hold the new tokens of a call behind the w remembered ones, with padding moved to the end.
 
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`.
+        valid: bool `[B, T]`, False at padding; None where there is none.
+        window, sinks: w and m.
+        state: what the last call remembered; None at the start of a text.
+
     Attributes:
         query: `[B, H, T, D]`, aligned: valid tokens first.
         key, value: `[B, Hkv, w + T, *]`; slot u holds the token at position `count + u - w` of its text (nothing where

@@ -34,7 +34,12 @@ class Denominator:
     needs_total: bool = False
 
     def __call__(self, total: Tensor | None, count: Tensor) -> Tensor:
-        """Return d_i from the sums of the weights and the numbers of keys, both broadcastable to `[..., h, t, 1]`."""
+        """Return d_i, broadcastable to `[..., h, t, 1]`.
+
+        Args:
+            total: sum of the weights of each row, `[..., h, t, 1]`; None unless `needs_total`.
+            count: number of keys that each row may attend to, broadcastable to `[..., h, t, 1]`.
+        """
         return self.f(total, count, **self.params)
 
 

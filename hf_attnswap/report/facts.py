@@ -77,8 +77,8 @@ def _beside_softmax(report: Report, arm: Arm, entry: Perplexity | Metric, key: s
 def tuned_softmax(report: Report, arm: Arm) -> Arm | None:
     """Return the trained softmax with which the quality of a trained `arm` is compared: the one trained most.
 
-    Text teaches its style to every model, so the softmax beside a trained arm has to be trained too. None where there is
-    no such softmax, and for softmax and untrained arms: these are compared with the reference.
+    Text teaches its style to every model, so the softmax beside a trained arm has to be trained too. None where there
+    is no such softmax, and for softmax and untrained arms: these are compared with the reference.
     """
     if not arm.training or arm.attention == "softmax":
         return None
@@ -153,7 +153,7 @@ def bound(report: Report, arm: Arm, key: str, length: int) -> Spread | None:
 
 
 def is_noise(report: Report, arm: Arm, key: str, length: int) -> bool:
-    """Return whether `arm` was measured faster than without any attention: such a number shows how the machine wavered."""
+    """Return whether `arm` was measured faster than without any attention: the number then shows the machine's noise."""
     own, most = dict(speedups(arm, key)).get(length), bound(report, arm, key, length)
     return own is not None and most is not None and own.median > most.median
 

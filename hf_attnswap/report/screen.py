@@ -40,7 +40,7 @@ def show(report: Report, page: Path | None = None) -> Group:
 def arms(report: Report) -> list[Arm]:
     """Return at most `ROWS` arms: softmax, controls, the arms of the verdict, then those of the best quality.
 
-    They stand in the order of the report.
+    The arms stand in the order of the report.
     """
     first = [arm for arm in report.arms if arm is facts.reference(report)]
     controls = [arm for name in ("none", "window") for arm in report.arms if arm.attention == name][:3]

@@ -25,7 +25,8 @@ def causal_gated(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `o_i = q_i S_i / (q_i z_i + eps)`, the denominators, and the state after the last token.
 
-    z_i is the last column of the state, the gated sum of keys. O(T F (Dv + chunk)) time per head.
+    z_i is the last column of the state, the gated sum of keys. O(T (F Dv + chunk (F + Dv))) time per head; by the
+    recurrence O(F Dv) for one token after a state.
 
     Args:
         query: features `[B, H, T, F]`; key: features `[B, Hkv, T, F]`; value: `[B, Hkv, T, Dv]`. Query heads share the

@@ -37,8 +37,8 @@ def hybrid_attention(
 ) -> tuple[Tensor, HybridState | None]:
     """Return attention by softmax near and by features far away, and what to remember.
 
-    Sums are float32 whatever the dtype of the inputs (float64 for float64). O(T (w + m) D + T F (Dv + chunk)) time per
-    head for w = `window` and m = `sinks`; O(n d) memory.
+    Sums are float32 whatever the dtype of the inputs (float64 for float64). O(T (w + m) D + T F Dv) time per head for
+    w = `window` and m = `sinks`; O(n d) memory.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`. Query heads share key/value heads in
@@ -46,8 +46,8 @@ def hybrid_attention(
         map_query, map_key: the feature maps, applied to float32 query and key as they are, not scaled.
         log_mix: log of g_h, `[H]`.
         scaling: factor of the scores.
-        window: how many of the last keys softmax covers, the row's key included. sinks: how many of the first keys.
-            Both are counted among the tokens that are not padding.
+        window: how many of the last tokens softmax covers, the row's token included; padding does not count.
+        sinks: how many of the first tokens softmax covers; padding does not count.
         valid: bool `[B, T]`, False at padding; None where there is none.
         state: what is remembered of the tokens before; None at the start of a text.
         keep_state: whether to return what to remember after these tokens.

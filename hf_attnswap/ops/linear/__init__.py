@@ -28,10 +28,10 @@ def causal_linear(
     eps: float | None = 1e-6,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return linear attention of every query to the keys up to its position, and the state after the last token.
+    """Return linear attention of every query to the keys up to its position, the denominators, and the last state.
 
     `o_i = phi(q_i) S_i / (phi(q_i) z_i + eps)`, with S_i the sum of `phi(k_j) v_j^T` and z_i that of phi(k_j) over
-    j <= i. O(T F (Dv + chunk)) time per head.
+    j <= i. O(T (F Dv + chunk (F + Dv))) time per head; by the recurrence O(F Dv) for one token after a state.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`. Query heads share key/value heads in
