@@ -182,8 +182,8 @@ class Growth:
 def growth(lengths: Sequence[int], seconds: Sequence[float]) -> Growth | None:
     """Fit log seconds to log length by least squares, over every run; None for fewer than `MIN_LENGTHS` lengths.
 
-    The interval is that of the regression (Student's t, n - 2 degrees of freedom). The interval holds for a straight line:
-    where linear work still hides the quadratic, the exponent is that of the range measured, not of large n.
+    The interval is that of the regression (Student's t, n - 2 degrees of freedom). The interval holds for a straight
+    line: where linear work still hides the quadratic, the exponent is that of the range measured, not of large n.
 
     Args:
         lengths, seconds: the length and the time of every run, in the same order.

@@ -34,8 +34,8 @@ class Cosformer(LinearAttention):
     def prepare(self, query, key, mask, state):
         """Return query and key with the angle of their position as one more number, `[..., D + 1]`.
 
-        The dtype is float32 or wider, to hold the angle. Where there is a `state`, `state["count"]` becomes the number of
-        tokens so far.
+        The dtype is float32 or wider, to hold the angle. With a `state`, `state["count"]` becomes the number of tokens
+        so far.
 
         Raises:
             NotImplementedError: a text of more than `max_length` tokens.

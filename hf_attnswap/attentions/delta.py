@@ -1,4 +1,4 @@
-"""Compute attention by the delta rule: a token overwrites what its key retrieves from the state.
+"""Compute attention by the delta rule: a token overwrites the value that the state holds for its key.
 
 Linear attention only adds to the state. S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T, o_i = S_i q_i, with q
 and k the silu of the layer's, brought to norm 1, and beta_i = sigmoid(w . k_i + b) per key/value head, 0.5 at the

@@ -101,8 +101,8 @@ class LinearAttention(Attention):
 def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:
     """Return how many valid tokens stand before each of the new ones, int `[B, T]`.
 
-    The tokens in `state["count"]` are included. Padding has the position of the valid token before it (-1 where there is
-    none).
+    The tokens in `state["count"]` are included. Padding has the position of the valid token before it (-1 where there
+    is none).
 
     Args:
         query: `[B, H, T, D]`, for its shape. valid: bool `[B, T]`; None where every token is valid.

@@ -153,7 +153,7 @@ def bound(report: Report, arm: Arm, key: str, length: int) -> Spread | None:
 
 
 def is_noise(report: Report, arm: Arm, key: str, length: int) -> bool:
-    """Return whether `arm` was measured faster than without any attention: the number then shows the machine's noise."""
+    """Return whether `arm` was measured faster than without any attention: the number then is noise of the machine."""
     own, most = dict(speedups(arm, key)).get(length), bound(report, arm, key, length)
     return own is not None and most is not None and own.median > most.median
 

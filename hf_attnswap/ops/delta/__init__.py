@@ -1,4 +1,4 @@
-"""Compute attention by the delta rule: each token replaces, in a state, what its key retrieves by its value.
+"""Compute attention by the delta rule: each token overwrites the value that a state holds for its key.
 
 `S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T`, `o_i = S_i q_i`, in O(n d dv) time: Schlag et al., "Linear
 transformers are secretly fast weight programmers", 2021; by chunks as in Yang et al., "Parallelizing linear

@@ -11,7 +11,7 @@ from ._features import mapped, scaled
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
-    """Return what `causal_linear` returns, or `full_linear` and None for the state where `causal` is False.
+    """Return what `causal_linear` returns, or what `full_linear` returns and None for the state if not `causal`.
 
     Takes the arguments of `causal_linear` in order, and `causal`; `chunk` has no effect.
     """

@@ -16,7 +16,7 @@ from ._features import empty_result, mapped, scaled, write_result
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
-    """Return what `causal_linear` returns, or `full_linear` and None for the state where `causal` is False.
+    """Return what `causal_linear` returns, or what `full_linear` returns and None for the state if not `causal`.
 
     Takes the arguments of `causal_linear` in order, and `causal`; picks the fastest function of this file.
     """
