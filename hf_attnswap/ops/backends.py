@@ -84,7 +84,7 @@ class Form:
             self.missing = module.available()
 
     def runs_on(self, device: str) -> bool:
-        """Return whether the form runs on the device type `device`, such as "cuda"; True where the file names no devices."""
+        """Return whether the form runs on the device type `device`, such as "cuda"; any where the file names none."""
         return self.devices is None or device in self.devices
 
     def refusal(self, arguments: tuple) -> str | None:

@@ -51,7 +51,11 @@ class Model:
 
 @dataclass(config=STRICT)
 class Machine:
-    """Describe the machine on which the numbers were measured."""
+    """Describe the machine on which the numbers were measured.
+
+    Attributes:
+        memory_gib: GiB. device: on which the model ran.
+    """
 
     processor: Text
     cores: Count
@@ -124,8 +128,14 @@ class Perplexity:
     """Hold the perplexity at one context; None where it is not finite.
 
     Attributes:
+        context: tokens of a block. tokens: how many the mean is over.
+        nll: mean negative log-likelihood of a token, nats.
         ratio: to the control that the kind of report names. against: ratios to other arms.
+        word_perplexity, byte_perplexity: by word and byte of the text in place of token.
         block_nll: of every block, where reports are to be paired with later ones.
+
+    Raises:
+        ValueError: a ratio without a perplexity, or a ratio that is not above 0.
     """
 
     context: Size
@@ -179,7 +189,14 @@ class Speed:
     """Hold time and memory at one length; a speed-up is over softmax in the same rounds.
 
     Attributes:
+        length: tokens.
+        prefill_s, forward_s: seconds of a prefill or a forward pass.
+        train_s: seconds of a forward and a backward pass.
+        peak_memory_mib, cache_mib: MiB.
         note: why there is no time, where there is none.
+
+    Raises:
+        ValueError: neither a time nor a note.
     """
 
     length: Size
@@ -279,7 +296,24 @@ class Gradient:
 
 @dataclass(config=STRICT)
 class Layer:
-    """Describe what a swapped layer does, beside the softmax that it replaces (see `evaluation.diagnose`)."""
+    """Describe what a swapped layer does, beside the softmax that it replaces (see `evaluation.diagnose`).
+
+    Numbers are means over heads and rows of a sample; `by_head` has them by head.
+
+    Attributes:
+        layer, index: name of the module, and the number by which `swap(layers=...)` counts it.
+        kl, kl_error: divergence of the model's next-token distribution when this layer alone is swapped, nats, and its
+            standard error.
+        perplexity_ratio: to the model with softmax, when this layer alone is swapped.
+        dead: share of the allowed weights that are exactly 0. saturated: share of the others through which hardly any
+            gradient passes; None for variants that do not act on scores.
+        row_sum, row_sum_spread: mean and standard deviation of the sum of a row's weights.
+        negative: share of the mass of the weights that is negative.
+        entropy: of the weights, nats. effective_keys: its exponential.
+        sparsity: share of the allowed keys with less than a hundredth of an equal part.
+        distance: half of the summed differences to the weights of softmax.
+        output_scale: size of the output over that of softmax, by position.
+    """
 
     layer: Name
     kl: float | None
@@ -324,7 +358,17 @@ class Diagnostics:
 
 @dataclass(config=STRICT)
 class Arm:
-    """Hold one row of a comparison: an attention, how it was trained, and all that was measured of it."""
+    """Hold one row of a comparison: an attention, how it was trained, and all that was measured of it.
+
+    Attributes:
+        label: unique in the report.
+        new_parameters: how many parameters the swap adds.
+        reason: why nothing was measured, unless status is "measured".
+        curve: perplexity during training. conversion: name of the converted model, where the arm is one.
+
+    Raises:
+        ValueError: no reason, a perplexity that is not finite in a measured arm, or an entry that is there twice.
+    """
 
     label: Name
     attention: Name

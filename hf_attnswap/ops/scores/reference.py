@@ -72,7 +72,7 @@ def weights_and_denominator(
 
 
 def with_gain(out: Tensor, gain: Tensor | None) -> Tensor:
-    """Return `[B, H, t, Dv]` times the gain of each head, `[H]`; as it is for None."""
+    """Return `[B, H, t, Dv]` times the gain of each head, `[H]`; without a gain, the tensor itself."""
     return out if gain is None else out * gain.to(out.dtype)[:, None, None]
 
 
