@@ -1,7 +1,7 @@
-"""Intervals of differences, growth with the length, crossings and the spread of timings: one method for each.
+"""Compute intervals of differences, growth with the length, crossings and the spread of timings: one method for each.
 
 numpy is enough: scipy.stats would add no more than the quantile of Student's t, and the series below is within 2e-4 of
-it at 7 or more degrees of freedom, the fewest that any interval here rests on.
+that at 7 or more degrees of freedom, the fewest on which any interval here rests.
 """
 
 import math
@@ -29,7 +29,7 @@ def lacking(what: str, needed: int, unit: str, given: int) -> str:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value over items with its 95 % interval; low and high are None where the items are too few for one."""
+    """Hold a value over items with its 95 % interval; low and high are None where the items are too few for one."""
 
     value: float
     low: float | None
@@ -38,11 +38,17 @@ class Estimate:
 
     @property
     def few(self) -> bool:
-        """Whether the interval rests on fewer items than `FEW`, so that it is rough."""
+        """Return whether the interval rests on fewer items than `FEW`, so that the interval is rough."""
         return self.items < FEW
 
     def verdict(self, lower_is_better: bool = False) -> str | None:
-        """Return one of `VERDICTS` for a difference; None without an interval. A difference is one without zero."""
+        """Return one of `VERDICTS` for a difference: "better" or "worse" where the interval does not hold zero.
+
+        None without an interval.
+
+        Args:
+            lower_is_better: whether a difference below zero is better.
+        """
         if self.low is None or self.high is None:
             return None
         if not (self.low > 0 or self.high < 0):
@@ -70,7 +76,11 @@ def resampled(
 ) -> np.ndarray:
     """Return the statistic of as many items drawn with replacement, again and again: float64 `[resamples]`.
 
-    Equal numbers of items are drawn at equal places for one `seed`, so that two statistics of them are paired.
+    Equal numbers of items are drawn at equal places for one `seed`, so that two statistics with one seed are paired.
+
+    Args:
+        items: from which is drawn. statistic: makes one number of a list of items.
+        resamples: how often is drawn.
     """
     draws = _draws(len(items), resamples, seed)
     return np.array([float(statistic([items[i] for i in draw])) for part in draws for draw in part.tolist()])
@@ -85,14 +95,16 @@ def paired_bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Compare two lists of scores of the same items, with the interval from resampled items (Koehn 2004).
+    """Compare two lists of scores of the same items, with the 95 % interval from resampled items (Koehn 2004).
 
-    What is hard for both cancels in a difference, so a small one shows where two intervals would overlap.
+    What is hard for both cancels in a difference, so a small difference shows where two intervals would overlap.
 
     Args:
         values, control: one score per item, the same items in the same order.
         aggregate: makes one number of scores; None for the mean, which is much faster.
-        compare: what is said of the two numbers: `operator.sub` their difference, `operator.truediv` their ratio.
+        compare: makes the comparison of the two numbers: `operator.sub` their difference, `operator.truediv` their
+            ratio.
+        resamples, seed: as in `resampled`.
 
     Raises:
         ValueError: different numbers of items, or none.
@@ -109,14 +121,18 @@ def paired_bootstrap(
 
 
 def bootstrap(values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Return the mean of `values` with its 95 % interval from resampled items."""
+    """Return the mean of `values` with its 95 % interval from resampled items.
+
+    Args:
+        resamples, seed: as in `resampled`.
+    """
     a = np.asarray(values, dtype=np.float64)
     drawn = np.concatenate([a[draw].mean(1) for draw in _draws(len(a), resamples, seed)])
     return estimate(float(a.mean()), drawn, len(a))
 
 
 def _draws(n: int, resamples: int, seed: int):
-    """Yield the places that are drawn, `[some, n]`, a million at a time."""
+    """Yield the places that are drawn, int `[some, n]`, about a million at a time."""
     generator, rows = np.random.default_rng(seed), max(1, 1_000_000 // n)
     for done in range(0, resamples, rows):
         yield generator.integers(n, size=(min(rows, resamples - done), n))
@@ -136,9 +152,14 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Growth:
-    """`seconds ~ n^exponent` with its 95 % interval, which is None for fewer than `MIN_ROUNDS` runs of a length.
+    """Hold the exponent of `seconds ~ n^exponent` with its 95 % interval.
 
-    lengths: how many different ones the exponent rests on.
+    Attributes:
+        low, high: the interval; None for fewer than `MIN_ROUNDS` runs of a length.
+        lengths: on how many different lengths the exponent rests.
+
+    Raises:
+        ValueError: fewer than `MIN_LENGTHS` lengths, or bounds that do not enclose the exponent.
     """
 
     exponent: float
@@ -161,8 +182,11 @@ class Growth:
 def growth(lengths: Sequence[int], seconds: Sequence[float]) -> Growth | None:
     """Fit log seconds to log length by least squares, over every run; None for fewer than `MIN_LENGTHS` lengths.
 
-    The interval is that of the regression (Student's t, n - 2 degrees of freedom). It holds for a straight line: where
-    linear work still hides the quadratic, the exponent is that of the range measured, not of large n.
+    The interval is that of the regression (Student's t, n - 2 degrees of freedom). The interval holds for a straight
+    line: where linear work still hides the quadratic, the exponent is that of the range measured, not of large n.
+
+    Args:
+        lengths, seconds: the length and the time of every run, in the same order.
 
     Raises:
         ValueError: different numbers of lengths and times, or a value that is not above 0.
@@ -203,7 +227,11 @@ def crossover(speedups: Sequence[tuple[int, float]], interpolated: bool = True) 
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of repeated measurements with, as low and high, their extremes (`of`) or quartiles (`quartiles`)."""
+    """Hold the median of repeated measurements with low and high: their extremes (`of`) or quartiles (`quartiles`).
+
+    Raises:
+        ValueError: values that are not finite, positive and ascending, or no runs.
+    """
 
     median: float
     low: float
@@ -216,20 +244,23 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Return the spread of `values`, their extremes as low and high."""
+        """Return the median of `values` with their extremes as low and high."""
         values = sorted(values)
         return cls(statistics.median(values), values[0], values[-1], len(values))
 
     @classmethod
     def quartiles(cls, values: Sequence[float]) -> "Spread":
-        """Return the middle half of `values`: one call that something else disturbed does not widen it."""
+        """Return the median of `values` with their quartiles as low and high.
+
+        One call that something else disturbed does not widen this spread.
+        """
         values = list(values)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         return cls(median, low, high, len(values))
 
     @property
     def enough(self) -> bool:
-        """Whether the runs are enough to speak of their spread."""
+        """Return whether there are at least `MIN_ROUNDS` runs, enough to speak of their spread."""
         return self.runs >= MIN_ROUNDS
 
     def as_dict(self) -> dict[str, Any]:

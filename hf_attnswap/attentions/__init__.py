@@ -1,4 +1,4 @@
-"""One file per variant. To add one, write one: see CONTRIBUTING.md."""
+"""Define every variant of attention, one per file. CONTRIBUTING.md says how to add one."""
 
 from ..ops.spec import Activation, FeatureMap, by_count, by_total
 from .base import Attention, Heads, Option

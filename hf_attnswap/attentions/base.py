@@ -1,4 +1,4 @@
-"""What a variant is: its description, its definition, its parameters, and its fast form."""
+"""Define what a variant is: its description, its definition, its parameters, and its fast form."""
 
 import difflib
 import math
@@ -18,9 +18,14 @@ KINDS = ("causal", "bidirectional", "cross")
 
 @dataclass(frozen=True)
 class Heads:
-    """The shape of one attention module. Query heads share key/value heads in equal groups.
+    """Describe the shape of one attention module. Query heads share key/value heads in equal groups.
 
-    `value_dim`, the width of a value, is that of a key where it is not given.
+    Attributes:
+        num_attention_heads: H, query heads. num_key_value_heads: Hkv, of which H is a multiple.
+        head_dim: D, numbers of a query or key. value_dim: Dv, numbers of a value; D by default.
+
+    Raises:
+        ValueError: H is not a multiple of Hkv.
     """
 
     num_attention_heads: int
@@ -40,7 +45,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Option:
-    """A setting of a variant, declared as a class attribute: `window = Option(64, "most recent keys", minimum=1)`."""
+    """Declare a setting of a variant, as a class attribute: `window = Option(64, "most recent keys", minimum=1)`.
+
+    On an instance of the variant the attribute is the value that the user chose.
+
+    Attributes:
+        default: the value without a choice; its type is the type of every value.
+        help: what the setting does, in words, for lists and help texts.
+        minimum: the least value; None for no bound. choices: the values that there are; None for any.
+    """
 
     default: Any
     help: str
@@ -48,7 +61,12 @@ class Option:
     choices: tuple | None = None
 
     def check(self, attention: str, name: str, value: Any) -> Any:
-        """The value, with an int taken for a float; ValueError where it is not of the default's type or range."""
+        """Return `value`, as a float where the default is a float.
+
+        Raises:
+            ValueError: `value` has another type than the default, is out of range, or is infinite. The error names the
+                variant `attention` and the option `name`.
+        """
         kind = type(self.default)
         if kind is float and type(value) is int:
             value = float(value)
@@ -66,7 +84,7 @@ class Option:
 
 
 class Attention(nn.Module):
-    """Base of all variants. One instance stands on each swapped attention module and holds its parameters.
+    """Hold the parameters of a variant on one swapped attention module; the base class of all variants.
 
     A variant sets the class attributes, writes `weights` (the definition) and either inherits a fast form from
     `ScoreAttention` or `LinearAttention` or writes `forward`.
@@ -75,14 +93,18 @@ class Attention(nn.Module):
         name: what the user types. formula: o_i in one line. source: paper, year.
         cost: time per head. cost_class: "quadratic", "linear" or "constant" in the number of keys.
         family: what a conversion can train of the variant, which names its recipe in `hf_attnswap.training`: "plain"
-            for nothing of its own, "gain" for a factor per head, "maps" for parameters that align before all else.
+            where nothing trains first, "gain" for a factor per head, "maps" for parameters that align before all else.
         control: True for what every comparison needs and nobody would deploy.
         stateful: keeps a state of constant size in place of keys and values when generating.
-        kinds: the kinds of attention that it can stand in for, of `KINDS`.
-        kind, place: of the module it stands on: one of `KINDS`, and its layer in words.
-        ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where it is one call of torch.
-        any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The others take causal and
-            bidirectional masks with padding, and packed texts.
+        kinds: the kinds of attention that the variant can stand in for, of `KINDS`.
+        kind, place: of the module on which the variant stands: one of `KINDS`, and its layer in words.
+        ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where the fast form is one call of torch.
+        any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The other variants take causal
+            and bidirectional masks with padding, and packed texts.
+        heads: shape of the module.
+
+    Raises:
+        ValueError: an unknown option, or a value that does not fit the option.
     """
 
     name: ClassVar[str]
@@ -108,12 +130,16 @@ class Attention(nn.Module):
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """The options declared by the class and its bases, by name."""
+        """Return the options that the class and its bases declare, by name."""
         return {n: o for base in reversed(cls.__mro__) for n, o in vars(base).items() if isinstance(o, Option)}
 
     @classmethod
     def check_options(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """All options with their values; ValueError, with a suggestion, for an unknown name or an unfit value."""
+        """Return all options with their values, the default where `given` has none.
+
+        Raises:
+            ValueError: an unknown name, with a suggestion, or a value that does not fit the option.
+        """
         known = cls.options()
         for name in given:
             if name not in known:
@@ -124,13 +150,17 @@ class Attention(nn.Module):
         return {n: o.check(cls.name, n, given.get(n, o.default)) for n, o in known.items()}
 
     def option_values(self) -> dict[str, Any]:
+        """Return the value of every option of this instance, by name."""
         return {name: getattr(self, name) for name in self.options()}
 
     def reset_parameters(self) -> None:
-        """Initialise own parameters, with `torch.nn.init` functions only (transformers guards those while loading)."""
+        """Set every parameter of the variant to its starting value, with `torch.nn.init` functions only.
+
+        transformers guards those functions while it loads a checkpoint.
+        """
 
     def weights(self, query: Tensor, key: Tensor, mask: Mask, scaling: float) -> Tensor:
-        """The definition: row i of the result holds what o_i takes of each value.
+        """Return the definition: row i holds what o_i takes of each value.
 
         Args:
             query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`, both after the position encoding.
@@ -143,7 +173,10 @@ class Attention(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} defines no weights")
 
     def reference(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> Tensor:
-        """O(n^2) result straight from the definition, `[B, H, T, Dv]`; in float64 where the inputs are."""
+        """Return the output straight from the definition, `[B, H, T, Dv]`; O(n^2), in float64 where the inputs are.
+
+        Arguments as in `forward`, without a state.
+        """
         return mix(self.weights(query, key, mask, scaling), value)
 
     def forward(
@@ -155,11 +188,11 @@ class Attention(nn.Module):
         scaling: float,
         state: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The fast form.
+        """Return the output of attention by the fast form.
 
         Args:
             query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`.
-            mask: who may attend to whom.
+            mask: which keys each row may attend to.
             scaling: factor of the scores.
             state: for stateful variants, what is remembered of earlier tokens, batch first; empty at the start of a
                 text, filled by this call. Then S = T: the keys are those of the new tokens only.
@@ -171,7 +204,7 @@ class Attention(nn.Module):
 
     @contextmanager
     def answered_by(self, answer: "Answer") -> Iterator[None]:
-        """Let `answer` give the results of this layer while the context is open; see `integration.observing`."""
+        """Let `answer` compute the output of this layer while the context is open; see `integration.observing`."""
         before, self._answer = self._answer, answer
         try:
             yield
@@ -179,13 +212,19 @@ class Attention(nn.Module):
             self._answer = before
 
     def answer(self, query, key, value, mask, scaling, state=None) -> Tensor:
-        """Return what the layer gives to a call: the result of `forward`, or of what `answered_by` put in its place."""
+        """Return the output of the layer: that of `forward`, or of the function that `answered_by` put in its place.
+
+        Arguments as in `forward`. A function that stands in for `forward` gets no state.
+        """
         if self._answer is not None:
             return self._answer(self, query, key, value, mask, scaling)
         return self(query, key, value, mask, scaling, state)
 
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
-        """Set parameters from what the layer sees, before training; shapes as in `forward`. Most variants need none."""
+        """Set parameters from what the layer sees, before training. Most variants need none.
+
+        Arguments as in `forward`, without a state.
+        """
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}={v!r}" for n, v in self.option_values().items())
@@ -196,5 +235,6 @@ Answer = Callable[[Attention, Tensor, Tensor, Tensor, Mask, float], Tensor]
 
 
 def suggestion(name: str, known) -> str:
+    """Return " Did you mean 'x'?" with the one of `known` nearest to `name`, or "" where none is near."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

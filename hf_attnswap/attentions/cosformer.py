@@ -1,4 +1,4 @@
-"""Linear attention with relu features and a cosine that prefers near keys.
+"""Compute linear attention with relu features and a cosine that prefers near keys.
 
 The weight of key j in row i is relu(q_i) . relu(k_j) cos(pi/2 (i - j) / M), which re-associates because
 cos(a - b) = cos a cos b + sin a sin b. M is `max_length`; positions count the tokens that are not padding.
@@ -18,7 +18,10 @@ from .registry import register
 
 @register
 class Cosformer(LinearAttention):
-    """Texts of more than `max_length` tokens are refused: their cosines would be negative."""
+    """Weigh keys by relu features and a cosine of the distance; refuses texts of more than `max_length` tokens.
+
+    Beyond that length the cosines would be negative.
+    """
 
     name = "cosformer"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(x) [cos, sin](pi/2 i/M)"
@@ -29,7 +32,14 @@ class Cosformer(LinearAttention):
     max_length = Option(8192, "the longest text M, in tokens", minimum=256)
 
     def prepare(self, query, key, mask, state):
-        """Query and key with the angle of their position as one more number; float32 or wider, to hold it."""
+        """Return query and key with the angle of their position as one more number, `[..., D + 1]`.
+
+        The dtype is float32 or wider, to hold the angle. With a `state`, `state["count"]` becomes the number of tokens
+        so far.
+
+        Raises:
+            NotImplementedError: a text of more than `max_length` tokens.
+        """
         position = positions(query, mask.new_tokens() if mask.causal else mask.valid, state)
         if torch.compiler.is_compiling():  # it sees no numbers: the compiled code looks
             torch._assert_async(position.max() < self.max_length, f"a text is longer than max_length={self.max_length}")
@@ -46,7 +56,11 @@ class Cosformer(LinearAttention):
 
 
 def cosformer_features(x: Tensor) -> Tensor:
-    """Return the features of queries or keys whose last number is the angle of their position."""
+    """Return the features of queries or keys, `[..., D + 1]` -> `[..., 2 D]`.
+
+    Args:
+        x: the last number is the angle of the token's position.
+    """
     features, angle = torch.relu(x[..., :-1]), x[..., -1:]
     return torch.cat([features * angle.cos(), features * angle.sin()], dim=-1)
 

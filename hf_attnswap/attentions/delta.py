@@ -1,9 +1,9 @@
-"""The delta rule: a token replaces what its key finds in the state, where linear attention only adds to it.
+"""Compute attention by the delta rule: a token overwrites the value that the state holds for its key.
 
-S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T, o_i = S_i q_i, with q and k the silu of the layer's, brought to
-norm 1, and beta_i = sigmoid(w . k_i + b) per key/value head, 0.5 at the start. Schlag et al., "Linear transformers are
-secretly fast weight programmers", 2021; silu and the norm as in Yang et al., "Parallelizing linear transformers with
-the delta rule over sequence length", 2024. O(n d^2).
+Linear attention only adds to the state. S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T, o_i = S_i q_i, with q
+and k the silu of the layer's, brought to norm 1, and beta_i = sigmoid(w . k_i + b) per key/value head, 0.5 at the
+start. Schlag et al., "Linear transformers are secretly fast weight programmers", 2021; silu and the norm as in Yang et
+al., "Parallelizing linear transformers with the delta rule over sequence length", 2024. O(n d^2).
 """
 
 import torch
@@ -19,7 +19,7 @@ from .registry import register
 
 @register
 class Delta(Attention):
-    """Weights are signed and do not sum to one; a key that comes again overwrites its value."""
+    """Overwrite the value of a key that comes again; weights are signed and do not sum to one."""
 
     name = "delta"
     formula = "S_i q_i, S_i = S_{i-1} (I - beta_i k_i k_i^T) + beta_i v_i k_i^T, q, k = silu(x) / |silu(x)|"
@@ -36,12 +36,12 @@ class Delta(Attention):
         self.gate = GateLogit(heads.num_key_value_heads, heads.head_dim)
 
     def feature_map(self, x: Tensor) -> Tensor:
-        """silu(x) with norm 1, or less where it is nearly 0."""
+        """Return silu(x) divided by its norm, in the shape of x; the norm is less than 1 where silu(x) is nearly 0."""
         y = F.silu(x)
         return y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
     def beta(self, key: Tensor) -> Tensor:
-        """`[B, Hkv, T]`, in (0, 1)."""
+        """Return how far each token overwrites, `[B, Hkv, T]` in (0, 1), from its key `[B, Hkv, T, D]`."""
         return torch.sigmoid(self.gate(key))
 
     def weights(self, query, key, mask, scaling):

@@ -1,4 +1,4 @@
-"""Linear attention with phi(x) = elu(x) + 1. Katharopoulos et al., "Transformers are RNNs", 2020."""
+"""Compute linear attention with phi(x) = elu(x) + 1. Katharopoulos et al., "Transformers are RNNs", 2020."""
 
 import torch
 
@@ -9,7 +9,7 @@ from .registry import register
 
 @register
 class Elu(LinearAttention):
-    """phi is positive: exp(x) below zero, x + 1 above."""
+    """Weigh keys by positive features: exp(x) below zero, x + 1 above."""
 
     name = "elu"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = elu(x) + 1"
@@ -21,6 +21,7 @@ class Elu(LinearAttention):
 
 
 def elu_features(x):
+    """Return elu(x) + 1, element by element, in the shape and dtype of x."""
     return _EluPlusOne.apply(x) if torch.is_grad_enabled() else _elu_plus_one(x)
 
 
@@ -29,8 +30,11 @@ def _elu_plus_one(x):
 
 
 class _EluPlusOne(torch.autograd.Function):
-    """elu(x) + 1 = exp(min(x, 0)) + max(x, 0), with derivative min(phi, 1): in half the passes over memory of torch's
-    elu followed by an addition, which cost as much as the products."""
+    """Compute elu(x) + 1 = exp(min(x, 0)) + max(x, 0), with derivative min(phi, 1).
+
+    The function takes half the passes over memory of torch's elu followed by an addition, which cost as much as the
+    products.
+    """
 
     @staticmethod
     def forward(ctx, x):

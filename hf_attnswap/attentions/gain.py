@@ -1,7 +1,7 @@
-"""A learned factor per head on the output, for variants on the scores: o_i = g_h sum_j w_ij v_j.
+"""Learn a factor per head on the output, for variants on the scores: o_i = g_h sum_j w_ij v_j.
 
-Most of these variants have another output scale than softmax; the gain lets a layer find it without moving its
-projections. It is an option, off unless asked for, because a swap without training should add no parameters.
+Most of these variants have another output scale than softmax; the gain lets a layer reach the scale of softmax without
+moving its projections. The gain is an option, off by default, because a swap without training should add no parameters.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .softmax import Softmax
 
 
 class GainedScores(ScoreAttention):
-    """`weights` are those before the gain."""
+    """Hold an optional learned factor per head on the output; `weights` are those before the factor."""
 
     family = "gain"
     gain = Option(False, "learn a factor per head on the output, 1 at the start")
@@ -32,7 +32,10 @@ class GainedScores(ScoreAttention):
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):
-        """Set the gain of each head by least squares: g = <u, softmax's output> / <u, u>, u the output without it."""
+        """Set the gain of each head by least squares on the output of softmax.
+
+        g = <u, softmax's output> / <u, u>, u the output without the gain; 1 for a head whose output is zero.
+        """
         if not self.gain:
             return
         nn.init.ones_(self.output_gain)

@@ -1,8 +1,9 @@
-"""Linear attention that forgets: S_i = g_i S_{i-1} + phi(k_i) v_i^T, phi(x) = elu(x) + 1, and so for its denominator.
+"""Compute linear attention that forgets: S_i = g_i S_{i-1} + phi(k_i) v_i^T, phi(x) = elu(x) + 1.
 
-g_i = sigmoid(w . k_i + b), one per key/value head, in place of the one per channel of Yang et al., "Gated linear
-attention transformers", 2024. At the start w = 0 and g is the fixed decay of Sun et al., "Retentive network", 2023:
-1 - g runs from 1/32 to 1/512 over the heads, so that heads remember about 32 to 512 tokens. O(n d^2).
+The denominator forgets in the same way. g_i = sigmoid(w . k_i + b), one per key/value head, in place of the one per
+channel of Yang et al., "Gated linear attention transformers", 2024. At the start w = 0 and g is the fixed decay of Sun
+et al., "Retentive network", 2023: 1 - g runs from 1/32 to 1/512 over the heads, so that heads remember about 32 to 512
+tokens. O(n d^2).
 """
 
 import torch
@@ -17,7 +18,7 @@ from .registry import register
 
 
 class GateLogit(nn.Module):
-    """`w . k + b` per key/value head, `[B, Hkv, T, D]` -> `[B, Hkv, T]`; 0 at the start."""
+    """Compute `w . k + b` per key/value head, `[B, Hkv, T, D]` -> `[B, Hkv, T]`; 0 at the start."""
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -26,16 +27,18 @@ class GateLogit(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Set weight and bias to 0."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, key: Tensor) -> Tensor:
+        """Return the logits, `[B, Hkv, T, D]` -> `[B, Hkv, T]`, in the dtype of `key`."""
         return (key @ self.weight.to(key.dtype)[..., None]).squeeze(-1) + self.bias.to(key.dtype)[:, None]
 
 
 @register
 class Gated(Attention):
-    """A key fades with every token that follows: heads start with memories of different lengths."""
+    """Fade a key with every token that follows; heads start with memories of different lengths."""
 
     name = "gated"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), S_i = g_i S_{i-1} + phi(k_i) v_i^T, phi = elu(x) + 1"
@@ -54,7 +57,7 @@ class Gated(Attention):
         self.gate = GateLogit(heads.num_key_value_heads, heads.head_dim)
 
     def log_gate(self, key: Tensor) -> Tensor:
-        """log g, `[B, Hkv, T]`."""
+        """Return the log of the gates, `[B, Hkv, T]`, from the keys `[B, Hkv, T, D]`."""
         # 1 - g = 2^-x at the start; a formula rather than a parameter, so that the parameters start at zero.
         x = torch.linspace(5, 9, self.heads.num_key_value_heads, dtype=key.dtype, device=key.device)
         return F.logsigmoid(self.gate(key) + (x.exp2() - 1).log()[:, None])

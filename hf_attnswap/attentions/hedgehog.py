@@ -1,7 +1,7 @@
-"""Linear attention with a learned map that can imitate softmax's spikes.
+"""Compute linear attention with a learned map that can imitate softmax's spikes.
 
 phi(x) = [softmax(Wx), softmax(-Wx)], each softmax over the head's features, W per head, the identity at the start;
-queries and keys have their own W. Zhang et al., "The hedgehog & the porcupine", 2024, in the form of LoLCATs
+queries and keys have separate W. Zhang et al., "The hedgehog & the porcupine", 2024, in the form of LoLCATs
 (Zhang 2024): two softmaxes, not one joint softmax over [Wx, -Wx]. x is the query or key as the layer has it, not
 scaled: the features are then sharp enough to train.
 """
@@ -15,7 +15,7 @@ from .registry import register
 
 
 class HedgehogMap(nn.Module):
-    """The parameters of a map. W = 1 + `delta`, so that weight decay draws to the identity."""
+    """Hold the parameters of a map. W = 1 + `delta` (`[heads, D, D]`), so that weight decay draws W to the identity."""
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -23,14 +23,16 @@ class HedgehogMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Set W to the identity."""
         nn.init.zeros_(self.delta)
 
     def feature_map(self) -> FeatureMap:
+        """Return the map as it stands, for an op."""
         return FeatureMap("hedgehog", hedgehog_features, tensors={"delta": self.delta}, beside=hedgehog_beside_softmax)
 
 
 def hedgehog_mixed(x: Tensor, delta: Tensor) -> Tensor:
-    """Return Wx."""
+    """Return Wx, `[B, heads, t, D]`, with W = 1 + `delta`, `[heads, D, D]`."""
     delta = delta.to(x.dtype)
     if x.shape[2] < x.shape[3]:  # the smaller of the two additions
         return x + x @ delta
@@ -38,12 +40,16 @@ def hedgehog_mixed(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def hedgehog_features(x: Tensor, delta: Tensor) -> Tensor:
+    """Return `[softmax(Wx), softmax(-Wx)]`, `[B, heads, t, D]` -> `[B, heads, t, 2 D]`."""
     y = hedgehog_mixed(x, delta)
     return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
 
 
 def hedgehog_beside_softmax(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `[exp(Wx), exp(-Wx)]`: the softmax would rob the row of its scale, which only alone cancels."""
+    """Return `[exp(Wx), exp(-Wx)] / e^m`, `[B, heads, t, 2 D]`, and m, `[B, heads, t, 1]`, the largest |Wx| of the row.
+
+    A normalised map would rob the row of its scale, which cancels only where there is no softmax beside the map.
+    """
     y = hedgehog_mixed(x, delta)
     largest = y.detach().abs().amax(-1, keepdim=True)
     return torch.cat([y - largest, torch.sub(-largest, y)], dim=-1).exp_(), largest
@@ -51,7 +57,7 @@ def hedgehog_beside_softmax(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 @register
 class Hedgehog(LinearAttention):
-    """Needs training: untrained, the map is far from softmax."""
+    """Imitate softmax with a learned map; needs training, for untrained the map is far from softmax."""
 
     name = "hedgehog"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [softmax(Wx), softmax(-Wx)]"

@@ -1,4 +1,4 @@
-"""Softmax inside a window, a linear variant for all that lies before it, one shared denominator: `X+window`.
+"""Compute softmax inside a window and a linear variant over all that lies before it, under one denominator: `X+window`.
 
 The formula stands in `ops/hybrid`. Zhang et al., "LoLCATs", 2024.
 """
@@ -19,7 +19,12 @@ from .window import SINKS, WINDOW, read_state
 
 
 class Hybrid(Attention):
-    """`X+window` for a linear variant X, made by `hybrid_of`."""
+    """Hold the linear variant X and the mix per head of `X+window`; `hybrid_of` makes the class for each X.
+
+    Attributes:
+        linear_class: the class of X. linear: an instance of X, with its feature maps.
+        log_mix: log of the factor of the linear branch, `[H]`, 0 at the start.
+    """
 
     cost_class = "linear"
     family = "maps"

@@ -1,4 +1,4 @@
-"""No activation: o_i = sum_j s_ij v_j / n_i = q_i (sum_j k_j v_j^T) / n_i.
+"""Compute attention without an activation: o_i = sum_j s_ij v_j / n_i = q_i (sum_j k_j v_j^T) / n_i.
 
 The product re-associates, (Q K^T) V = Q (K^T V): this, not an activation on the scores, is what makes it O(n).
 """
@@ -10,7 +10,7 @@ from .registry import register
 
 @register
 class Identity(LinearAttention):
-    """Weights are signed and do not sum to one."""
+    """Weigh values by the scores as they are; weights are signed and do not sum to one."""
 
     name = "identity"
     formula = "sum_j s_ij v_j / n_i"
@@ -25,6 +25,7 @@ class Identity(LinearAttention):
 
 
 def unchanged(x):
+    """Return x."""
     return x
 
 

@@ -1,4 +1,4 @@
-"""The family of linear variants: a feature map on queries and one on keys make attention O(n)."""
+"""Define the family of linear variants: a feature map on queries and one on keys make attention O(n)."""
 
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from .base import Attention
 
 
 class LinearAttention(Attention):
-    """Variants with `phi(q) . phi(k)` in place of `exp(s)`: the product re-associates, O(n) in time and memory.
+    """Replace `exp(s)` by `phi(q) . phi(k)`: the product re-associates, which makes time and memory O(n).
 
     `o_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps)`, or / n_i where `divide_by_count`. A variant
     of this family writes `feature_map`, or the two others where queries and keys differ.
@@ -46,7 +46,11 @@ class LinearAttention(Attention):
         return self.feature_map()
 
     def kernel(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        """Return `phi(q_i) . phi(k_j)`, `[B, H, T, S]`: O(n^2), for the definition."""
+        """Return `phi(q_i) . phi(k_j)`, `[B, H, T, S]`: O(n^2), for the definition.
+
+        Args:
+            query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`. scaling: as in `forward`.
+        """
         scale = scaling**0.5 if self.scaled else 1.0
         return scores(self.feature_map_of_queries()(query * scale), self.feature_map_of_keys()(key * scale))
 
@@ -58,7 +62,7 @@ class LinearAttention(Attention):
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
 
     def prepare(self, query: Tensor, key: Tensor, mask: Mask, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Return query and key as the maps want them, where these need more than each token by itself."""
+        """Return query and key as the maps take them, for variants whose maps need more than each token by itself."""
         return query, key
 
     def forward(self, query, key, value, mask, scaling, state=None):
@@ -88,7 +92,7 @@ class LinearAttention(Attention):
 
     @staticmethod
     def _divide(numerator, query, valid, state):
-        """By the number of keys seen so far, `n_i`; also that number after the last token, `[B]`."""
+        """Return the numerators over n_i, the number of keys seen so far, and n after the last token, `[B]`."""
         counts = positions(query, valid, state) + 1
         after = counts[:, -1].clone()  # not a view of all counts
         return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), after
@@ -97,8 +101,12 @@ class LinearAttention(Attention):
 def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:
     """Return how many valid tokens stand before each of the new ones, int `[B, T]`.
 
-    Those in `state["count"]` are included. Padding has the position of the valid token before it (-1 where there is
-    none).
+    The tokens in `state["count"]` are included. Padding has the position of the valid token before it (-1 where there
+    is none).
+
+    Args:
+        query: `[B, H, T, D]`, for its shape. valid: bool `[B, T]`; None where every token is valid.
+        state: of the layer; None or without "count" at the start of a text.
     """
     batch, _, length, _ = query.shape
     if valid is None:

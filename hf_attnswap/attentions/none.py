@@ -1,4 +1,4 @@
-"""No attention at all, o_i = 0: how much the task needs attention."""
+"""Leave attention out, o_i = 0: the control that says how much the task needs attention."""
 
 from .base import Attention
 from .registry import register
@@ -6,7 +6,7 @@ from .registry import register
 
 @register
 class NoAttention(Attention):
-    """Every head returns zero; the rest of the layer still runs."""
+    """Return zero from every head; the rest of the layer still runs."""
 
     name = "none"
     formula = "0"

@@ -1,8 +1,9 @@
-"""Linear attention by positive random features: phi(x) = exp(w x - |x|^2 / 2) / sqrt(m), which is exp(s) in the mean.
+"""Compute linear attention by positive random features, whose products are exp(s) in the mean.
 
-x is the query or key times sqrt(scaling); the m rows w are fixed, random, of length sqrt(d), and orthogonal in blocks
-of d. Choromanski et al., "Rethinking attention with performers" (FAVOR+), 2021. The variance grows with exp(|x|^2), so
-on the large queries and keys of pretrained models it needs many features or training.
+phi(x) = exp(w x - |x|^2 / 2) / sqrt(m), x the query or key times sqrt(scaling); the m rows w are fixed, random, of
+length sqrt(d), and orthogonal in blocks of d. Choromanski et al., "Rethinking attention with performers" (FAVOR+),
+2021. The variance grows with exp(|x|^2), so on the large queries and keys of pretrained models it needs many features
+or training.
 """
 
 import math
@@ -21,7 +22,7 @@ _LARGEST_EXPONENT = 60.0
 
 @register
 class Performer(LinearAttention):
-    """Approximates softmax itself; trains nothing."""
+    """Approximate softmax by random features; trains nothing."""
 
     name = "performer"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = exp(wx - |x|^2/2) / sqrt(m)"
@@ -60,10 +61,11 @@ def exponents(x: Tensor, projection: Tensor) -> Tensor:
 
 
 def query_features(x: Tensor, projection: Tensor) -> Tensor:
-    """Return the features divided by the largest of the row, which cancels."""
+    """Return the features, `[B, heads, t, D]` -> `[B, heads, t, m]`, over the largest of the row, which cancels."""
     e = exponents(x, projection)
     return (e - e.amax(-1, keepdim=True).detach()).exp() / math.sqrt(len(projection))
 
 
 def key_features(x: Tensor, projection: Tensor) -> Tensor:
+    """Return the features, `[B, heads, t, D]` -> `[B, heads, t, m]`; exponents are cut at 60, for sums in float32."""
     return exponents(x, projection).clamp(max=_LARGEST_EXPONENT).exp() / math.sqrt(len(projection))

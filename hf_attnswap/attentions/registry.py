@@ -1,4 +1,4 @@
-"""Names to variants. A file of this folder that registers a class is found without being named anywhere.
+"""Map names to variants. A file of this folder that registers a class is imported without being named anywhere.
 
 Other packages add variants through the entry-point group `hf_attnswap.attentions`: an entry names a module that
 registers its classes when it is imported.
@@ -25,10 +25,10 @@ _loaded = False
 
 
 def register(cls: type[Attention]) -> type[Attention]:
-    """Make a variant known under `cls.name`; a class decorator.
+    """Make a variant known under `cls.name`; a class decorator, which returns the class.
 
     Raises:
-        ValueError: a name that is taken.
+        ValueError: a name that is taken, or a name with +.
     """
     if "+" in cls.name:
         raise ValueError(f"attention {cls.name!r} is already taken: names with + are made from other variants")
@@ -39,12 +39,17 @@ def register(cls: type[Attention]) -> type[Attention]:
 
 
 def derive(suffix: str, make: Callable[[type[Attention]], type[Attention] | None]) -> None:
-    """Make `X` + suffix known for every variant X of which `make` returns a class, the same at every call."""
+    """Make the name of X + `suffix` known for every variant X of which `make` returns a class, the same at every call.
+
+    Args:
+        suffix: such as "+window".
+        make: returns the class that is made from a variant, or None for a variant from which none can be made.
+    """
     _derived[suffix] = make
 
 
 def names() -> list[str]:
-    """Return all names: controls first, then the variants by cost, then those that are made from others."""
+    """Return the names of all variants: controls first, then by cost, then those that are made from others."""
     load()
     order = sorted(_registered.values(), key=lambda cls: (not cls.control, cls.cost_class, cls.name))
     made = [f"{cls.name}{suffix}" for suffix, make in _derived.items() for cls in order if make(cls) is not None]
@@ -71,7 +76,10 @@ def get(name: str) -> type[Attention]:
 
 
 def load(again: bool = False) -> None:
-    """Import every file of this folder and every entry point of other packages; once, unless `again`."""
+    """Import every file of this folder and every entry point of other packages; once, unless `again`.
+
+    An entry point that fails is logged as a warning and left out.
+    """
     global _loaded
     if _loaded and not again:
         return

@@ -1,7 +1,8 @@
-"""Rectified linear attention: o_i = RMSNorm(sum_j relu(s_ij) v_j), per head, with an optional gate.
+"""Compute rectified linear attention: o_i = RMSNorm(sum_j relu(s_ij) v_j), per head, with an optional gate.
 
-The norm takes the place of the denominator: u g / sqrt(mean u^2 + eps), g a gain per channel. With `gate` it is
-multiplied by sigmoid(w u), channel by channel. Zhang et al., "Sparse attention with linear units", 2021. O(n^2).
+The norm takes the place of the denominator: u g / sqrt(mean u^2 + eps), g a gain per channel. With `gate` the normed
+output is multiplied by sigmoid(w u), channel by channel. Zhang et al., "Sparse attention with linear units", 2021.
+O(n^2).
 """
 
 import torch
@@ -18,7 +19,7 @@ from .scores import ScoreAttention
 
 @register
 class Rela(ScoreAttention):
-    """`weights` are those before the norm, which is no mean of the values."""
+    """Normalise the output of ReLU weights by its size; `weights` are those before the norm."""
 
     name = "rela"
     formula = "RMSNorm(sum_j relu(s_ij) v_j)"
@@ -57,7 +58,7 @@ class Rela(ScoreAttention):
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):
-        """Set the gain of each head so that its output has the size that softmax attention has there."""
+        """Set the gain of each head so that its output has the size that the output of softmax has there."""
         s = scores(query.float() * scaling, key.float()).masked_fill(~mask.matrix(query.device), float("-inf"))
         softmax = mix(s.softmax(-1).nan_to_num(0.0), value.float())
         size = softmax.square().mean((0, 2, 3)).sqrt() * (2 if self.gate else 1)  # a new gate is one half

@@ -1,4 +1,4 @@
-"""Linear attention with phi(x) = relu(x): the ReLU stands on q and on k, not on their product, and that is O(n).
+"""Compute linear attention with phi(x) = relu(x): ReLU on q and on k, not on their product, which makes it O(n).
 
 Kasai et al., "Finetuning pretrained transformers into RNNs" (T2R, without its projection), 2021; EfficientViT, 2023.
 """
@@ -14,7 +14,7 @@ RELU = FeatureMap("relu", torch.relu)
 
 @register
 class ReluKernel(LinearAttention):
-    """A row whose features share no key's is zero."""
+    """Weigh keys by the features that they share with the query; a row that shares none with any key is zero."""
 
     name = "relu_kernel"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(x)"

@@ -1,4 +1,4 @@
-"""An activation on the scores, normalised by its own sum: o_i = sum_j a(s_ij) v_j / (sum_j a(s_ij) + eps).
+"""Divide an activation on the scores by the sum of the weights: o_i = sum_j a(s_ij) v_j / (sum_j a(s_ij) + eps).
 
 Shen et al., "A study on ReLU and softmax in transformer", 2023. O(n^2), as every activation on the scores.
 """
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 @register
 class ReluNorm(GainedScores):
-    """Rows sum to one where any weight is positive; a row that has no positive score is zero."""
+    """Weigh values by relu(s) over its sum; a row that has no positive score is zero."""
 
     name = "relu_norm"
     formula = "sum_j relu(s_ij) v_j / (sum_j relu(s_ij) + eps)"
@@ -25,7 +25,7 @@ class ReluNorm(GainedScores):
 
 @register
 class Relu2Norm(GainedScores):
-    """The square prefers large scores, as exp does."""
+    """Weigh values by relu(s)^2 over its sum: the square prefers large scores, as exp does."""
 
     name = "relu2_norm"
     formula = "sum_j relu(s_ij)^2 v_j / (sum_j relu(s_ij)^2 + eps)"
@@ -37,7 +37,7 @@ class Relu2Norm(GainedScores):
 
 @register
 class SoftplusNorm(GainedScores):
-    """log(1 + e^s): no row is zero."""
+    """Weigh values by log(1 + e^s) over its sum: no row is zero."""
 
     name = "softplus_norm"
     formula = "sum_j softplus(s_ij) v_j / (sum_j softplus(s_ij) + eps)"

@@ -1,4 +1,4 @@
-"""A power of a ReLU in place of exp: the dial between ReLU and softmax.
+"""Replace exp by a power of a ReLU: the dial between ReLU and softmax.
 
 o_i = sum_j a_ij v_j / sum_j a_ij with a_ij = relu(1 + (s_ij - c_i) / p)^p, and c_i the largest score of the row
 (`shift="max"`) or 0 (`shift="none"`). As p grows, (1 + x/p)^p -> exp(x): softmax. No exp is computed, and weights are
@@ -17,7 +17,7 @@ from .registry import register
 
 @register
 class ReluPower(GainedScores):
-    """p = 16 in place of softmax costs a few per cent of perplexity with no training at all."""
+    """Approximate softmax by a power p of a ReLU; p = 16 costs a few per cent of perplexity without any training."""
 
     name = "relu_power"
     formula = "sum_j a_ij v_j / sum_j a_ij, a_ij = relu(1 + (s_ij - c_i)/p)^p, c_i = max_j s_ij"
@@ -46,7 +46,14 @@ class ReluPower(GainedScores):
 
 
 def relu_power(scores, count, peak, p, shift):
-    """Return `relu(1 + s - c)^p` of scores and peaks that are divided by p already."""
+    """Return `relu(1 + s - c)^p` of scores and peaks that are divided by p already.
+
+    Args:
+        scores: `[..., h, t, s]`, overwritten where gradients are disabled. count: not read.
+        peak: `[..., h, t, 1]`, the largest score of the row.
+        p: a power of two. shift: "max" for c the largest score; "none" for 0, divided by the largest term of the row,
+            which cancels.
+    """
     # A row that may attend to nothing has no largest score.
     peak = peak.clamp(min=torch.finfo(scores.dtype).min)
     # In place where no gradient needs what is overwritten.

@@ -1,4 +1,4 @@
-"""The family of variants that act on the scores: O(n^2), as softmax, whatever the activation."""
+"""Define the family of variants that act on the scores: O(n^2), as softmax, whatever the activation."""
 
 from torch import Tensor
 
@@ -9,10 +9,10 @@ from .base import Attention
 
 
 class ScoreAttention(Attention):
-    """Variants that act on the scores s_ij: O(n^2 d) time, O(n d) memory.
+    """Compute weights from the scores s_ij, `o_i = g_h sum_j a_ij v_j / d_i`: O(n^2 d) time, O(n d) memory.
 
-    `o_i = g_h sum_j a_ij v_j / d_i`. A variant of this family writes `activation`, which says what the a_ij and the d_i
-    are; `head_gain` is 1 unless the variant says otherwise.
+    A variant of this family writes `activation`, which says what the a_ij and the d_i are; `head_gain` is 1 unless the
+    variant says otherwise.
     """
 
     cost = "O(n^2 d)"
@@ -21,11 +21,11 @@ class ScoreAttention(Attention):
     ops = ("scores",)
 
     def activation(self) -> Activation:
-        """Return the weights and the denominator, with the parameters that they need."""
+        """Return the weights and the denominator, with the parameters that both need."""
         raise NotImplementedError(f"{type(self).__name__} defines no activation")
 
     def head_gain(self) -> Tensor | None:
-        """Return the factor of the result of each query head, `[H]`; None for 1."""
+        """Return the factor of the output of each query head, `[H]`; None for 1."""
         return None
 
     def weights(self, query, key, mask, scaling):

@@ -1,6 +1,7 @@
-"""Sigmoid on the scores: o_i = sum_j sigmoid(s_ij + b_i) v_j with b_i = -log n_i + a learned offset per head.
+"""Compute attention by a sigmoid on the scores: o_i = sum_j sigmoid(s_ij + b_i) v_j.
 
-Ramapuram et al., "Theory, analysis, and best practices for sigmoid self-attention", 2024. O(n^2).
+b_i = -log n_i + a learned offset per head. Ramapuram et al., "Theory, analysis, and best practices for sigmoid
+self-attention", 2024. O(n^2).
 """
 
 import torch
@@ -13,7 +14,7 @@ from .registry import register
 
 @register
 class Sigmoid(GainedScores):
-    """Each weight stands alone: no sum over the row is needed, and rows do not sum to one."""
+    """Weigh each value by itself: no sum over the row is needed, and rows do not sum to one."""
 
     name = "sigmoid"
     formula = "sum_j sigmoid(s_ij + b) v_j, b = -log n_i + offset"
@@ -33,5 +34,10 @@ class Sigmoid(GainedScores):
 
 
 def shifted_sigmoid(scores, count, peak, offset):
+    """Return `sigmoid(s + offset_h - log n_i)`, written over the scores.
+
+    Args:
+        scores: `[..., h, t, s]`; count: n_i; peak: not read; offset: `[h]`.
+    """
     bias = offset.to(scores.dtype)[:, None, None] - count.to(scores.dtype).log()
     return scores.add_(bias).sigmoid_()

@@ -1,4 +1,4 @@
-"""Softmax attention through the same seam as every variant: the control.
+"""Compute softmax attention through the same seam as every variant: the control.
 
 o_i = sum_j exp(s_ij) v_j / sum_j exp(s_ij). Vaswani et al., "Attention is all you need", 2017.
 """
@@ -12,12 +12,13 @@ from .scores import ScoreAttention
 
 
 def exp_below_peak(scores, count, peak):
+    """Return `exp(s - peak)`: the largest weight of a row is 1."""
     return torch.exp(scores - peak.clamp(min=torch.finfo(scores.dtype).min))
 
 
 @register
 class Softmax(ScoreAttention):
-    """torch's scaled_dot_product_attention; tiles of rows where there is a soft cap or sinks, which that has not."""
+    """Call torch's scaled_dot_product_attention; use tiles of rows for a soft cap or sinks, which torch's lacks."""
 
     name = "softmax"
     formula = "sum_j exp(s_ij) v_j / sum_j exp(s_ij)"
@@ -28,6 +29,16 @@ class Softmax(ScoreAttention):
         return Activation("exp", exp_below_peak, denominator=by_total(), needs_peak=True)
 
     def forward(self, query, key, value, mask, scaling, state=None, dropout=0.0):
+        """Return the output of softmax attention, by torch's scaled_dot_product_attention where it can.
+
+        Arguments as in `Attention.forward`; `state` has no effect.
+
+        Args:
+            dropout: probability of a weight to be dropped.
+
+        Raises:
+            NotImplementedError: dropout together with a soft cap or sinks.
+        """
         if mask.softcap is not None or mask.sinks is not None:
             if dropout:
                 raise NotImplementedError(f"attention dropout {dropout} together with {mask} is not supported")

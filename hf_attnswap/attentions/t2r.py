@@ -1,6 +1,6 @@
-"""Linear attention with a learned map and a ReLU: phi(x) = relu(W x + b), W and b per head.
+"""Compute linear attention with a learned map and a ReLU: phi(x) = relu(W x + b), W and b per head.
 
-Queries and keys have their own W, the identity at the start (`relu_kernel`). Kasai et al., "Finetuning pretrained
+Queries and keys have separate W, the identity at the start (`relu_kernel`). Kasai et al., "Finetuning pretrained
 transformers into RNNs", 2021, where W starts at random.
 """
 
@@ -13,7 +13,7 @@ from .registry import register
 
 
 class T2RMap(nn.Module):
-    """The parameters of a map. W = 1 + `delta`, so that weight decay draws to the identity."""
+    """Hold the parameters of a map. W = 1 + `delta` (`[heads, D, D]`), so that weight decay draws W to the identity."""
 
     def __init__(self, heads: int, head_dim: int):
         super().__init__()
@@ -22,20 +22,23 @@ class T2RMap(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
+        """Set W to the identity and b to 0."""
         nn.init.zeros_(self.delta)
         nn.init.zeros_(self.bias)
 
     def feature_map(self) -> FeatureMap:
+        """Return the map as it stands, for an op."""
         return FeatureMap("t2r", t2r_features, tensors={"delta": self.delta, "bias": self.bias})
 
 
 def t2r_features(x: Tensor, delta: Tensor, bias: Tensor) -> Tensor:
+    """Return relu(Wx + b) with W = 1 + `delta`, `[B, heads, t, D]` -> `[B, heads, t, D]`."""
     return torch.relu(x + x @ delta.to(x.dtype) + bias.to(x.dtype))
 
 
 @register
 class T2R(LinearAttention):
-    """Needs training."""
+    """Weigh keys by features relu(Wx + b) with learned W and b; needs training."""
 
     name = "t2r"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = relu(Wx + b)"

@@ -1,4 +1,4 @@
-"""Linear attention by the second-order Taylor series of exp on projected queries and keys.
+"""Compute linear attention by the second-order Taylor series of exp on projected queries and keys.
 
 1 + s + s^2 / 2 with s = scaling * (P_q q) . (P_k k): phi(x) = [1, y, y y^T / sqrt(2)], y = P x with r << d numbers, so
 phi has 1 + r + r^2. The weights are never negative. Arora et al., "Simple linear attention language models balance the
@@ -18,7 +18,10 @@ from .registry import register
 
 @register
 class Taylor(LinearAttention):
-    """P_q and P_k start as the same random projection, which keeps q . k in the mean (Johnson & Lindenstrauss 1984)."""
+    """Approximate exp(s) by its Taylor series on learned projections of queries and keys.
+
+    P_q and P_k start as the same random projection, which keeps q . k in the mean (Johnson & Lindenstrauss 1984).
+    """
 
     name = "taylor"
     formula = "phi(q_i) S_i / (phi(q_i) z_i + eps), phi = [1, y, y y^T / sqrt(2)], y = Px"
@@ -49,7 +52,11 @@ class Taylor(LinearAttention):
 
 
 def taylor_features(x: Tensor, projection: Tensor) -> Tensor:
-    """Return the features of `[B, heads, t, D]`, whose heads share the projections `[Hkv, D, r]` in equal groups."""
+    """Return `[1, y, y y^T / sqrt(2)]`, `[B, heads, t, D]` -> `[B, heads, t, 1 + r + r^2]`.
+
+    Args:
+        projection: `[Hkv, D, r]`; the heads of x share the projections in equal groups.
+    """
     group = x.shape[1] // projection.shape[0]
     y = x @ projection.to(x.dtype).repeat_interleave(group, dim=0)
     square = (y[..., :, None] * y[..., None, :]).flatten(-2) / math.sqrt(2)

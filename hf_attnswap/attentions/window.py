@@ -1,4 +1,4 @@
-"""Softmax over the last `window` keys and the first `sinks`: the control that every hybrid must beat.
+"""Compute softmax over the last `window` keys and the first `sinks`: the control that every hybrid must beat.
 
 Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language models with attention sinks", 2023.
 """
@@ -14,13 +14,13 @@ SINKS = Option(4, "first tokens of the text always attended to", minimum=0)
 
 
 def read_state(state: dict | None) -> WindowState | None:
-    """Return what the state of a layer says of the window, None at the start of a text."""
+    """Return what the state of a layer says of the window; None at the start of a text."""
     return WindowState(**{name: state[name] for name in WindowState.__dataclass_fields__}) if state else None
 
 
 @register
 class Window(Attention):
-    """Forgets all else: what a hybrid gains over this is what its linear branch does."""
+    """Forget all but the window and the sinks: what a hybrid gains over this is what its linear branch does."""
 
     name = "window"
     formula = "softmax over the last w keys and the first m"

@@ -1,4 +1,4 @@
-"""The `attnswap` command: thin wrappers that print, and one clear line where something is wrong."""
+"""Hold the `attnswap` command: thin wrappers that print, and one clear line where something is wrong."""
 
 import sys
 

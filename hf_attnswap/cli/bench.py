@@ -1,4 +1,4 @@
-"""The command that times the attention alone, beside the best that torch has for it."""
+"""Hold the command that times the attention alone, beside the best that torch has for it."""
 
 from typing import Annotated
 
@@ -83,7 +83,7 @@ def bench(
 
 
 def _from(found, shortest: int) -> str:
-    """The length from which on a variant is faster, in words."""
+    """Return in words the length from which on a variant is faster."""
     if found.faster_from is None:
         return "-" if found.attention == "sdpa" else "never here"
     return f"{'<= ' if found.faster_from <= shortest else ''}{found.faster_from:.0f}"

@@ -1,4 +1,4 @@
-"""The command that looks inside: what each swapped layer does to gradients, to the distribution, and to the output."""
+"""Hold the command that shows what each swapped layer does to gradients, to the distribution, and to the output."""
 
 import json
 from pathlib import Path

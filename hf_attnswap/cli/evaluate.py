@@ -1,4 +1,4 @@
-"""The command that measures quality: perplexity, tasks, and what differs from another model on the same items."""
+"""Hold the command that measures quality: perplexity, tasks, and the difference to another model on the same items."""
 
 import math
 from typing import Annotated, Any

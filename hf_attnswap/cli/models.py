@@ -1,4 +1,4 @@
-"""The commands that look at a model and that swap it."""
+"""Hold the commands that inspect a model and that swap its attention."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What the commands share: their arguments, where text comes from, and how a result is printed."""
+"""Share between commands their arguments, the choice of a text, and how results are printed."""
 
 import json
 from collections.abc import Sequence
@@ -37,10 +37,12 @@ TextColumn = Annotated[str, typer.Option("--text_column", help="the column that 
 
 
 def layers_of(text: str | None) -> Any:
+    """Return layers as `swap` takes them: "0,2" as a list, a slice such as "1::2" as it is, None for None."""
     return text if text is None or ":" in text else [part.strip() for part in text.split(",")]
 
 
 def show(as_json: bool, content: Any, *renderables: Any) -> None:
+    """Print `content` as JSON, or else the renderables on the terminal."""
     if as_json:
         print(json.dumps(content, indent=1))
     else:
@@ -48,6 +50,11 @@ def show(as_json: bool, content: Any, *renderables: Any) -> None:
 
 
 def text_source(file, dataset_name, dataset_config_name, split, column):
+    """Return the text that a file or a dataset names.
+
+    Raises:
+        UsageError: both a file and a dataset, or none.
+    """
     from ..sources.texts import TextSource
 
     if (file is None) == (dataset_name is None):
@@ -56,7 +63,11 @@ def text_source(file, dataset_name, dataset_config_name, split, column):
 
 
 def table_of(title: str, rows: Sequence[dict[str, Any]], **columns: str) -> Table:
-    """A table of rows: what each column is called here, and the key that it shows; ? where there is nothing."""
+    """Return a table of `rows`; each column has a title and the key that it shows, ? where there is nothing.
+
+    Args:
+        columns: title (underscores for spaces) to key.
+    """
     table = Table(title=escape(title))
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right", overflow="fold")  # no digit is lost

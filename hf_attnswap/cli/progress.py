@@ -1,4 +1,4 @@
-"""The bar of a whole run: what is done, how long it took, and about how long the rest takes."""
+"""Show the bar of a whole run: what is done, how long it took, and about how long the rest takes."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ SELDOM_S = 10.0  # between two lines where nobody sees a bar
 
 
 class RunBar:
-    """Shows every `Progress` that it is called with: as a bar on a terminal, as seldom lines in a pipe or a file."""
+    """Show every `Progress` with which the bar is called: a bar on a terminal, seldom lines in a pipe or a file."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -54,7 +54,7 @@ class RunBar:
             print(f"[{self._where(progress)}] {progress.line}", file=sys.stderr, flush=True)
 
     def _where(self, progress: Progress) -> str:
-        """35 %, 0:02:10, about 0:04:00 left"""
+        """Return how far the run is: "35 %, 0:02:10, about 0:04:00 left"."""
         took, own = time.monotonic() - self.started, progress.done - (self.first or 0)
         said = f"{100 * progress.done / progress.total:.0f} %, {timedelta(seconds=round(took))}"
         left = took * (progress.total - progress.done) / own if own > 0 else None

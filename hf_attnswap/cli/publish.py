@@ -1,4 +1,4 @@
-"""The commands for others: a conversion goes to the Hub, and other programs load conversions."""
+"""Hold the commands for others: push a conversion to the Hub, and let other programs load conversions."""
 
 import sys
 from pathlib import Path

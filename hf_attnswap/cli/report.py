@@ -1,4 +1,4 @@
-"""The command that reads reports again: one is drawn anew, several are compared."""
+"""Hold the command that reads reports again: one is drawn anew, several are compared."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command that compares: every arm on one model, as a report."""
+"""Hold the command that compares every arm on one model, as a report."""
 
 import shlex
 import sys
@@ -127,5 +127,5 @@ def tradeoff(
 
 
 def _without_folders(argument: str) -> str:
-    """Where a file lies on this machine says nothing to others."""
+    """Return an argument without the folders of an absolute path, which say nothing to others."""
     return Path(argument).name if Path(argument).is_absolute() else argument

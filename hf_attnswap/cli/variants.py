@@ -1,4 +1,4 @@
-"""The command that lists the variants, and tells all about one."""
+"""Hold the command that lists the variants, and describes one."""
 
 from typing import Annotated, Any
 
@@ -80,7 +80,7 @@ def _overview(variants: list[dict[str, Any]]) -> Table:
 
 
 def _details(variant: dict[str, Any]) -> Table:
-    """Return all that is known of one variant."""
+    """Return a table of all that is known of one variant."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

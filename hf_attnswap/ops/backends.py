@@ -1,17 +1,17 @@
-"""The one place that chooses which implementation of an op runs.
+"""Choose which implementation of an op runs; no other file does.
 
-A form is a file in the folder of its op, named after its backend. It has
+A form is a file in the folder of its op, named after its backend. A form has
 
-    run(*arguments)             the arguments of the op, in order; the same result as every other form
-    devices = ("cuda",)         optional: the device types on which it runs; every one where it is not there
-    dtypes = (torch.float32,)   optional: the dtypes of the first argument; every one where it is not there
-    unfit(*arguments)           optional: why it cannot serve this call, in words, or None
-    available()                 optional: why it cannot run on this machine, in words, or None; asked once, on import
+    run(*arguments)             the arguments of the op, in order; returns the same as every other form
+    devices = ("cuda",)         optional: the device types on which the form runs; all of them by default
+    dtypes = (torch.float32,)   optional: the dtypes that the first argument may have; all of them by default
+    unfit(*arguments)           optional: why the form cannot serve this call, in words, or None
+    available()                 optional: why the form cannot run on this machine, in words, or None; called on import
 
 Native forms are tried first, then `torch`, then `reference`. An op without a form for a backend, or without one for
 the device of the call, says nothing; a form that is passed over for another reason is logged once at INFO.
 HF_ATTNSWAP_BACKEND, read when the package is imported, forces a backend: `torch` for all ops that have such a form,
-`scores=torch,linear=reference` for some. What is forced and cannot serve a call refuses that call.
+`scores=torch,linear=reference` for some. A forced form that cannot serve a call refuses that call.
 """
 
 import importlib
@@ -42,7 +42,7 @@ _logging = threading.Lock()
 
 
 class _Here(threading.local):
-    """What holds in this thread: backends by op (or `_ALL`), and where `watch` collects."""
+    """Hold the settings of one thread: forced backends by op (or `_ALL`), and the dictionary that `watch` fills."""
 
     forced: Mapping[str, str] = {}
     ran: dict[str, set[str]] | None = None
@@ -52,7 +52,17 @@ _here = _Here()
 
 
 class Form:
-    """One implementation of an op, from the file of that name in its folder."""
+    """Describe one implementation of an op, loaded from the file of its backend in the folder of the op.
+
+    Attributes:
+        backend: name of the backend and of the file, such as "torch".
+        missing: why the form cannot run on this machine, in words (a module that is not installed, or what `available`
+            returned); None where the form can run.
+        run, devices, dtypes, unfit: as the file defines them (see the top of this file); None where it does not.
+
+    Raises:
+        TypeError: the file has no function `run`.
+    """
 
     def __init__(self, package: str, backend: str):
         self.backend = backend
@@ -74,10 +84,14 @@ class Form:
             self.missing = module.available()
 
     def runs_on(self, device: str) -> bool:
+        """Return whether the form runs on the device type `device`, such as "cuda"; any where the file names none."""
         return self.devices is None or device in self.devices
 
     def refusal(self, arguments: tuple) -> str | None:
-        """Return why this form cannot serve a call, or None."""
+        """Return why this form cannot serve a call with these arguments, in words; None if the form can.
+
+        Checked in this order: the machine, the device and the dtype of the first argument, then what `unfit` says.
+        """
         if self.missing is not None:
             return self.missing
         given = arguments[0]
@@ -89,9 +103,13 @@ class Form:
 
 
 class Op:
-    """An operation with its forms; made once, in the `__init__.py` of its folder: `_op = Op(__name__)`.
+    """Hold an operation and its forms; call an `Op` to run the first form that can serve the arguments.
 
-    Called with the arguments of the op, the first of which is a tensor, it runs the first form that can serve them.
+    Each op is made once, in the `__init__.py` of its folder: `_op = Op(__name__)`. The first argument of a call is a
+    tensor, whose device and dtype take part in the choice. All arguments are positional.
+
+    Raises:
+        NotImplementedError: on a call, the forced form cannot serve it, or no form can.
     """
 
     def __init__(self, package: str):
@@ -101,13 +119,21 @@ class Op:
         OPS[self.name] = self
 
     def discover(self) -> None:
-        """Look for the forms in the folder; done when the op is made."""
+        """Load the forms from the folder of the op into `forms`, by backend, in the order in which a call tries them.
+
+        Called when the op is made; call it again after a file was added to the folder.
+        """
         path = sys.modules[self.package].__path__
         found = {m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_")}
         order = [*sorted(found.difference(_PORTABLE)), *(b for b in _PORTABLE if b in found)]
         self.forms = {backend: Form(self.package, backend) for backend in order}
 
     def __call__(self, *arguments):
+        """Run the first form that can serve the arguments, and return its output.
+
+        Raises:
+            NotImplementedError: the forced form cannot serve the call, or no form can.
+        """
         form = self._choose(arguments)
         ran = _here.ran
         if ran is not None and not torch.compiler.is_compiling():
@@ -115,6 +141,7 @@ class Op:
         return form.run(*arguments)
 
     def _choose(self, arguments: tuple) -> Form:
+        """Return the forced form, or else the first one that can serve the arguments."""
         forced = _here.forced
         if forced:
             form = self.forms.get(forced.get(self.name) or forced.get(_ALL))
@@ -136,6 +163,7 @@ class Op:
 
 
 def _log_once(op: str, backend: str, reason: str) -> None:
+    """Log at INFO that a backend is passed over, once per op, backend and reason."""
     with _logging:
         if (op, backend, reason) in _logged:
             return
@@ -144,7 +172,7 @@ def _log_once(op: str, backend: str, reason: str) -> None:
 
 
 def _parse(text: str | None) -> dict[str, str]:
-    """Backends by op from `torch` or `scores=torch,linear=reference`; `_ALL` for those without an op.
+    """Return backends by op from `torch` or `scores=torch,linear=reference`; a backend without an op stands at `_ALL`.
 
     Raises:
         UsageError: an op or a backend that does not exist, or an op that is named twice.
@@ -169,7 +197,7 @@ def _parse(text: str | None) -> dict[str, str]:
 
 
 def read_environment() -> None:
-    """Force what HF_ATTNSWAP_BACKEND says, in every thread; once, when the package is imported.
+    """Force the backends that HF_ATTNSWAP_BACKEND names, in every thread; called once, when the package is imported.
 
     Raises:
         UsageError: the variable names an op or a backend that does not exist.
@@ -178,22 +206,30 @@ def read_environment() -> None:
 
 
 def forced() -> dict[str, str]:
-    """Return what is forced in this thread: backends by op, or by "all ops"."""
+    """Return the backends that are forced in this thread, by name of the op or by "all ops"."""
     return dict(_here.forced)
 
 
 def backends_of(op: str) -> list[str]:
-    """Return the backends that have a form of this op, in the order in which they are tried in this thread."""
+    """Return the backends that have a form of the op named `op`, in the order in which this thread tries them.
+
+    Raises:
+        KeyError: an op that does not exist.
+    """
     first = _here.forced.get(op) or _here.forced.get(_ALL)
     return sorted(OPS[op].forms, key=lambda backend: backend != first)
 
 
 @contextmanager
 def backend(text: str | None) -> Iterator[None]:
-    """Force, within it and in this thread, what HF_ATTNSWAP_BACKEND would force; None: the usual order.
+    """Force backends in this thread while the context is open, as HF_ATTNSWAP_BACKEND would.
+
+    Args:
+        text: what the variable would hold, such as `torch` or `scores=torch,linear=reference`; None restores the usual
+            order.
 
     Raises:
-        UsageError: an op or a backend that does not exist.
+        UsageError: an op or a backend that does not exist, or an op that is named twice.
     """
     before, _here.forced = _here.forced, _parse(text)
     try:
@@ -204,7 +240,11 @@ def backend(text: str | None) -> Iterator[None]:
 
 @contextmanager
 def watch() -> Iterator[dict[str, set[str]]]:
-    """Collect, within it and in this thread, the backends that ran, by name of the op."""
+    """Collect the backends that run in this thread while the context is open, by name of the op.
+
+    Contexts may be nested: when the inner one closes, its backends are added to the outer one. Calls that torch.compile
+    traces are not collected.
+    """
     before, ran = _here.ran, {}
     _here.ran = ran
     try:
@@ -217,5 +257,5 @@ def watch() -> Iterator[dict[str, set[str]]]:
 
 
 def told(ran: Mapping[str, Iterable[str]]) -> str:
-    """Return in words what `watch` collected."""
+    """Return in words what `watch` collected: "linear torch, scores reference and torch"."""
     return ", ".join(f"{op} {' and '.join(sorted(backends))}" for op, backends in sorted(ran.items()))

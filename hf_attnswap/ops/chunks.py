@@ -1,4 +1,7 @@
-"""Long texts by chunks of tokens: layouts in which all chunks of a block are one batch of small matrices."""
+"""Lay long texts out by chunks of tokens, so that all chunks of a block are one batch of small matrices.
+
+In the layouts a "row" of matrices is one pair of text and key/value head: there are `B Hkv` of them.
+"""
 
 from collections.abc import Iterator
 
@@ -10,7 +13,13 @@ BLOCK = 256
 
 
 def blocks(length: int, chunk: int, most: int = BLOCK) -> Iterator[slice]:
-    """Blocks of whole chunks, of about `most` tokens, and one with what is left."""
+    """Yield slices of the tokens 0 to `length`, in order: blocks of whole chunks, then the tokens that fill no chunk.
+
+    Args:
+        length: number of tokens.
+        chunk: tokens per chunk.
+        most: tokens per block, rounded down to whole chunks, at least one chunk.
+    """
     start, most = 0, max(chunk, most // chunk * chunk)
     while start < length:
         size = min(most, length - start)
@@ -20,30 +29,41 @@ def blocks(length: int, chunk: int, most: int = BLOCK) -> Iterator[slice]:
 
 
 def to_rows(x: Tensor, rows: int) -> Tensor:
-    """`[B, H, t, F]` -> `[B Hkv, G t, F]`: the query heads of a group below each other, as one matrix."""
+    """Return `[B, H, t, F]` as `[B Hkv, G t, F]`: the query heads of a group below each other, as one matrix.
+
+    Args:
+        rows: number of matrices, `B Hkv`.
+    """
     return x.reshape(rows, -1, x.shape[-1])
 
 
 def to_chunks(x: Tensor, kv_heads: int, chunk: int) -> Tensor:
-    """`[B, H, c t, F]` -> `[c, B Hkv, G t, F]`: one matrix per chunk and key/value head, as `to_rows` makes it."""
+    """Return `[B, H, c t, F]` as `[c, B Hkv, G t, F]`: one matrix per chunk and key/value head, as `to_rows` makes it.
+
+    Args:
+        chunk: tokens t per chunk; the length must be a multiple of it.
+    """
     batch, heads, length, width = x.shape
     grouped = x.reshape(batch * kv_heads, heads // kv_heads, length // chunk, chunk, width)
     return grouped.permute(2, 0, 1, 3, 4).reshape(length // chunk, batch * kv_heads, -1, width)
 
 
 def by_heads(x: Tensor, batch: int, chunk: int) -> Tensor:
-    """`[c, B Hkv, G t, F]` -> `[B, Hkv, G, c, t, F]`, a view."""
+    """Return `[c, B Hkv, G t, F]` as a view `[B, Hkv, G, c, t, F]`, for `batch` texts and t = `chunk` tokens."""
     chunks, rows, _, width = x.shape
     return x.view(chunks, batch, rows // batch, -1, chunk, width).permute(1, 2, 3, 0, 4, 5)
 
 
 def from_chunks(x: Tensor, batch: int, chunk: int) -> Tensor:
-    """The inverse of `to_chunks`."""
+    """Return `[c, B Hkv, G t, F]` as `[B, H, c t, F]`: the inverse of `to_chunks`."""
     return by_heads(x, batch, chunk).flatten(3, 4).flatten(1, 2)
 
 
 def product(x: Tensor, y: Tensor, add_to: Tensor | None = None) -> Tensor:
-    """`x y` over `[c, R, *, *]`, or `add_to + x y` in place of `add_to`."""
+    """Return the matrix products `x y` over `[c, R, *, *]`.
+
+    Where `add_to` is given, the products are added to that tensor in place, and `add_to` is returned.
+    """
     x, y, leading = x.flatten(0, 1), y.flatten(0, 1), x.shape[:2]
     if add_to is None:
         return torch.bmm(x, y).unflatten(0, leading)
@@ -52,11 +72,19 @@ def product(x: Tensor, y: Tensor, add_to: Tensor | None = None) -> Tensor:
 
 
 def tril_(x: Tensor, chunk: int) -> Tensor:
-    """Zero, in place, what lies in the future in `[..., G t, t]`."""
+    """Set to zero, in place, the entries of `[..., G t, t]` whose key comes after the query of their row; return `x`.
+
+    Args:
+        x: contiguous; G matrices of `chunk` by `chunk` below each other.
+        chunk: tokens t per chunk.
+    """
     x.view(-1, chunk, chunk).tril_()
     return x
 
 
 def in_large_kernels(x: Tensor) -> bool:
-    """Whether the portable forms take long texts in a few large kernels instead of in blocks for a CPU's cache."""
+    """Return whether the portable forms take long texts in a few large kernels, not in blocks that fit a CPU's cache.
+
+    True on any device but the CPU, and wherever torch.compile traces the code.
+    """
     return torch.compiler.is_compiling() or x.device.type != "cpu"

@@ -1,6 +1,6 @@
-"""Attention by tiles of query rows: what a row needs of the `n x n` scores exists for one tile at a time.
+"""Compute attention by tiles of query rows: of the `n x n` scores only those of one tile exist at a time.
 
-Tiles may hand a tensor on, each to the next: the state of a recurrence.
+A tile may hand a tensor on to the next: the state of a recurrence.
 
 The backward pass computes a tile again instead of keeping it (the recomputation of Chen 2016, per tile as in
 Rabe & Staats 2021). O(n^2 d) time for full rows, O(n w d) for a window of w keys; O(n d) memory either way.
@@ -26,7 +26,12 @@ Attend = Callable[
 
 
 def rows_per_tile(batch: int, heads: int, key_length: int) -> int:
-    """Rows that keep a tile of scores near `TILE_ELEMENTS`, between 16 and 256."""
+    """Return how many rows keep a tile of scores near `TILE_ELEMENTS` numbers, between 16 and 256.
+
+    Args:
+        batch, heads: B and H.
+        key_length: keys that each row sees.
+    """
     return max(16, min(256, TILE_ELEMENTS // max(1, batch * heads * key_length)))
 
 
@@ -42,17 +47,19 @@ def by_rows(
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """Run `attend(query_tile, key_columns, value_columns, bias_tile, tile, carry)` over tiles and join the rows.
 
+    With a gradient, memory is O(n d): the backward pass calls `attend` again, tile by tile from the last to the first.
+
     Args:
-        attend: plain torch operations; returns tensors whose dimension 2 is the rows of the tile, and what it hands on.
-            It is called again in the backward pass.
+        attend: plain torch operations. Returns a tuple of tensors whose dimension 2 is the rows of the tile, and the
+            tensor handed on to the next tile (or None).
         query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`.
         tiles: cover the rows in order, each row once.
         parameters: every other tensor that `attend` uses and that needs a gradient.
-        bias: `[1 or B, 1 or H, T, S]`, what is added to the scores.
-        carry: what the first tile gets, a constant to the gradient.
+        bias: `[1 or B, 1 or H, T, S]`, added to the scores by `attend`.
+        carry: the tensor handed to the first tile, a constant to the gradient.
 
     Returns:
-        The results of all rows, and what the last tile hands on, without a gradient.
+        The tensors of `attend` over all rows, and what the last tile hands on, without a gradient.
     """
     tiles = tuple(tiles)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -63,6 +70,7 @@ def by_rows(
 
 
 def _slices(tile: Tile, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+    """Return the rows of the query and the columns of key and value of a tile, and both of the bias."""
     return [
         query[:, :, tile.rows],
         key[:, :, tile.columns],
@@ -72,6 +80,7 @@ def _slices(tile: Tile, query: Tensor, key: Tensor, value: Tensor, bias: Tensor 
 
 
 def _join(attend, tiles, query, key, value, bias, carry):
+    """Return the joined rows, what the last tile hands on, and what every tile was handed."""
     results, carries = None, []
     for tile in tiles:
         carries.append(carry)
@@ -88,6 +97,8 @@ def _join(attend, tiles, query, key, value, bias, carry):
 
 
 class _ByRows(torch.autograd.Function):
+    """Run tiles without keeping their scores; the backward pass runs each tile again under autograd."""
+
     @staticmethod
     def forward(ctx, attend, tiles, query, key, value, bias, carry, *parameters):
         ctx.attend, ctx.tiles = attend, tiles

@@ -1,7 +1,8 @@
-"""Rows with the keys of their window and the first tokens (sinks), for the ops `window` and `hybrid`.
+"""Give each row the keys of its window and the first tokens (sinks), for the ops `window` and `hybrid`.
 
 Rows are taken as texts whose valid tokens stand side by side: `Context` moves padding to the end first, so that
-"the last w keys" means the last w keys that the row may attend to, wherever the padding was.
+"the last w keys" means the last w keys that the row may attend to, wherever the padding was. In shapes, w is the
+window, m the number of sinks.
 """
 
 import math
@@ -18,7 +19,7 @@ from .rows import Tile, rows_per_tile
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """x `[B, H, S, D]`, index `[B, t]` -> `[B, H, t, D]`."""
+    """Return the tokens `index` `[B, t]` of x `[B, H, S, D]`, as `[B, H, t, D]`."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
@@ -30,9 +31,11 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class WindowState:
-    """What a window layer remembers: the first m keys and values, then the last w (right-aligned), and how many came.
+    """Hold what a window layer remembers: the first m keys and values, then the last w (right-aligned), and a count.
 
-    Shapes: `[B, Hkv, m + w, D]`, `[B, Hkv, m + w, Dv]`, `[B]`.
+    Attributes:
+        key: `[B, Hkv, m + w, D]`; value: `[B, Hkv, m + w, Dv]`. Slots that no token has reached do not count.
+        count: int `[B]`, how many valid tokens came before.
     """
 
     key: Tensor
@@ -41,9 +44,11 @@ class WindowState:
 
 
 class HybridState(NamedTuple):
-    """What is remembered of earlier tokens: those near and at the start, and the state of all others.
+    """Hold what a hybrid layer remembers: the tokens of the window and the sinks, and one sum over all other tokens.
 
-    `linear` is `sum_j phi(k_j) [v_j, 1]^T` over the keys that have left the window, `[B, Hkv, F, Dv + 1]`.
+    Attributes:
+        window: the tokens near and at the start.
+        linear: `sum_j phi(k_j) [v_j, 1]^T` over the keys that have left the window, `[B, Hkv, F, Dv + 1]`.
     """
 
     window: WindowState
@@ -51,12 +56,24 @@ class HybridState(NamedTuple):
 
 
 class Context:
-    """The new tokens of a call behind the w remembered ones, padding moved to the end.
+    """Hold the new tokens of a call behind the w remembered ones, with padding moved to the end.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`.
+        valid: bool `[B, T]`, False at padding; None where there is none.
+        window, sinks: w and m.
+        state: what the last call remembered; None at the start of a text.
 
     Attributes:
-        query: `[B, H, T, D]`, aligned. key, value: `[B, Hkv, w + T, *]`: slot u holds the token at position
-            `count + u - w` of its text (nothing where that is negative).
-        sink_key, sink_value: `[B, Hkv, m, *]`: slot j holds position j (meaningful where a row is at j or later).
+        query: `[B, H, T, D]`, aligned: valid tokens first.
+        key, value: `[B, Hkv, w + T, *]`; slot u holds the token at position `count + u - w` of its text (nothing where
+            that is negative).
+        sink_key, sink_value: `[B, Hkv, m, *]`; slot j holds position j (meaningful where a row is at j or later).
+        length: T. window, sinks: w and m.
+        chunk: rows per chunk of the banded products, `min(64, w)` but at least 16.
+        order: int `[B, T]`, the place in the call of each aligned token; None without padding.
+        lengths: int `[B]`, valid tokens of each text; None without padding.
+        count: int `[B]`, valid tokens before this call; None at the start of a text.
     """
 
     def __init__(
@@ -81,7 +98,7 @@ class Context:
         self.sink_value, self.value = self._remembered(value, state and state.value)
 
     def _remembered(self, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sinks, those among the new tokens included, and the new tokens behind the last w."""
+        """Return the sinks, those among the new tokens included, and the new tokens behind the last w."""
         if old is None:
             sinks = F.pad(new[:, :, : self.sinks], (0, 0, 0, max(0, self.sinks - new.shape[2])))
             return sinks, F.pad(new, (0, 0, self.window, 0))
@@ -92,12 +109,20 @@ class Context:
         return sinks, torch.cat([old[:, :, self.sinks :].to(new.dtype), new], dim=2)
 
     def position(self, slots: slice) -> Tensor:
-        """Position in its text of each slot of `key`: `[1 or B, s]`, negative where nothing is."""
+        """Return the position in its text of each slot of `key`, int `[1 or B, s]`, negative where a slot is empty."""
         index = torch.arange(slots.start, slots.stop, device=self.query.device)[None] - self.window
         return index if self.count is None else index + self.count[:, None]
 
     def bias(self, rows: slice, chunk: int, dtype: torch.dtype) -> Tensor:
-        """0 or -inf for the sinks and the slots that a chunk sees: `[1 or c, 1 or B, 1, 1, chunk, m + chunk + w]`."""
+        """Return 0 or -inf for the sinks and the slots that a chunk sees.
+
+        Args:
+            rows: rows of one tile, in whole chunks. chunk: rows per chunk.
+            dtype: of the bias.
+
+        Returns:
+            `[1 or c, 1 or B, 1, 1, chunk, m + chunk + w]`.
+        """
         row = torch.arange(chunk, device=self.query.device)[:, None]
         slot = torch.arange(chunk + self.window, device=self.query.device)
         near = ((slot > row) & (slot <= row + self.window))[None, None]
@@ -112,13 +137,13 @@ class Context:
         ]
 
     def unalign(self, rows: Tensor) -> Tensor:
-        """`[B, H, T, D]` in the order of the call again."""
+        """Return `[B, H, T, D]` in the order of the call, padding in its place again."""
         return rows if self.order is None else _gather(rows, torch.argsort(self.order, dim=1))
 
     def leaving(self) -> Tensor:
-        """Whether slot u leaves the window as row u enters: bool `[1 or B, T]`.
+        """Return whether slot u leaves the window as row u enters, bool `[1 or B, T]`.
 
-        False where no token leaves, where it is a sink, and in the rows of padding at the end.
+        False where no token leaves, where the token is a sink, and in the rows of padding at the end.
         """
         exists = self.position(slice(0, self.length)) >= self.sinks
         if self.lengths is not None:
@@ -126,7 +151,7 @@ class Context:
         return exists
 
     def state(self) -> WindowState:
-        """What to remember after these tokens."""
+        """Return what to remember after these tokens, for the next call."""
         count = 0 if self.count is None else self.count
         if self.lengths is None:
             recent = (t[:, :, self.length :] for t in (self.key, self.value))
@@ -139,7 +164,7 @@ class Context:
         return WindowState(*(torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)), count)
 
     def tiles(self) -> list[Tile]:
-        """Blocks of rows in whole chunks, over the w slots before them and themselves."""
+        """Return blocks of rows in whole chunks; the columns of a tile are its rows and the w slots before them."""
         batch, heads, _, _ = self.query.shape
         most = rows_per_tile(batch, heads, self.sinks + self.chunk + self.window)
         rows = blocks(self.length, self.chunk, most)
@@ -148,20 +173,23 @@ class Context:
     def softmax_parts(
         self, query: Tensor, key: Tensor, value: Tensor, tile: Tile, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Numerator `sum e^{s - c} v`, denominator `sum e^{s - c}` and row maximum c of one tile.
+        """Return numerator `sum e^{s - c} v`, denominator `sum e^{s - c}` and row maximum c of one tile.
 
-        Over the last `window` tokens and the first `sinks`; each token counts once.
+        The sums go over the last `window` tokens and the first `sinks`; each token counts once. O(t (w + m) d) time for
+        the t rows of the tile.
 
         Args:
             query: `[B, H, t, D]`; key: `[B, Hkv, t + w, D]`; value: `[B, Hkv, t + w, Dv]`.
+            tile: of `tiles`. scaling: factor of the scores.
 
         Returns:
-            `[c, B Hkv, G chunk, Dv]` and twice `[c, B Hkv, G chunk, 1]`, in `compute_dtype`.
+            `[c, B Hkv, G chunk, Dv]` and twice `[c, B Hkv, G chunk, 1]`, in `compute_dtype`. The row maximum is a
+            constant to the gradient.
         """
         batch, dtype, size = query.shape[0], compute_dtype(query.dtype), self.chunk_of(query)
 
         def columns(sinks: Tensor, slots: Tensor) -> Tensor:
-            """`[c, B Hkv, D, m + chunk + w]`: what each chunk sees."""
+            """Return what each chunk sees, `[c, B Hkv, D, m + chunk + w]`."""
             slots = slots.to(dtype).unfold(2, size + self.window, size).permute(2, 0, 1, 3, 4)
             sinks = sinks.to(dtype).mT.expand(len(slots), -1, -1, -1, -1)
             return torch.cat([sinks, slots], dim=-1).flatten(1, 2)
@@ -174,12 +202,18 @@ class Context:
         return product(e, columns(self.sink_value, value).mT), e.sum(-1, keepdim=True), c
 
     def chunk_of(self, rows: Tensor) -> int:
-        """Rows per chunk in a tile of rows `[B, H, t, D]`."""
+        """Return the rows per chunk in a tile of rows `[B, H, t, D]`."""
         return min(self.chunk, rows.shape[2])
 
 
 class Step:
-    """One new token after a state, nothing padded: a `Context` of few kernels, for generation."""
+    """Hold one new token after a state, without padding: a `Context` of few kernels, for generation without a gradient.
+
+    Attributes:
+        key, value: `[B, Hkv, m + w, *]`, the slots of the state with the new token at the end.
+        full: True where all slots are known to be taken (looked up on a CPU only), so that no score has to be masked.
+        allowed: bool `[B, 1, 1, m + w]`, the slots that count; set only where `full` is False.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, sinks: int, state: WindowState):
         self.query, self.sinks, self.old = query, sinks, state
@@ -194,6 +228,7 @@ class Step:
         self.key, self.value = (self._push(old, new) for old, new in ((state.key, key), (state.value, value)))
 
     def _push(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return the slots with the new token at the end, and among the sinks where its position is one of a sink."""
         sinks, new = old[:, :, : self.sinks], new.to(old.dtype)
         if not self.full:
             slot = torch.arange(self.sinks, device=new.device)
@@ -201,19 +236,26 @@ class Step:
         return torch.cat([sinks, old[:, :, self.sinks + 1 :], new], dim=2)
 
     def leaving(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The token that leaves the window: key, value `[B, Hkv, 1, *]`; bool `[B, 1]`, False where none does.
+        """Return the token that leaves the window, and whether one leaves.
 
-        None for the last where one leaves in every row.
+        Returns:
+            Key and value `[B, Hkv, 1, *]`, and bool `[B, 1]`, False where no token leaves; None in place of the bool
+            tensor where a token leaves in every row.
         """
         slot = slice(self.sinks, self.sinks + 1)
         leaves = None if self.full else self.old.count[:, None] >= self.key.shape[2]
         return self.old.key[:, :, slot], self.old.value[:, :, slot], leaves
 
     def state(self) -> WindowState:
+        """Return what to remember after this token, for the next call."""
         return WindowState(self.key, self.value, self.old.count + 1)
 
     def softmax_parts(self, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Context.softmax_parts`, over `[B, H, 1, *]`."""
+        """Return numerator, denominator and row maximum as `Context.softmax_parts` does, over `[B, H, 1, *]`.
+
+        Args:
+            scaling: factor of the scores.
+        """
         dtype = compute_dtype(self.query.dtype)
         s = scores(self.query.to(dtype) * (scaling * _LOG2_E), self.key.to(dtype))
         e, c = _exponentials(s if self.full else s.masked_fill_(~self.allowed, -math.inf))
@@ -221,16 +263,25 @@ class Step:
 
 
 def context(query, key, value, valid, window: int, sinks: int, state: WindowState | None) -> Context | Step:
-    """The new tokens of a call with what is remembered, in the form that suits them."""
+    """Return the new tokens of a call together with what is remembered, as a `Step` or a `Context`.
+
+    `Step` for one token after a state without padding and without a gradient, `Context` otherwise.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`.
+        valid: bool `[B, T]`, False at padding; None where there is none.
+        window, sinks: w and m.
+        state: what the last call remembered; None at the start of a text.
+    """
     if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled():
         return Step(query, key, value, sinks, state)
     return Context(query, key, value, valid, window, sinks, state)
 
 
 def _exponentials(s: Tensor) -> tuple[Tensor, Tensor]:
-    """`e^{s - c}` of scores times log2(e), in their place, and their maximum c, for each row `[..., 1]`.
+    """Return `e^{s - c}` of scores times log2(e), written over the scores, and their row maximum c, `[..., 1]`.
 
-    c is a constant to the gradient: what is made of numerators and denominators does not depend on it.
+    c is a constant to the gradient: what is made of numerators and denominators does not depend on c.
     """
     # Rows of padding may see nothing at all; their maximum must not be -inf.
     lowest = torch.finfo(s.dtype).min

@@ -1,6 +1,7 @@
-"""The state of linear attention, `S = sum_j phi(k_j) [v_j, 1]^T`, carried over one token or over a few chunks.
+"""Carry the state of linear attention, `S = sum_j phi(k_j) [v_j, 1]^T`, over one token or over a few chunks.
 
-The column of ones behind the values makes the denominator `sum_j phi(q_i) . phi(k_j)` one more column of every product.
+The column of ones behind the values makes the denominator `sum_j phi(q_i) . phi(k_j)` one more column of every
+product, so that numerator and denominator stand side by side in `Dv + 1` columns.
 """
 
 import torch
@@ -11,10 +12,13 @@ from .chunks import product, tril_
 
 
 def linear_step(q: Tensor, k: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token after a state, over features: the recurrent form, in few kernels.
+    """Add one token to the state and read the state: the recurrent form, in few kernels; O(F Dv) time per head.
+
+    `S_i = S_{i-1} + k_i [v_i, 1]^T`, and the output is `q_i S_i`.
 
     Args:
-        q: `[B, H, 1, F]`; k: `[B, Hkv, 1, F]`; value: `[B, Hkv, 1, Dv]`; state: `[B, Hkv, F, Dv + 1]`.
+        q: features `[B, H, 1, F]`; k: features `[B, Hkv, 1, F]`; value: `[B, Hkv, 1, Dv]`.
+        state: `[B, Hkv, F, Dv + 1]`, in the dtype of q and k; left as it is.
 
     Returns:
         Numerator and denominator `[B, H, 1, Dv + 1]`, and the state with the token.
@@ -26,14 +30,16 @@ def linear_step(q: Tensor, k: Tensor, value: Tensor, state: Tensor) -> tuple[Ten
 
 
 def linear_block(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """A few chunks after a state, over features, causal.
+    """Compute causal linear attention of a few chunks after a state, over features.
+
+    O(t^2 (F + Dv)) time per chunk for the products inside, O(t F Dv) for those with the state.
 
     Args:
         q: `[c, B Hkv, G t, F]`; k: `[c, B Hkv, t, F]`; v: `[c, B Hkv, t, Dv + 1]` with a last column of ones.
-        state: `[B Hkv, F, Dv + 1]`.
+        state: `[B Hkv, F, Dv + 1]`, before the first chunk.
 
     Returns:
-        Numerator and denominator `[c, B Hkv, G t, Dv + 1]`, and the state with the chunks.
+        Numerator and denominator `[c, B Hkv, G t, Dv + 1]`, and the state after the last chunk.
     """
     before, state = running_sums(state, k, v)
     inside = product(tril_(product(q, k.mT), k.shape[2]), v)
@@ -41,9 +47,14 @@ def linear_block(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor
 
 
 def running_sums(first: Tensor, x: Tensor, y: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """`first + x_1^T y_1 + x_2^T y_2 ...` over `[c, R, *, *]`: what there is before each chunk, and after all.
+    """Return the sums `first + x_1^T y_1 + x_2^T y_2 ...` before each chunk, and the sum after all chunks.
 
-    With `backwards` the sum begins at the last chunk.
+    Args:
+        first: `[R, F, E]`; x: `[c, R, t, F]`; y: `[c, R, t, E]`.
+        backwards: begin at the last chunk; "before" a chunk then means the chunks that come later in the text.
+
+    Returns:
+        `[c, R, F, E]` and `[R, F, E]`.
     """
     before, order = [], range(len(x))
     for i in reversed(order) if backwards else order:
@@ -53,7 +64,7 @@ def running_sums(first: Tensor, x: Tensor, y: Tensor, backwards: bool = False) -
 
 
 def values_with_ones(value: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """`[B, Hkv, c t, Dv]` -> `[c, B Hkv, t, Dv + 1]`."""
+    """Return `[B, Hkv, c t, Dv]` as `[c, B Hkv, t, Dv + 1]` in `dtype`, with ones in the last column; t is `chunk`."""
     batch, kv_heads, length, width = value.shape
     with_ones = value.new_ones(length // chunk, batch * kv_heads, chunk, width + 1, dtype=dtype)
     by_chunk = value.unflatten(2, (-1, chunk)).permute(2, 0, 1, 3, 4)
@@ -62,12 +73,22 @@ def values_with_ones(value: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
 
 
 def divided(mixed: Tensor, eps: float | None) -> tuple[Tensor, Tensor]:
+    """Split `[..., Dv + 1]` into numerator over denominator plus `eps`, `[..., Dv]`, and the denominator, `[...]`.
+
+    Where `eps` is None, the numerator is returned undivided.
+    """
     numerator, denominator = mixed[..., :-1], mixed[..., -1:]
     return numerator if eps is None else numerator / (denominator + eps), denominator.squeeze(-1)
 
 
 def numerator_grad(grad_out: Tensor, grad_den: Tensor, out: Tensor, den: Tensor, eps: float | None) -> Tensor:
-    """Gradients of numerator and denominator side by side, `[B, H, t, Dv + 1]`, in the dtype of `den`."""
+    """Return the gradients of numerator and denominator side by side, `[B, H, t, Dv + 1]`, in the dtype of `den`.
+
+    Args:
+        grad_out, out: gradient of the output and the output, `[B, H, t, Dv]`.
+        grad_den, den: gradient of the denominator and the denominator, `[B, H, t]`.
+        eps: as the forward pass added it to the denominator; None where it did not divide.
+    """
     if eps is None:
         return torch.cat([grad_out, grad_den[..., None]], dim=-1)
     grad_numerator = grad_out * (den + eps).reciprocal()[..., None]

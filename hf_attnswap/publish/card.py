@@ -1,4 +1,4 @@
-"""The model card of a conversion: written from its config.json and its report.json, and from nothing else."""
+"""Write the model card of a conversion from its config.json and its report.json, and from nothing else."""
 
 import json
 from collections.abc import Sequence
@@ -43,14 +43,14 @@ def render(
     licence: str | None,
     tags: Sequence[str] = (),
 ) -> str:
-    """The whole card, as README.md.
+    """Return the whole card, as the text of README.md.
 
     Args:
-        config: what config.json of the conversion holds.
-        repo_id: where it will stand, for the lines that load it.
+        config: the content of the conversion's config.json.
+        repo_id: where the conversion will stand, for the lines that load it.
         report: what was measured, of any kind; None writes that nothing was.
         base_model, licence: Hub id and licence of the model that was converted; None leaves them out.
-        tags: more of them, for the Hub's search.
+        tags: more tags for the Hub's search.
 
     Raises:
         UsageError: `config` is not that of a conversion, or `report` did not measure this one.
@@ -92,17 +92,25 @@ def _results(config: dict[str, Any], report: Report, arm: Arm) -> list[EvalResul
 
 
 def _says(report: Report) -> ModuleType:
-    """What knows how an arm of this kind of report is made again."""
+    """Return the module that knows how an arm of this kind of report is made again."""
     return classified if report.kind == "classification" else measured
 
 
 def recipe(report: Report, config: dict[str, Any], base_model: str | None) -> dict[str, Any] | None:
-    """What makes the conversion again, as recipe.yaml; None where the report does not say how it was trained."""
+    """Return the content of recipe.yaml, which makes the conversion again; None where the report holds no training.
+
+    Raises:
+        UsageError: `config` is not that of a conversion, or the report did not measure it.
+    """
     return _says(report).recipe(report, measured_arm(report, swapped_groups(config)), base_model)
 
 
 def swapped_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is swapped, from every part of the config: attention, options, kind, layers and part."""
+    """Return what is swapped, from every part of the config: attention, options, kind, layers and part of each group.
+
+    Raises:
+        UsageError: nothing is swapped.
+    """
     found: list[dict[str, Any]] = []
 
     def walk(part: str, entry: Any) -> None:
@@ -122,10 +130,13 @@ def swapped_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def measured_arm(report: Report, groups: list[dict[str, Any]]) -> Arm:
-    """The arm of the report that is the conversion with these groups.
+    """Return the arm of the report that is the conversion with these groups.
+
+    Args:
+        groups: what `swapped_groups` returned.
 
     Raises:
-        UsageError: none is, or several are.
+        UsageError: no arm is, or several are.
     """
     ours = _plan(groups)
     arms = [arm for arm in report.arms if arm.status == "measured" and _plan_of(arm) == ours]
@@ -148,7 +159,7 @@ def _plan_of(arm: Arm) -> set[tuple[str, int, str, str]]:
 
 
 def _plan(groups: list[dict[str, Any]]) -> set[tuple[str, int, str, str]]:
-    """What stands where, with every option, also one that was saved before it existed."""
+    """Return which attention with which options stands where, options that were added after the save included."""
     found = set()
     for group in groups:
         options = attentions.get(group["attention"]).check_options(group["options"])
@@ -173,12 +184,12 @@ def _span(layers: list[int]) -> str:
 
 
 def _layers(config: dict[str, Any], report: Report | None) -> int:
-    """How many attention layers the model has, as far as the two say it."""
+    """Return how many attention layers the model has, as far as config and report say."""
     return report.model.attention_layers if report else config.get("num_hidden_layers", 0)
 
 
 def _limits(groups: list[dict[str, Any]], partial: bool) -> list[str]:
-    """What the variants cannot do, as their classes say it."""
+    """Return what the variants cannot do, from their class attributes, as lines of Markdown."""
     lines = ["It needs hf_attnswap; without it transformers refuses to load it."]
     if partial:
         lines.append("The layers that keep softmax cost time quadratic in the length, and keep keys and values.")

@@ -1,4 +1,4 @@
-"""How a classifier is made again, from the report of a comparison of classifiers."""
+"""Say how a classifier is made again, from the report of a comparison of classifiers."""
 
 from typing import Any
 
@@ -6,12 +6,19 @@ from ..report.types import Arm, Report
 
 
 def reproduce(arm: Arm) -> str | None:
-    """recipe.yaml holds arguments of a script that takes no recipe; the command that measured trains too."""
+    """Return None: the command that measured trains too, and no other command does.
+
+    recipe.yaml holds arguments of a script that takes no recipe.
+    """
     return None
 
 
 def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any]:
-    """Return the arguments of the script that trained it, in a clone of the repository."""
+    """Return the arguments of the script that trained the classifier `arm`, in a clone of the repository.
+
+    Args:
+        base_model: Hub id of the model that was converted; None takes the name in the report.
+    """
     data, options = report.data, arm.options
     layers = arm.swapped[0].layers
     whole = len(layers) == report.model.attention_layers

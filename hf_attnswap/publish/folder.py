@@ -1,4 +1,4 @@
-"""The card of a conversion as a folder: README.md, and the files that it was written from."""
+"""Write the card of a conversion as a folder: README.md, and the files from which the card was written."""
 
 from pathlib import Path
 
@@ -21,17 +21,20 @@ def write_card(
     licence: str | None = None,
     token: str | None = None,
 ) -> list[Path]:
-    """Write README.md, report.json, recipe.yaml (where the report says how it was trained) and config.json.
+    """Write README.md, report.json, recipe.yaml (where the report holds the training) and config.json.
+
+    Returns the paths of the files. config.json is copied only where `output_dir` is not the conversion.
 
     Args:
         folder: the conversion, as `save_pretrained` or a training recipe left it.
-        report: the report.json that measured it.
+        repo_id: where the conversion will stand on the Hub.
+        report: the report.json that measured the conversion.
         output_dir: where the files go; by default into the conversion, from where a push takes them.
-        base_model, licence: as `push.prepare`.
+        base_model, licence, token: as in `push.prepare`.
 
     Raises:
-        UsageError: no conversion, one that the report did not measure, or an origin that is not known.
-        ValueError: a report that is damaged.
+        UsageError: no conversion, a conversion that the report did not measure, or an unknown origin.
+        ValueError: a damaged report.
     """
     folder = find(folder).folder
     output_dir = folder if output_dir is None else Path(output_dir)

@@ -1,4 +1,4 @@
-"""What a card says of a conversion, from the report that measured it."""
+"""Say on a card what a report measured of a conversion."""
 
 import shlex
 from dataclasses import replace
@@ -12,12 +12,12 @@ from ..report.types import Arm, Comparison, Perplexity, Report, Stage
 
 
 def data_name(report: Report) -> str:
-    """The data that the quality was measured on."""
+    """Return the name of the data on which quality was measured."""
     return plain(report.title if report.kind == "classification" else report.data.evaluation)
 
 
 def content(report: Report, arm: Arm, reproduce: str | None) -> dict[str, Any]:
-    """What the template of the card shows of `arm`.
+    """Return what the template of the card shows of `arm`, by name.
 
     Args:
         reproduce: the command that trains the conversion again; None where none is known.
@@ -39,7 +39,7 @@ def content(report: Report, arm: Arm, reproduce: str | None) -> dict[str, Any]:
 
 
 def _stages(report: Report, arm: Arm) -> Table:
-    """What trained on how much data."""
+    """Return a table of the stages: what trained on how much data."""
 
     def loss(stage: Stage) -> str:
         if stage.first_loss is None or stage.last_loss is None:
@@ -74,7 +74,7 @@ def _training(report: Report, arm: Arm) -> str:
 
 
 def _perplexities(report: Report, arm: Arm) -> list[str]:
-    """Perplexity with its interval, against softmax and the controls."""
+    """Return lines on perplexity with its interval, against softmax and the controls."""
     return [line for entry in arm.perplexity for line in _perplexity(report, arm, entry)]
 
 
@@ -105,7 +105,7 @@ def _perplexity(report: Report, arm: Arm, entry: Perplexity) -> list[str]:
 
 
 def _metrics(report: Report, arm: Arm) -> list[str]:
-    """Every metric beside that of softmax."""
+    """Return lines on every metric, beside that of softmax."""
     lines = []
     for entry in arm.metrics:
         compared: Comparison | None = facts.difference(report, arm, entry)
@@ -121,7 +121,7 @@ def _metrics(report: Report, arm: Arm) -> list[str]:
 
 
 def _beside(report: Report, arm: Arm) -> Report:
-    """The report of this arm, softmax, and the controls in the same layers."""
+    """Return the report with this arm, softmax, and the controls in the same layers only."""
     linear = arm.attention.removesuffix("+window")
     shown = [
         other
@@ -134,7 +134,7 @@ def _beside(report: Report, arm: Arm) -> Report:
 
 
 def _speeds(report: Report, arm: Arm) -> list[str]:
-    """From which length on it is faster."""
+    """Return lines that say from which length on the arm is faster."""
     named = {"prefill_speedup": "Prefill", "forward_speedup": "Forward pass", "decode_speedup": "Decoding"}
     if report.kind == "tradeoff":
         named.pop("forward_speedup")
@@ -159,7 +159,7 @@ def _faster(report: Report, arm: Arm, key: str, what: str) -> str:
 
 
 def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
-    """For the model-index: type, name and value of each metric, and the data where they are others than the text."""
+    """Return type, name and value of each metric for the model-index of the card, with the data where not the text."""
     found = []
     for metric in arm.metrics:
         if metric.value is not None:
@@ -181,7 +181,7 @@ def results(report: Report, arm: Arm) -> list[dict[str, Any]]:
 
 
 def reproduce(arm: Arm) -> str | None:
-    """Return the command that trains it by recipe.yaml; None for what no recipe made."""
+    """Return the command that trains the arm again by recipe.yaml; None for an arm that no recipe made."""
     if not arm.training:
         return None
     text = _text(arm)
@@ -190,7 +190,10 @@ def reproduce(arm: Arm) -> str | None:
 
 
 def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any] | None:
-    """Return the recipe that does it again, without the text where all stages had one; None for what no recipe made."""
+    """Return the recipe that trains the arm again; None for an arm that no recipe made.
+
+    The recipe leaves the text out where all stages had the same one: `reproduce` names that text.
+    """
     if not arm.training:
         return None
     first = arm.training[0].arguments
@@ -207,7 +210,7 @@ def recipe(report: Report, arm: Arm, base_model: str | None) -> dict[str, Any] |
 
 
 def _text(arm: Arm) -> dict[str, Any]:
-    """Return the arguments that name the text, where all stages had the same one."""
+    """Return the arguments that name the text, where all stages had the same one; else an empty dictionary."""
     texts = [{key: stage.arguments[key] for key in _TEXT if key in stage.arguments} for stage in arm.training]
     return texts[0] if all(text == texts[0] for text in texts) else {}
 

@@ -1,4 +1,4 @@
-"""Where a conversion comes from: its config.json, the model that was converted, and that model's licence."""
+"""Find where a conversion comes from: its config.json, the model that was converted, and that model's licence."""
 
 import json
 import re
@@ -13,7 +13,11 @@ from ..errors import UsageError
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a saved model; UsageError where it is missing or damaged."""
+    """Return the content of config.json in the folder of a saved model.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -28,10 +32,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def find_origin(
     config: dict[str, Any], base_model: str | None, licence: str | None, token: str | None
 ) -> tuple[str | None, str | None]:
-    """Hub id (None for "none") and licence of the base model, from what the user says, config.json, and its card.
+    """Return Hub id (None for "none") and licence of the base model.
+
+    What the user says comes first; else the id is that in config.json, and the licence that on the base model's card.
 
     Raises:
-        UsageError: one of them is not known.
+        UsageError: id or licence is not known, or `base_model` is no Hub id.
     """
     base_model = base_model or (config.get(NAME) or {}).get("base")
     if base_model is None:

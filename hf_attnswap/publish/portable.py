@@ -1,8 +1,8 @@
-"""One self-contained file that loads a conversion without this package, under trust_remote_code=True.
+"""Write one self-contained file that loads a conversion without this package, under trust_remote_code=True.
 
-The file is made of the package's own source: the definitions of the variants (`weights`, O(n^2)) and all that these
-need, without the fast forms and the constant-size state, and below them `portable_runtime.txt`, which puts them on the
-model. It gives the same numbers up to rounding, at the cost of softmax or more.
+The file is made of the package's source: the definitions of the variants (`weights`, O(n^2)) and all that these
+need, without the fast forms and the constant-size state, and below them `portable_runtime.txt`, which puts the
+variants on the model. The file gives the same numbers up to rounding, at the cost of softmax or more.
 """
 
 import ast
@@ -35,9 +35,9 @@ _LEFT_OUT = {"forward", "calibrate", "tiles", "new_tokens", "_divide", "answer",
 
 
 def add(folder: str | Path) -> Path:
-    """Write `modeling_attnswap.py` into the folder of a saved conversion, and name it in its config.json.
+    """Write `modeling_attnswap.py` into the folder of a saved conversion, name it in config.json, and return its path.
 
-    For language models of `FAMILIES`; the path of the file.
+    Only language models of `FAMILIES` can be portable.
 
     Raises:
         UsageError: another kind of model, or a variant that is not defined by its scores alone.
@@ -61,7 +61,10 @@ def add(folder: str | Path) -> Path:
 
 
 def with_portable(original):
-    """Wrap `PreTrainedModel.save_pretrained`: it takes the argument `portable`."""
+    """Wrap `PreTrainedModel.save_pretrained`, so that it takes the argument `portable`.
+
+    The wrapped method raises UsageError for `portable=True` on a model that is not swapped, or with `push_to_hub=True`.
+    """
 
     @functools.wraps(original)
     def save_pretrained(self, save_directory, *args, portable: bool = False, **kwargs):
@@ -80,7 +83,7 @@ def with_portable(original):
 
 
 def _source(model: PreTrainedModel, architecture: str) -> str:
-    """The whole file for a swapped model."""
+    """Return the text of the whole file for a swapped model."""
     modules: dict[str, tuple[Any, ...]] = {}  # by the path of the attention module
     made: dict[str, str] = {}  # how the class of each variant is had
     roots: list[Any] = []
@@ -122,7 +125,7 @@ _PREPARE = LinearAttention.prepare
 
 
 class _Shaken:
-    """Of the package's source, what some of its objects need."""
+    """Hold the part of the package's source that some of its objects need."""
 
     def __init__(self, roots: list[Any]):
         self.needed: dict[str, set[str]] = {}  # by module
@@ -133,7 +136,7 @@ class _Shaken:
             self._need(root.__module__, root.__name__)
 
     def text(self) -> tuple[str, str]:
-        """The import statements, and the definitions."""
+        """Return the import statements, and the definitions."""
         owner: dict[str, str] = {}
         parts = []
         for module in self._ordered():
@@ -171,7 +174,7 @@ class _Shaken:
                     self._need(module, other)
 
     def _ordered(self) -> list[str]:
-        """The modules, each after those that it builds on."""
+        """Return the modules, each after those on which it builds."""
         order: list[str] = []
 
         def visit(module: str) -> None:
@@ -186,7 +189,7 @@ class _Shaken:
 
 
 def _bound(node: ast.stmt) -> set[str]:
-    """The names that a statement of a module binds."""
+    """Return the names that a statement of a module binds."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -202,7 +205,7 @@ def _only(node: ast.Import | ast.ImportFrom, name: str) -> ast.stmt:
 
 
 def _without(node: ast.stmt) -> ast.stmt:
-    """A definition without its fast forms and its registration."""
+    """Return a definition without its fast forms and its registration."""
     if not isinstance(node, ast.ClassDef):
         return node
     variant = any(isinstance(base, ast.Name) and base.id != "Module" for base in node.bases) or node.name == "Mask"

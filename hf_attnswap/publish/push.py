@@ -39,13 +39,15 @@ def prepare(
     tags: list[str] | None = None,
     token: str | None = None,
 ) -> list[CommitOperationAdd]:
-    """What a push of `folder` would upload: all its files but hidden ones, and a card where it has no README.md.
+    """Return what a push of `folder` would upload: all files but hidden ones, and a card where no README.md is there.
 
     Args:
-        folder: what `save_pretrained` or a training recipe left; a report.json beside the weights is what the card
-            is written from.
+        folder: what `save_pretrained` or a training recipe left. The card is written from a report.json beside the
+            weights, if there is one.
+        repo_id: where the conversion will stand.
         base_model: Hub id of the model that was converted, where config.json does not say it; "none" leaves it out.
         licence: where the card of `base_model` on the Hub does not say it.
+        tags: more tags of a new card. token: of the Hub.
 
     Raises:
         UsageError: a folder that does not hold a whole conversion, or a card that cannot be written.
@@ -82,9 +84,16 @@ def push(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> str:
-    """Upload in one commit to a repository that is made where there is none; the address of the commit or pull request.
+    """Upload files in one commit, to a repository that is made where there is none; return the commit's address.
 
-    After an interruption the same call continues: files that the Hub has by then are not sent again.
+    With `create_pr` the address is that of the pull request. After an interruption the same call continues: files that
+    the Hub has by then are not sent again.
+
+    Args:
+        operations: what `prepare` returned.
+        private: whether a new repository is. revision: a branch, made where there is none.
+        commit_message, commit_description: of the commit.
+        token: of the Hub; by default the one that is saved on this machine or set in the environment.
 
     Raises:
         UsageError: no token, no right to write, or a repository that holds something else.
@@ -115,7 +124,7 @@ def push(
 
 @contextmanager
 def _one_line(repo_id: str) -> Iterator[None]:
-    """What the Hub or the network answers, as one line that says what to do."""
+    """Turn an error of the Hub or the network inside the context into one line that says what to do."""
     try:
         yield
     except UsageError:
@@ -144,7 +153,7 @@ def _explained(error: BaseException, repo_id: str) -> Exception:
 
 
 def _require_conversion(api: HfApi, repo_id: str) -> None:
-    """UsageError where a repository that exists holds another kind of model."""
+    """Raise UsageError where a repository that exists holds another kind of model."""
     try:
         path = api.hf_hub_download(repo_id, "config.json", force_download=True)
     except EntryNotFoundError:
@@ -171,7 +180,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def with_card(original):
-    """Wrap `PreTrainedModel.push_to_hub`: a swapped model is pushed by `push_model`, with this package's card."""
+    """Wrap `PreTrainedModel.push_to_hub`: a swapped model goes through `push_model`, with this package's card."""
 
     def push_to_hub(self, repo_id: str, *, max_shard_size: int | str = "50GB", **kwargs: Any) -> str:
         if not swapped_modules(self):
@@ -195,10 +204,13 @@ def push_model(
     token: str | None = None,
     **to: Any,
 ) -> str:
-    """Save a swapped model, and its tokenizer and report.json where they are given, and push the whole.
+    """Save a swapped model, and its tokenizer and report.json where they are given, and push all; return the address.
 
     Args:
-        to: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`, as `push`.
+        max_shard_size: as in `save_pretrained`. tokenizer: to save beside the model.
+        report: path of a report.json that measured the model.
+        base_model, licence, tags, token: as in `prepare`.
+        to: `private`, `revision`, `create_pr`, `commit_message`, `commit_description`, as in `push`.
 
     Raises:
         UsageError, ConnectionError: as `prepare` and `push`.

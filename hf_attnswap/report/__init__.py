@@ -1,4 +1,4 @@
-"""From a measured comparison, and from nothing else, to tables, plots and pages. See types.py for what a report is."""
+"""Turn a measured comparison, and nothing else, into tables, plots and pages. types.py says what a report is."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ __all__ = ["Report", "parse", "read", "show", "to_json", "validate", "write", "w
 
 
 def write_all(report: Report, folder: str | Path) -> list[Path]:
-    """Write report.json, report.md, report.html, and as PNG and SVG the plots for which there is something.
+    """Write report.json, report.md, report.html, and as PNG and SVG the plots for which there is something to draw.
 
-    Return their paths. Everything is rendered before the first file is written, and each file appears whole.
-    A plot that an earlier report left in `folder` is removed where this one has none.
+    Returns the paths of the files. Everything is rendered before the first file is written; each file appears whole.
+    A plot that an earlier report left in `folder` is removed where this report has none.
     """
     # Here, not above: importing matplotlib takes most of a second that the answer in the terminal does not need.
     from . import pages, plots

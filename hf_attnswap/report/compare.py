@@ -1,4 +1,4 @@
-"""Several reports side by side: one row per run and arm, and a refusal where a column would mix what differs."""
+"""Show several reports side by side: one row per run and arm, and a refusal where a column would mix what differs."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -16,9 +16,9 @@ Row = tuple[str, Report, Arm]
 
 
 def check_same(reports: Mapping[str, Report]) -> None:
-    """Raise ValueError unless all were measured on the same data: a column of one metric would mix two things.
+    """Raise ValueError unless all reports were measured on the same data: a column of one metric would mix two things.
 
-    A report without a fingerprint of its data goes by the name and the size.
+    A report without a fingerprint of its data goes by the name and the size of the data.
     """
     (first, start), *others = reports.items()
     for file, report in others:
@@ -32,7 +32,16 @@ def check_same(reports: Mapping[str, Report]) -> None:
 
 
 def side_by_side(reports: Mapping[str, Report]) -> Table:
-    """The table. A column is of one context, metric or length; what a run has not measured says so."""
+    """Return one table of all arms of all reports, a column per context, metric and length.
+
+    What a run has not measured says so.
+
+    Args:
+        reports: by name of the run.
+
+    Raises:
+        ValueError: reports on different data.
+    """
     check_same(reports)
     contexts = sorted({context for report in reports.values() for context in facts.contexts(report)})
     metrics = {(m.task, m.metric): m for report in reports.values() for m in facts.metrics(report)}
@@ -73,7 +82,7 @@ def _speedup(row: Row, key: str, length: int) -> str:
 
 
 def machines(reports: Mapping[str, Report]) -> list[str]:
-    """A line per run: where its times come from. Speed-ups are over the softmax of the same run."""
+    """Return a line per run on the machine of its times. Speed-ups are over the softmax of the same run."""
     return [f"{plain(file)}: {_machine(report)}" for file, report in reports.items()]
 
 
@@ -85,5 +94,5 @@ def _machine(report: Report) -> str:
 
 
 def show_all(reports: Mapping[str, Report]) -> Group:
-    """For the terminal: the table, and which machine each run comes from."""
+    """Return what the terminal shows: the table, and the machine of each run."""
     return Group(terminal(side_by_side(reports)), Text(), *(Text(line) for line in machines(reports)))

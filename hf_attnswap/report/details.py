@@ -1,4 +1,4 @@
-"""How the numbers of a report came about: model, machine, versions, data, intervals, seeds, date and command."""
+"""Say how the numbers of a report came about: model, machine, versions, data, intervals, seeds, date and command."""
 
 from . import beside, facts, tables
 from .text import count, number, plain
@@ -6,7 +6,7 @@ from .types import Report
 
 
 def details(report: Report) -> list[tuple[str, str]]:
-    """(what, words), one line each; what does not apply to this kind of report is left out."""
+    """Return (what, words), one line each; what does not apply to this kind of report is left out."""
     model, machine, data = report.model, report.machine, report.data
     heads = f"{model.num_attention_heads} heads, {model.num_key_value_heads} of keys and values"
     memory = f"{machine.cores} cores, {machine.threads} threads, {number(machine.memory_gib)} GiB"
@@ -38,7 +38,7 @@ def details(report: Report) -> list[tuple[str, str]]:
 
 
 def _settings(report: Report) -> list[tuple[str, str]]:
-    """What the kind of comparison says of how its arms were trained and compared."""
+    """Return lines on how the arms of this kind of comparison were trained and compared."""
     told = report.settings
     if report.kind == "quality":
         words = (
@@ -51,7 +51,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
 
 
 def _checks(report: Report) -> str:
-    """Which checks of the swap itself were made, and which arms fail them."""
+    """Return lines on the checks of the swap that were made, and on the arms that fail them."""
     names = dict.fromkeys(check.name for arm in report.arms for check in arm.checks)
     if not names:
         return tables.UNMEASURED if report.kind == "tradeoff" else ""

@@ -1,4 +1,4 @@
-"""The plot `dial`: perplexity against the power p of relu_power, the dial between ReLU and softmax."""
+"""Draw the plot `dial`: perplexity against the power p of relu_power, the dial between ReLU and softmax."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ _STYLES = [("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "D", "-.")
 
 
 def dial(report: Report) -> Picture:
-    """The plot; `facts.dial(report)` must not be empty."""
+    """Draw the plot; `facts.dial(report)` must not be empty."""
     context = facts.headline_context(report)
     groups = facts.dial(report)
     figure = Figure(figsize=(7, 4.6), layout="constrained")
@@ -73,6 +73,6 @@ def _axes(axes: Axes, powers: Sequence[float], values: Sequence[Comparison]) -> 
 
 
 def _differing(shared: dict[str, Any], groups: Sequence[tuple[dict[str, Any], Any]]) -> str:
-    """What sets one group apart from the others."""
+    """Return what sets one group apart from the other groups."""
     keys = [key for key in shared if any(other.get(key) != shared[key] for other, _ in groups)]
     return ", ".join(f"{key}={plain(shared[key])}" for key in keys) or "the other"

@@ -1,4 +1,4 @@
-"""What the plots share: the picture with its words, where ratios are clipped, and plain ticks."""
+"""Share between plots the picture with its words, the limits of ratios, and plain ticks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +22,10 @@ GRID = {"color": "#DDDDDD", "linewidth": 0.6}
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot, the name of its files without the ending, and the words that go with it. The same plot makes the same
-    bytes, on white, which a dark page does not swallow."""
+    """Hold a plot, the name of its files without the ending, and the words that go with the plot.
+
+    The same plot makes the same bytes, on white, which a dark page does not swallow.
+    """
 
     name: str
     title: str
@@ -32,10 +34,12 @@ class Picture:
 
     @cached_property
     def png(self) -> bytes:
+        """Return the plot as PNG."""
         return self._render("png")
 
     @cached_property
     def svg(self) -> bytes:
+        """Return the plot as SVG, without a date and with fixed ids."""
         return self._render("svg", metadata={"Date": None})
 
     def _render(self, kind: str, **options: Any) -> bytes:
@@ -46,7 +50,7 @@ class Picture:
 
 
 def bounds(value: Comparison) -> tuple[float, float]:
-    """The interval of a ratio; the ratio itself where it has none."""
+    """Return the interval of a ratio; the ratio itself as both bounds where it has none."""
     return (value.value, value.value) if value.low is None or value.high is None else (value.low, value.high)
 
 

@@ -1,4 +1,4 @@
-"""What the tables, the summary and the plots ask of a report: selections, no words and no formatting."""
+"""Select from a report what tables, summary and plots need: no words and no formatting."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,33 +10,36 @@ from .types import Arm, Comparison, Metric, Perplexity, Report, Speed
 
 
 def reference(report: Report) -> Arm | None:
-    """The softmax arm that speed-ups and most ratios refer to: the one not trained, where there are several."""
+    """Return the softmax arm to which speed-ups and most ratios refer; None where there is none.
+
+    Where there are several, that is one without training.
+    """
     arms = [arm for arm in report.arms if arm.attention == "softmax"]
     return min(arms, key=lambda arm: (arm.alignment is not None, bool(arm.training)), default=None)
 
 
 def contexts(report: Report) -> list[int]:
-    """Every context at which a perplexity was asked for, ascending."""
+    """Return every context at which a perplexity was asked for, ascending."""
     return sorted({entry.context for arm in report.arms for entry in arm.perplexity})
 
 
 def lengths(report: Report) -> list[int]:
-    """Every length at which speed was asked for, ascending."""
+    """Return every length at which speed was asked for, ascending."""
     return sorted({entry.length for arm in report.arms for entry in arm.speed})
 
 
 def perplexity_at(arm: Arm, context: int | None) -> Perplexity | None:
-    """The perplexity entry of `arm` at `context`."""
+    """Return the perplexity entry of `arm` at `context`; None where there is none."""
     return next((entry for entry in arm.perplexity if entry.context == context), None)
 
 
 def speed_at(arm: Arm, length: int) -> Speed | None:
-    """The speed entry of `arm` at `length`."""
+    """Return the speed entry of `arm` at `length`; None where there is none."""
     return next((entry for entry in arm.speed if entry.length == length), None)
 
 
 def metrics(report: Report) -> list[Metric]:
-    """Every metric that was measured, as the first arm that has it."""
+    """Return every metric that was measured, once, as the entry of the first arm that has it."""
     entries: dict[tuple[str, str], Metric] = {}
     for arm in report.arms:
         for entry in arm.metrics:
@@ -45,12 +48,12 @@ def metrics(report: Report) -> list[Metric]:
 
 
 def metric_of(arm: Arm, like: Metric) -> Metric | None:
-    """The entry of `arm` for the task and metric of `like`."""
+    """Return the entry of `arm` for the task and metric of `like`; None where there is none."""
     return next((entry for entry in arm.metrics if (entry.task, entry.metric) == (like.task, like.metric)), None)
 
 
 def ratio(report: Report, arm: Arm, context: int | None) -> Comparison | None:
-    """Perplexity of `arm` over softmax's at `context` with its interval; None where there is none.
+    """Return the perplexity of `arm` over that of softmax at `context` with its interval; None where there is none.
 
     Softmax is `tuned_softmax(report, arm)`, else the reference.
     """
@@ -59,7 +62,10 @@ def ratio(report: Report, arm: Arm, context: int | None) -> Comparison | None:
 
 
 def difference(report: Report, arm: Arm, entry: Metric) -> Comparison | None:
-    """A metric of `arm` less softmax's with its interval; None where there is none. Which softmax: as in `ratio`."""
+    """Return a metric of `arm` less that of softmax with its interval; None where there is none.
+
+    Softmax is the same arm as in `ratio`.
+    """
     return _beside_softmax(report, arm, entry, "difference")
 
 
@@ -69,8 +75,11 @@ def _beside_softmax(report: Report, arm: Arm, entry: Perplexity | Metric, key: s
 
 
 def tuned_softmax(report: Report, arm: Arm) -> Arm | None:
-    """The trained softmax that the quality of `arm` is compared with: of a trained arm the one trained most, because
-    text teaches its style to every model. None where there is none: the arm is compared with the reference."""
+    """Return the trained softmax with which the quality of a trained `arm` is compared: the one trained most.
+
+    Text teaches its style to every model, so the softmax beside a trained arm has to be trained too. None where there
+    is no such softmax, and for softmax and untrained arms: these are compared with the reference.
+    """
     if not arm.training or arm.attention == "softmax":
         return None
     arms = [other for other in report.arms if other.attention == "softmax" and other.training]
@@ -79,7 +88,10 @@ def tuned_softmax(report: Report, arm: Arm) -> Arm | None:
 
 
 def against(arm: Arm, other: Arm, context: int | None) -> Comparison | None:
-    """Perplexity of `arm` over that of `other` at `context`, compared block by block; None where it was not."""
+    """Return the perplexity of `arm` over that of `other` at `context`, compared block by block.
+
+    None where the two were not compared.
+    """
     entry = perplexity_at(arm, context)
     return entry and _against(entry, other)
 
@@ -89,14 +101,14 @@ def _against(entry: Perplexity | Metric, other: Arm) -> Comparison | None:
 
 
 def headline_context(report: Report) -> int | None:
-    """The one context that summary and plots speak of: where most arms have a ratio, the longest of these."""
+    """Return the one context on which summary and plots report: where most arms have a ratio, the longest of these."""
     entries = [entry for arm in report.arms for entry in arm.perplexity]
     known = Counter(entry.context for entry in entries if entry.ratio)
     return max(known, key=lambda context: (known[context], context), default=None)
 
 
 def headline(report: Report, arm: Arm) -> Comparison | None:
-    """The one number that ranks the arms: the ratio at the headline context, else the first metric's difference."""
+    """Return the one number that ranks `arm`: the ratio at the headline context, else the first metric's difference."""
     context = headline_context(report)
     if context is not None:
         return ratio(report, arm, context)
@@ -106,7 +118,7 @@ def headline(report: Report, arm: Arm) -> Comparison | None:
 
 
 def headline_words(report: Report) -> str:
-    """What `headline` is a number of."""
+    """Return in words what `headline` measures."""
     context = headline_context(report)
     if context is None:
         first = metrics(report)[0]
@@ -116,7 +128,7 @@ def headline_words(report: Report) -> str:
 
 
 def ranked(report: Report) -> list[Arm]:
-    """The arms with a headline number, what keeps most first; controls left out."""
+    """Return the arms with a headline number, the best quality first; controls left out."""
     first = next(iter(metrics(report)), None)
     lower = headline_context(report) is not None or (first is not None and not first.higher_is_better)
     scores = [(headline(report, arm), arm) for arm in report.arms if not arm.control]
@@ -125,41 +137,44 @@ def ranked(report: Report) -> list[Arm]:
 
 
 def speedups(arm: Arm, key: str) -> list[tuple[int, Spread]]:
-    """(length, spread) for each length where `arm` has the speed-up `key`, by length."""
+    """Return (length, spread) for each length where `arm` has the speed-up `key`, by length."""
     found = [(entry.length, getattr(entry, key)) for entry in arm.speed if getattr(entry, key)]
     return sorted(found, key=lambda pair: pair[0])
 
 
 def bound(report: Report, arm: Arm, key: str, length: int) -> Spread | None:
-    """Amdahl's bound on `arm`: the speed-up with no attention at all in the layers that it swaps, or in more."""
+    """Return Amdahl's bound on `arm`: the speed-up with no attention at all in the layers that the arm swaps.
+
+    An arm without attention in more layers counts too. None where there is no such arm.
+    """
     arms = [other for other in report.arms if other.attention == "none" and _places(arm) <= _places(other)]
     found = [dict(speedups(other, key)).get(length) for other in arms if other is not arm]
     return max((spread for spread in found if spread), key=lambda spread: spread.median, default=None)
 
 
 def is_noise(report: Report, arm: Arm, key: str, length: int) -> bool:
-    """Whether `arm` was measured faster than without any attention: such a number says how the machine wavered."""
+    """Return whether `arm` was measured faster than without any attention: the number then is noise of the machine."""
     own, most = dict(speedups(arm, key)).get(length), bound(report, arm, key, length)
     return own is not None and most is not None and own.median > most.median
 
 
 def real_speedups(report: Report, arm: Arm, key: str) -> list[tuple[int, Spread]]:
-    """`speedups` without those that are noise."""
+    """Return `speedups` without those that are noise."""
     return [pair for pair in speedups(arm, key) if not is_noise(report, arm, key, pair[0])]
 
 
 def faster(spread: Spread) -> bool:
-    """Whether every run was faster than softmax, and the runs are enough to say so."""
+    """Return whether every run was faster than softmax, and the runs are enough to say so."""
     return spread.enough and spread.low > 1
 
 
 def slower(spread: Spread) -> bool:
-    """Whether every run was slower than softmax, and the runs are enough to say so."""
+    """Return whether every run was slower than softmax, and the runs are enough to say so."""
     return spread.enough and spread.high < 1
 
 
 def faster_from(report: Report, arm: Arm, key: str) -> int | None:
-    """The length from which on every run of `arm` was faster than softmax, up to the longest measured."""
+    """Return the length from which on every run of `arm` was faster than softmax, up to the longest measured."""
     lows = [
         (length, spread.low if spread.enough and not is_noise(report, arm, key, length) else 0.0)
         for length, spread in speedups(arm, key)
@@ -169,39 +184,42 @@ def faster_from(report: Report, arm: Arm, key: str) -> int | None:
 
 
 def crossover(arm: Arm, key: str) -> float | None:
-    """The length from which on the median of `arm` is faster than softmax; None where that is the shortest, or none."""
+    """Return the length from which on the median of `arm` is faster than softmax.
+
+    None where the arm is faster from the shortest length on, or nowhere.
+    """
     medians = [(length, spread.median) for length, spread in speedups(arm, key)]
     start = statistics.crossover(medians)
     return None if start is None or start == medians[0][0] else start
 
 
 def few_rounds(spreads: Sequence[Spread | None]) -> list[int]:
-    """The numbers of rounds that are too few to speak of their spread, ascending."""
+    """Return the numbers of rounds that are too few to speak of their spread, ascending."""
     return sorted({spread.runs for spread in spreads if spread and not spread.enough})
 
 
 def best_possible(report: Report, key: str) -> list[tuple[int, Spread]]:
-    """Amdahl's bound, (length, spread): the speed-up without any attention, which no attention can exceed."""
+    """Return Amdahl's bound as (length, spread): the speed-up without any attention, which no attention can exceed."""
     arm = without_attention(report)
     return speedups(arm, key) if arm and swapped_layers(arm) == report.model.attention_layers else []
 
 
 def without_attention(report: Report) -> Arm | None:
-    """The control with no attention in any layer, else in some of them."""
+    """Return the control with no attention in any layer, else in some of them."""
     arms = [arm for arm in report.arms if arm.attention == "none"]
     return max(arms, key=swapped_layers, default=None)
 
 
 def swapped_layers(arm: Arm) -> int:
-    """How many layers `arm` swaps."""
+    """Return how many layers `arm` swaps."""
     return sum(len(group.layers) for group in arm.swapped)
 
 
 def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
-    """The arms, softmax among them, that no other is both better and faster than at the longest length, with their
-    speed over softmax's; slowest first.
+    """Return the arms, softmax among them, that no other arm beats in both quality and speed; slowest first.
 
-    "Better" by the ratio at the headline context, "faster" by the median.
+    Quality is the ratio at the headline context, speed the median speed-up at the longest length. Each arm is returned
+    with its speed.
     """
     context, points = headline_context(report), []
     for arm in report.arms:
@@ -219,7 +237,7 @@ def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
 
 
 def window_control(report: Report, hybrid: Arm) -> Arm | None:
-    """The `window` arm with the window and sinks of `hybrid`; of several, the one trained most like it."""
+    """Return the `window` arm with the window and sinks of `hybrid`; of several, the one trained most like it."""
 
     def same(arm: Arm) -> bool:
         pairs = [(arm.options.get(key), hybrid.options.get(key)) for key in ("window", "sinks")]
@@ -231,7 +249,7 @@ def window_control(report: Report, hybrid: Arm) -> Arm | None:
 
 
 def linear_control(report: Report, hybrid: Arm) -> Arm | None:
-    """The arm that is the linear part of `hybrid` alone; of several, the one trained most like it."""
+    """Return the arm that is the linear part of `hybrid` alone; of several, the one trained most like it."""
     name, options = hybrid.attention.removesuffix("+window"), hybrid.options
     found = [arm for arm in report.arms if arm.attention == name and arm.perplexity and same_layers(arm, hybrid)]
     found = [arm for arm in found if all(options.get(key, value) == value for key, value in arm.options.items())]
@@ -239,7 +257,7 @@ def linear_control(report: Report, hybrid: Arm) -> Arm | None:
 
 
 def same_layers(arm: Arm, other: Arm) -> bool:
-    """Whether the same layers are swapped in both."""
+    """Return whether the same layers are swapped in both arms."""
     return _places(arm) == _places(other)
 
 
@@ -248,24 +266,24 @@ def _places(arm: Arm) -> set[tuple[str, int]]:
 
 
 def with_positions(report: Report) -> list[Arm]:
-    """The arms with a likelihood by position at the headline context."""
+    """Return the arms with a likelihood by position at the headline context."""
     context = headline_context(report)
     found = [arm for arm in report.arms if arm.status == "measured"]
     return [arm for arm in found if (entry := perplexity_at(arm, context)) and entry.by_position]
 
 
 def with_training(report: Report) -> bool:
-    """Whether the time of a training step was measured."""
+    """Return whether the time of a training step was measured."""
     return any(entry.train_s for arm in report.arms for entry in arm.speed)
 
 
 def with_diagnostics(report: Report) -> list[Arm]:
-    """The arms whose layers were looked at."""
+    """Return the arms with measurements of their layers."""
     return [arm for arm in report.arms if arm.diagnostics]
 
 
 def dial(report: Report) -> list[tuple[dict[str, Any], list[Arm]]]:
-    """The groups of `relu_power` arms that differ in `p` alone, three or more, and what they share."""
+    """Return the groups of three or more `relu_power` arms that differ in `p` alone, each after what its arms share."""
     context = headline_context(report)
     groups: list[tuple[dict[str, Any], list[Arm]]] = []
     for arm in report.arms:

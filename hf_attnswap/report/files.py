@@ -1,4 +1,4 @@
-"""Reports as JSON files: read and checked, written whole."""
+"""Read, check and write reports as JSON files; each file is written whole."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,14 @@ def read(path: str | Path) -> Report:
 
 
 def parse(content: Any, name: str = "report.json") -> Report:
-    """Make a report of the content of its JSON, as `to_json` writes it; ValueError as `read`."""
+    """Return the report of the content of its JSON, as `to_json` writes it.
+
+    Args:
+        name: of the file, for errors.
+
+    Raises:
+        ValueError: as `read`.
+    """
     if not isinstance(content, dict):
         raise ValueError(f"{name}: the whole is {_shown(content)}; expected an object")
     if content.get("schema") != NAME:
@@ -45,7 +52,7 @@ def parse(content: Any, name: str = "report.json") -> Report:
 
 
 def validate(report: Report) -> None:
-    """Raise ValueError unless `report` is valid: its fields may have been set since it was made."""
+    """Raise ValueError unless `report` is valid: its fields may have been set since the report was made."""
     try:
         content = json.loads(json.dumps(to_json(report)))
     except (TypeError, ValueError, PydanticSerializationError) as error:
@@ -89,7 +96,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _text(value: Any, margin: str = "\n") -> str:
-    """Return JSON with a line for each list or object that holds no other: of a layer and its heads there are many."""
+    """Return JSON with a line for each list or object that holds no other: there are many of a layer and its heads."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if not any(isinstance(item, dict | list) for item in items):
         return json.dumps(value, allow_nan=False)

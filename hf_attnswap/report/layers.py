@@ -1,4 +1,4 @@
-"""The plot `layers`: what each layer costs by itself, what gradient reaches it, how many keys it attends to."""
+"""Draw the plot `layers`: what each layer costs by itself, its gradient, and how many keys it attends to."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from .types import Layer, Report
 
 
 def layers(report: Report) -> Picture:
-    """The plot; `facts.with_diagnostics(report)` must not be empty."""
+    """Draw the plot; `facts.with_diagnostics(report)` must not be empty."""
     arms = facts.with_diagnostics(report)
     figure = Figure(figsize=(10, 9), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)

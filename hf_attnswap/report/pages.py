@@ -1,4 +1,4 @@
-"""The pages of a report: report.html and report.md, each from a template and the same content."""
+"""Write the pages of a report: report.html and report.md, each from a template and the same content."""
 
 import re
 from base64 import b64encode
@@ -24,12 +24,12 @@ _MARKDOWN = Environment(loader=_TEMPLATES, keep_trailing_newline=True)
 
 
 def html(report: Report, pictures: Sequence[Picture]) -> str:
-    """The whole page, the pictures inside it."""
+    """Return the whole page as HTML, the pictures inside it."""
     return _HTML.get_template("report.html.j2").render(words=WORDS, **_content(report, pictures))
 
 
 def paper(report: Report, pictures: Sequence[Picture]) -> str:
-    """The whole page in GitHub's Markdown; `pictures` are referred to by the names of their PNG files."""
+    """Return the whole page in GitHub's Markdown, which refers to `pictures` by the names of their PNG files."""
     return _MARKDOWN.get_template("report.md.j2").render(**_content(report, pictures))
 
 
@@ -46,12 +46,12 @@ def _content(report: Report, pictures: Sequence[Picture]) -> dict[str, Any]:
 
 
 def _breakable(label: str) -> Markup:
-    """The label, with where it may break."""
+    """Return the label, with the places where it may break."""
     return Markup(re.sub(r"([:,+])", r"\1<wbr>", str(escape(label))))
 
 
 def _led(paragraph: str) -> Markup:
-    """The paragraph, the word before its colon in bold."""
+    """Return the paragraph, the word before its colon in bold."""
     return Markup(re.sub(r"^([A-Z][a-z]+(?: [a-z]+)?):", r"<strong>\1:</strong>", str(escape(paragraph))))
 
 

@@ -1,4 +1,4 @@
-"""The plots of a report, drawn with matplotlib's Figure alone: no pyplot, no display, no state."""
+"""Draw the plots of a report with matplotlib's Figure alone: no pyplot, no display, no state."""
 
 from . import facts
 from .dial import dial
@@ -12,7 +12,7 @@ NAMES = ("tradeoff", "dial", "positions", "layers")
 
 
 def pictures(report: Report) -> list[Picture]:
-    """The tradeoff plot, and those for which there is something to draw: the dial, curves by position, layers."""
+    """Return the tradeoff plot, and the others for which there is something to draw: dial, positions, layers."""
     found = [tradeoff(report)] if report.kind == "tradeoff" else []
     found += [dial(report)] if facts.dial(report) else []
     found += [positions(report)] if facts.with_positions(report) else []

@@ -1,4 +1,4 @@
-"""The plot `positions`: log-likelihood by position in the context, what each arm makes of a longer past."""
+"""Draw the plot `positions`: log-likelihood by position in the context, what each arm makes of a longer past."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ ROOM = 4.0  # nats above softmax's lowest; what is worse everywhere is named, no
 
 
 def positions(report: Report) -> Picture:
-    """The plot; `facts.with_positions(report)` must not be empty."""
+    """Draw the plot; `facts.with_positions(report)` must not be empty."""
     context = facts.headline_context(report)
     every = facts.with_positions(report)
     softmax = facts.reference(report)

@@ -1,4 +1,4 @@
-"""The answer in the terminal: a verdict, one table of at most six columns, and where the page is. It fits 80 by 25."""
+"""Show the answer in the terminal: a verdict, one table of at most six columns, and the path of the page; 80 by 25."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,11 @@ LABEL = 22
 
 
 def show(report: Report, page: Path | None = None) -> Group:
-    """The answer for the terminal; `page` is where report.html lies."""
+    """Return the answer for the terminal.
+
+    Args:
+        page: where report.html lies; None says how to write it.
+    """
     shown = arms(report)
     table = Table.of("", _columns(report), shown)
     notes = _notes(report, len(report.arms) - len(shown))
@@ -34,7 +38,10 @@ def show(report: Report, page: Path | None = None) -> Group:
 
 
 def arms(report: Report) -> list[Arm]:
-    """At most `ROWS` arms, in the order of the report: softmax, controls, what the verdict names, what keeps most."""
+    """Return at most `ROWS` arms: softmax, controls, the arms of the verdict, then those of the best quality.
+
+    The arms stand in the order of the report.
+    """
     first = [arm for arm in report.arms if arm is facts.reference(report)]
     controls = [arm for name in ("none", "window") for arm in report.arms if arm.attention == name][:3]
     faster = [arm for key, _ in _SPEEDS for _, arm in _faster_from(report, key)[:2]]
@@ -44,7 +51,7 @@ def arms(report: Report) -> list[Arm]:
 
 
 def verdict(report: Report) -> list[str]:
-    """Two to four lines: what keeps most, from where on something is faster, how much attention is needed at all."""
+    """Return two to four lines: the best quality, the first length where an arm is faster, the need for attention."""
     said = []
     for arm in leading(report):
         what = "Below O(n^2)" if said else "Keeps most"
@@ -73,7 +80,7 @@ def _unit(report: Report) -> str:
 
 
 def _faster(report: Report, key: str, doing: str) -> str:
-    """From which length on the arms are faster than softmax, the earliest first."""
+    """Return a line on the lengths from which on arms are faster than softmax, the earliest first."""
     every = [spread for arm in report.arms for _, spread in facts.speedups(arm, key)]
     few = facts.few_rounds(every)
     if few:
@@ -87,13 +94,13 @@ def _faster(report: Report, key: str, doing: str) -> str:
 
 
 def _faster_from(report: Report, key: str) -> list[tuple[int, Arm]]:
-    """From which length on each arm is faster than softmax, the earliest first; controls left out."""
+    """Return the length from which on each arm is faster than softmax, the earliest first; controls left out."""
     starts = [(facts.faster_from(report, arm, key), arm) for arm in report.arms if not arm.control]
     return sorted(((start, arm) for start, arm in starts if start), key=lambda pair: pair[0])
 
 
 def _columns(report: Report) -> list[Column]:
-    """At most six."""
+    """Return the columns, at most six."""
     context, metrics, lengths = facts.headline_context(report), facts.metrics(report), facts.lengths(report)
     columns = [Column("arm", _name), Column("cost", lambda arm: CLASSES[arm.cost_class])]
     if context is not None:
@@ -111,7 +118,7 @@ def _columns(report: Report) -> list[Column]:
 
 
 def _title(report: Report) -> str:
-    """What the columns are numbers of."""
+    """Return in words what the columns measure."""
     context, lengths = facts.headline_context(report), facts.lengths(report)
     said = f"context {count(context)}" if context is not None else ""
     said += f"{'; ' if said else ''}speed over softmax's at {count(lengths[-1])} tokens" if lengths else ""
@@ -138,7 +145,7 @@ def _metric(report: Report, arm: Arm) -> str:
 
 
 def _speed(report: Report, arm: Arm, key: str, length: int) -> str:
-    """The median, with its mark where it is noise; the ranges are on the page."""
+    """Return the median, marked where it is noise; the ranges are on the page."""
     spread = dict(facts.speedups(arm, key)).get(length)
     if spread is None:
         return "-"
@@ -146,7 +153,7 @@ def _speed(report: Report, arm: Arm, key: str, length: int) -> str:
 
 
 def _notes(report: Report, left_out: int) -> list[str]:
-    """At most three lines: the arms left out, what is marked, what is missing."""
+    """Return at most three lines: the arms left out, what is marked, what is missing."""
     every = tables.tables(report)
     notes = [f"{left_out} more arms are on the page."] if left_out else []
     return [*notes, *dict.fromkeys(note for table in every for note in table.notes)][:3]

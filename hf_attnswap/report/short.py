@@ -1,4 +1,4 @@
-"""The report in four lines: what it costs, what it gains, from which length on, beside which controls."""
+"""Sum a report up in four lines: what it costs, what it gains, from which length on, beside which controls."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ CLASSES = {"quadratic": "O(n^2)", "linear": "O(n)", "constant": "O(1)"}
 
 
 def short(report: Report) -> list[tuple[str, str]]:
-    """(what, words) of the arms that keep most: of all, and of those with less than quadratic cost. Controls left out.
+    """Return (what, words) on the arms of the best quality: of all, and of those with less than quadratic cost.
 
-    A loss of quality or of speed is a cost; a gain is what is better in every run. Empty where no arm was compared with
-    softmax.
+    A loss of quality or of speed is a cost; a gain is what is better in every run. Controls are left out. The list is
+    empty where no arm was compared with softmax.
     """
     arms = leading(report)
     if not arms:
@@ -35,14 +35,14 @@ def short(report: Report) -> list[tuple[str, str]]:
 
 
 def leading(report: Report) -> list[Arm]:
-    """The arm that keeps most and, where that is another, the one that does among those below quadratic cost."""
+    """Return the arm of the best quality, and the best of those below quadratic cost where that is another arm."""
     ranked = facts.ranked(report)
     cheaper = [arm for arm in ranked if arm.cost_class != "quadratic"]
     return ranked[:1] + [arm for arm in cheaper[:1] if arm is not ranked[0]]
 
 
 def score(report: Report, arm: Arm) -> str:
-    """The headline number of an arm beside softmax's, with its interval."""
+    """Return the headline number of an arm beside softmax with its interval, in words."""
     compared = facts.headline(report, arm)
     if compared is None:
         return "not compared"
@@ -64,7 +64,7 @@ def _each(arms: list[Arm], words: Callable[[Arm], str]) -> str:
 
 
 def _changes(report: Report, arm: Arm, length: int, counts: Callable[[Spread], bool], gained: bool) -> str:
-    """The speeds of which `counts` holds, and the cache where it is smaller (gained) or larger."""
+    """Return in words the speeds for which `counts` holds, and the cache where it is smaller (gained) or larger."""
     entry, softmax = facts.speed_at(arm, length), facts.speed_at(facts.reference(report) or arm, length)
     said = []
     for key, name in DOING.items():
@@ -92,7 +92,7 @@ def _pays(report: Report, arm: Arm, lengths: list[int]) -> str:
 
 
 def _beside(report: Report, arm: Arm) -> str:
-    """What the controls say of it."""
+    """Return in words how an arm compares with the controls."""
     said = []
     for control, what in (
         (facts.window_control(report, arm), "the window alone"),

@@ -1,4 +1,4 @@
-"""The account in words, computed from the report alone."""
+"""Write the account of a report in words, computed from the report alone."""
 
 from ..statistics import MIN_ROUNDS, Spread, lacking
 from . import facts, verdicts
@@ -10,7 +10,7 @@ _DOING = {"prefill_speedup": "Prefill", "forward_speedup": "Forward pass", "deco
 
 
 def summary(report: Report) -> list[str]:
-    """Paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
+    """Return paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
     doing = _DOING | ({"train_speedup": "Training step"} if facts.with_training(report) else {})
     measured = {key for key in doing for arm in report.arms if facts.speedups(arm, key)}
     expected = {"prefill_speedup", "decode_speedup"} if report.kind == "tradeoff" else set()
@@ -42,7 +42,7 @@ def _perplexity(value: Comparison, control: str = "softmax's") -> str:
 
 
 def _kept(report: Report, arm: Arm, context: int | None) -> str:
-    """Beside the softmax that it is fair to name."""
+    """Return in words the perplexity of an arm beside the softmax with which it is compared."""
     tuned, said = facts.tuned_softmax(report, arm), _perplexity(facts.ratio(report, arm, context))
     if tuned is None:
         return said
@@ -97,7 +97,7 @@ def _speed(report: Report, key: str, name: str) -> str:
 
 
 def _first_faster(report: Report, measured: list[tuple[Arm, int, Spread]], key: str) -> str:
-    """From which length on an arm is faster than softmax in every run; else the nearest to it."""
+    """Return in words from which length on an arm is faster than softmax in every run; else the nearest to that."""
     lasting = [item for item in measured if item[1] == facts.faster_from(report, item[0], key)]
     if lasting:
         arm, length, spread = min(lasting, key=lambda item: (item[1], -item[2].median))
@@ -142,7 +142,10 @@ def _cost(report: Report) -> str:
 
 
 def _growth(report: Report) -> list[str]:
-    """The measured exponents of the prefill's time, of softmax and of what keeps most; the table has the others."""
+    """Return in words the exponents of the prefill's time, for softmax and the arm of the best quality.
+
+    The table has the exponents of the other arms.
+    """
     ranked = facts.ranked(report)
     cheaper = [arm for arm in ranked if arm.cost_class != "quadratic"]
     told = [arm for arm in (facts.reference(report), *ranked[:1], *cheaper[:1]) if arm and arm.growth.get("prefill_s")]
@@ -160,7 +163,7 @@ def _growth(report: Report) -> list[str]:
 
 
 def _bound(report: Report) -> list[str]:
-    """Amdahl: what no attention at all would gain."""
+    """Return in words Amdahl's bound: what no attention at all would gain."""
     for key, doing in (("prefill_speedup", "prefill"), ("forward_speedup", "forward pass")):
         measured = facts.best_possible(report, key)
         if measured:
@@ -177,7 +180,7 @@ def _bound(report: Report) -> list[str]:
 
 
 def _noise(report: Report) -> list[str]:
-    """What was measured faster than is possible."""
+    """Return in words what was measured faster than is possible."""
     noisy = {
         _name(arm): None
         for arm in report.arms
@@ -233,7 +236,7 @@ def _hybrid(report: Report, arm: Arm) -> str:
 
 
 def _verdicts(report: Report, arm: Arm, control: Arm) -> str:
-    """What the paired differences allow to say, by context."""
+    """Return in words what the paired differences allow to say, by context."""
     found: dict[str, list[str]] = {}
     for context in facts.contexts(report):
         compared = facts.against(arm, control, context)

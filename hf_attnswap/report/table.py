@@ -1,4 +1,4 @@
-"""One table, and how the terminal and Markdown show it; the template of the page has the HTML."""
+"""Hold one table, and show it in the terminal and in Markdown; the template of the page has the HTML."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ NOISE = "‡"
 
 @dataclass(frozen=True)
 class Column:
-    """The title of a column, and what it shows of a row."""
+    """Describe a column: its title, and the function that makes the text of a cell from a row."""
 
     title: str
     cell: Callable[..., str]
@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Plain text by row and column; `notes` stand below and say what is marked or missing."""
+    """Hold plain text by row and column; `notes` stand below and say what is marked or missing."""
 
     title: str
     header: list[str]
@@ -36,37 +36,41 @@ class Table:
 
     @classmethod
     def of(cls, title: str, columns: Sequence[Column], rows: Iterable[Row], notes: Sequence[str] = ()) -> "Table":
-        """Make a table of what the columns show of each row."""
+        """Return a table of what the columns show of each row."""
         shown = [[column.cell(row) for column in columns] for row in rows]
         return cls(title, [column.title for column in columns], shown, [note for note in notes if note])
 
     @property
     def arm(self) -> int:
-        """The place of the column with the arms."""
+        """Return the place of the column with the arms."""
         return self.header.index("arm")
 
     def is_control(self, row: Sequence[str]) -> bool:
-        """Whether a row is that of a control."""
+        """Return whether a row is that of a control."""
         return row[self.arm].endswith("(control)")
 
     def begins(self, index: int) -> bool:
-        """Whether row `index` begins a group: another length or another run than the row above."""
+        """Return whether row `index` begins a group: another length or another run than the row above."""
         return self.arm > 0 and index > 0 and self.rows[index][0] != self.rows[index - 1][0]
 
 
 def name(arm: Arm) -> str:
-    """The label of an arm, controls marked."""
+    """Return the label of an arm, with "(control)" behind that of a control."""
     label = " ".join("".join(c if c.isprintable() else " " for c in arm.label).split())
     return f"{label} (control)" if arm.control else label
 
 
 def two_lines(cell: str) -> str:
-    """The cell with what closes in parentheses, an interval as a rule, on a line of its own."""
+    """Return the cell with its closing parentheses, an interval as a rule, on a second line."""
     return re.sub(rf" (\([^()]*\)\*?[{MARK}{NOISE}]*)$", r"\n\1", cell)
 
 
 def terminal(table: Table, folds: bool = True) -> RichTable:
-    """The table for a terminal; with `folds` intervals stand below their values and what does not fit is folded."""
+    """Return the table for a terminal.
+
+    Args:
+        folds: whether intervals stand below their values and long cells are folded; else long cells are cut.
+    """
     caption = "\n".join(table.notes)
     shown = RichTable(
         title=table.title or None, title_justify="left", header_style="bold", box=SIMPLE_HEAD if folds else None,
@@ -88,13 +92,13 @@ def terminal(table: Table, folds: bool = True) -> RichTable:
 
 
 def escape(words: str) -> str:
-    """`words` as Markdown shows them literally, also inside a table cell."""
+    """Return `words` as Markdown shows them literally, also inside a table cell."""
     words = words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*|$~\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", words)
 
 
 def markdown(table: Table) -> str:
-    """The table in GitHub's Markdown, its notes below; the title is left to the page."""
+    """Return the table in GitHub's Markdown, its notes below; the title is left to the page."""
     lines = [" | ".join(escape(cell) for cell in row) for row in [table.header, *table.rows]]
     lines.insert(1, " | ".join("---" for _ in table.header))
     return "\n\n".join(["\n".join(f"| {line} |" for line in lines), *map(escape, table.notes)])

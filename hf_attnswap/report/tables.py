@@ -1,6 +1,7 @@
-"""The tables of a report: which columns each has, and what a column shows. What nothing was measured for is left out.
+"""Make the tables of a report: which columns each has, and what a column shows.
 
-A new column is a field in types.py, filled where it is measured, and a `Column` here.
+What nothing was measured for is left out. A new column is a field in types.py, filled where it is measured, and a
+`Column` here.
 """
 
 import json
@@ -33,13 +34,13 @@ SPEEDS: tuple[tuple[str, str, tuple[str, str], Callable[[float], str]], ...] = (
 
 
 def tables(report: Report) -> list[Table]:
-    """Those with numbers, in their order; none without a row."""
+    """Return all tables that have a row, in the order of the page."""
     made = [quality(report), units(report), metrics(report), curves(report), speed(report), growth(report)]
     return [table for table in [*made, layers(report)] if table.rows]
 
 
 def quality(report: Report) -> Table:
-    """One row per arm, whatever its status."""
+    """Return the table of quality: one row per arm, whatever its status."""
     contexts = facts.contexts(report)
     trained = [arm.training_tokens for arm in report.arms]
     ratio = "ratio to softmax" if report.kind == "tradeoff" else "ratio to its control"
@@ -68,9 +69,9 @@ def quality(report: Report) -> Table:
 
 
 def units(report: Report) -> Table:
-    """Perplexity by word and byte beside that by token, for the arms that have them.
+    """Return the table of perplexity by word and byte beside that by token, for the arms that have them.
 
-    Those by word and byte compare with those of other tokenizers; words are what white space separates.
+    Perplexity by word and byte compares with that of other tokenizers; words are what white space separates.
     """
 
     def cell(arm: Arm, context: int, key: str) -> str:
@@ -89,7 +90,10 @@ def units(report: Report) -> Table:
 
 
 def metrics(report: Report) -> Table:
-    """One row per arm that has any metric of a task, one column per metric, and those for its seeds and its share."""
+    """Return the table of metrics of tasks: one row per arm that has any, one column per metric.
+
+    Two more columns per metric show its values by seed and its share of softmax, where there are any.
+    """
     columns = [Column("arm", name)]
     for metric in facts.metrics(report):
         entries = [entry for arm in report.arms if (entry := facts.metric_of(arm, metric))]
@@ -104,13 +108,13 @@ def metrics(report: Report) -> Table:
 
 
 def metric_title(metric: Metric) -> str:
-    """The column of a metric: needle at 512: found (20 items)."""
+    """Return the title of the column of a metric: "needle at 512: found (20 items)"."""
     worse = "" if metric.higher_is_better else ", lower is better"
     return plain(f"{metric.task}: {metric.metric}{worse} ({count(metric.items)} items)")
 
 
 def metric_cell(report: Report, arm: Arm, like: Metric) -> str:
-    """Value, its own interval where there is one, and the difference to softmax with its interval."""
+    """Return value and interval of a metric of `arm`, and the difference to softmax with its interval."""
     entry = facts.metric_of(arm, like)
     if entry is None:
         return UNMEASURED
@@ -135,7 +139,7 @@ def _share(arm: Arm, like: Metric) -> str:
 
 
 def curves(report: Report) -> Table:
-    """How the perplexity of training runs fell, for the arms that have such a curve."""
+    """Return the table of perplexity during training, for the arms that have such a curve."""
     columns = [
         Column("arm", name),
         Column("on its way", lambda arm: "; ".join(f"{count(p.tokens)}: {number(p.perplexity)}" for p in arm.curve)),
@@ -144,7 +148,7 @@ def curves(report: Report) -> Table:
 
 
 def speed(report: Report) -> Table:
-    """One row per length and arm; arms without any speed come last."""
+    """Return the table of speed: one row per length and arm; arms without any speed come last."""
     rows: list[tuple[int | None, Arm]] = [
         (length, arm) for length in facts.lengths(report) for arm in report.arms if arm.speed
     ]
@@ -165,7 +169,7 @@ def speed(report: Report) -> Table:
 
 
 def speeds(report: Report) -> list[tuple[str, str, tuple[str, str], Callable[[float], str]]]:
-    """Those of `SPEEDS` that were measured of any arm."""
+    """Return the entries of `SPEEDS` that were measured for any arm."""
     every = [entry for arm in report.arms for entry in arm.speed]
     return [entry for entry in SPEEDS if any(getattr(speed, entry[0]) for speed in every)]
 
@@ -201,7 +205,7 @@ def _note(row: tuple[int | None, Arm]) -> str:
 
 
 def _speed_notes(report: Report) -> list[str]:
-    """What is marked as noise, and what few rounds and lengths do not allow to say."""
+    """Return notes on what is marked as noise, and on what few rounds and lengths do not allow to say."""
     notes, every = [], [entry for arm in report.arms for entry in arm.speed]
     keys = [speedup for _, speedup, _, _ in speeds(report)]
     if any(
@@ -218,7 +222,7 @@ def _speed_notes(report: Report) -> list[str]:
 
 
 def growth(report: Report) -> Table:
-    """The exponents of the time by length, for the arms that have one."""
+    """Return the table of the exponents of time by length, for the arms that have one."""
     shown = {"prefill_s": "prefill", "forward_s": "forward pass", "decode_s": "decoding a token"}
     shown |= {"train_s": "training step"}
     keys = [key for key in shown if any(key in arm.growth for arm in report.arms)]
@@ -235,7 +239,7 @@ def _exponent(growth: Growth | None) -> str:
 
 
 def layers(report: Report) -> Table:
-    """The layers of each arm that was looked at, in the order of what they cost alone."""
+    """Return the table of the layers of each arm with diagnostics, in the order of what each layer costs alone."""
 
     def half(arm: Arm) -> str:
         order = arm.diagnostics.layers_by_damage
@@ -251,7 +255,7 @@ def layers(report: Report) -> Table:
 
 
 def arms(report: Report) -> Table:
-    """What each arm computes: formula, options and source."""
+    """Return the table of what each arm computes: formula, options and source."""
 
     def options(arm: Arm) -> str:
         return plain(", ".join(f"{key}={json.dumps(value)}" for key, value in arm.options.items())) or "-"
@@ -266,7 +270,7 @@ def arms(report: Report) -> Table:
 
 
 def perplexity(report: Report, arm: Arm, context: int | None) -> str:
-    """Perplexity and its ratio to softmax's."""
+    """Return the text for perplexity and its ratio to that of softmax."""
     entry = facts.perplexity_at(arm, context)
     if entry is None:
         return UNMEASURED
@@ -290,7 +294,7 @@ def _over_window(arm: Arm) -> str:
 
 
 def _few_items(report: Report, what: str) -> str:
-    """What is missing where comparisons have no interval; empty where all have one."""
+    """Return a note on what is missing where comparisons have no interval; empty where all have one."""
     key, unit = ("ratio", "blocks") if what == "perplexity" else ("difference", "items")
     compared: list[Comparison | None] = [getattr(e, key) for arm in report.arms for e in getattr(arm, what)]
     items = [value.items for value in compared if value and value.low is None and value.items < MIN_ITEMS]
@@ -306,6 +310,6 @@ def _status(arm: Arm) -> str:
 
 
 def speedup_words(spread: Spread) -> str:
-    """A speed-up as prose: 2.400 times as fast (runs 2.280 to 2.544)."""
+    """Return a speed-up as prose: "2.400 times as fast (runs 2.280 to 2.544)"."""
     runs = f" (runs {number(spread.low)} to {number(spread.high)})" if spread.enough else ""
     return f"{number(spread.median)} times as fast{runs}"

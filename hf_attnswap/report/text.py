@@ -1,4 +1,4 @@
-"""Numbers and strings as every rendering shows them."""
+"""Write numbers and strings as every rendering shows them."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from .types import Comparison
 
 
 def plain(value: object) -> str:
-    """`value` on one line, without control characters (an error message may hold escape sequences)."""
+    """Return `value` on one line, without control characters (an error message may hold escape sequences)."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
 
 
 def number(value: float) -> str:
-    """`value` with three or four significant digits: 1.106, 29.31, 111.2, 7,123, 1.1e12."""
+    """Return `value` with three or four significant digits: 1.106, 29.31, 111.2, 7,123, 1.1e12."""
     size = abs(value)
     if size >= 99_999.5 or 0 < size < 0.001:
         mantissa, exponent = f"{value:.1e}".split("e")
@@ -21,17 +21,17 @@ def number(value: float) -> str:
 
 
 def count(value: int) -> str:
-    """A whole number with its thousands separated."""
+    """Return a whole number with its thousands separated."""
     return f"{value:,}"
 
 
 def times(value: float) -> str:
-    """A ratio or a speed-up: ×1.106."""
+    """Return a ratio or a speed-up as ×1.106."""
     return f"×{number(value)}"
 
 
 def interval(value: Comparison | Spread) -> str:
-    """A ratio or speed-up with its bounds: ×1.106 (1.090–1.123), and a * where they come from few items.
+    """Return a ratio or speed-up with its bounds: ×1.106 (1.090–1.123), and a * where it comes from few items.
 
     Without bounds where the items or runs are too few for any.
     """
@@ -43,12 +43,12 @@ def interval(value: Comparison | Spread) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign."""
+    """Return a difference with its sign."""
     return f"{'+' if value > 0 else ''}{number(value)}"
 
 
 def difference(value: Comparison) -> str:
-    """A difference with its bounds: -0.700 (-0.800 to -0.600), and a * where they come from few items."""
+    """Return a difference with its bounds: -0.700 (-0.800 to -0.600), and a * where it comes from few items."""
     if value.low is None or value.high is None:
         return signed(value.value)
     few = "*" if value.few else ""
@@ -56,10 +56,10 @@ def difference(value: Comparison) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration in seconds, or in milliseconds below one second."""
+    """Return a duration in seconds, or in milliseconds below one second."""
     return f"{number(value)} s" if value >= 1 else f"{number(value * 1000)} ms"
 
 
 def listing(items: Sequence[str]) -> str:
-    """The items as prose: a, b and c."""
+    """Return the items as prose: a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else ""

@@ -1,4 +1,4 @@
-"""The plot `tradeoff`: quality against speed, one row of points per arm, one point per length."""
+"""Draw the plot `tradeoff`: quality against speed, one row of points per arm, one point per length."""
 
 from collections.abc import Sequence
 from math import log2, log10
@@ -25,7 +25,7 @@ _STEP = 1.16  # from one row of the clipped band to the next
 
 
 def tradeoff(report: Report) -> Picture:
-    """The plot; one that says so where no arm has both a ratio and a speed-up."""
+    """Draw the plot; an empty one that says so where no arm has both a ratio and a speed-up."""
     context = facts.headline_context(report)
     arms = [arm for arm in report.arms if facts.ratio(report, arm, context) and arm.attention != "softmax"]
     arms = [arm for arm in arms if any(facts.real_speedups(report, arm, key) for key in _SPEEDS)]
@@ -59,7 +59,7 @@ def tradeoff(report: Report) -> Picture:
 
 
 def _heights(ratios: Sequence[float]) -> list[float]:
-    """Where each of the ascending ratios is drawn: at its value, or on a row of its own above the clip."""
+    """Return where each of the ascending ratios is drawn: at its value, or on a separate row above the clip."""
     inside = sum(ratio <= CLIP for ratio in ratios)
     return [*ratios[:inside], *(CLIP * _STEP ** (row + 1) for row in range(len(ratios) - inside))]
 
@@ -87,7 +87,7 @@ def _arm(axes: Axes, arm: Arm, value: Comparison, height: float, points: list, l
 
 
 def _size(length: int, lengths: Sequence[int]) -> float:
-    """The area of a mark; it grows with the logarithm of the length."""
+    """Return the area of a mark, which grows with the logarithm of the length."""
     span = log2(lengths[-1] / lengths[0]) or 1.0
     return 18 + 62 * log2(length / lengths[0]) / span
 
@@ -125,7 +125,7 @@ def _ratio_axis(panels: Sequence[Axes], values: Sequence[Comparison], heights: S
 
 
 def _labels(axes: Axes, arms: Sequence[Arm], values: Sequence[Comparison], heights: Sequence[float]) -> None:
-    """Labels to the right of the panel, moved apart, each tied to its height by a line."""
+    """Write labels to the right of the panel, moved apart, each tied to its height by a line."""
     entries = [("softmax", 1.0, INK)]
     for arm, value, height in zip(arms, values, heights, strict=True):
         label = plain(arm.label)
@@ -142,7 +142,7 @@ def _labels(axes: Axes, arms: Sequence[Arm], values: Sequence[Comparison], heigh
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """The ascending places, moved until neighbours are `gap` apart: each crowd stays around its middle."""
+    """Return the ascending places, moved until neighbours are `gap` apart: each crowd stays around its middle."""
     crowds: list[list[float]] = []  # [sum of its places, how many], spread evenly around the mean
     for place in places:
         crowds.append([place, 1])

@@ -1,4 +1,4 @@
-"""What a measured number is from the measurement to the card: one Report, whatever was compared.
+"""Define what a measured number is, from the measurement to the card: one Report, whatever was compared.
 
 A trade-off, a comparison of classifiers and the quality of training runs are reports of one type; what differs are the
 metrics that their arms carry. pydantic checks every value where it is made and where a file is read.
@@ -38,7 +38,7 @@ Verdict = Literal["better", "no measurable difference", "worse"]
 
 @dataclass(config=STRICT)
 class Model:
-    """The model whose attention was swapped."""
+    """Describe the model whose attention was swapped."""
 
     name: Name
     parameters: Count
@@ -51,7 +51,11 @@ class Model:
 
 @dataclass(config=STRICT)
 class Machine:
-    """Where the numbers were measured."""
+    """Describe the machine on which the numbers were measured.
+
+    Attributes:
+        memory_gib: GiB. device: on which the model ran.
+    """
 
     processor: Text
     cores: Count
@@ -63,7 +67,12 @@ class Machine:
 
 @dataclass(config=STRICT)
 class Data:
-    """The data; sizes count what `unit` says. fingerprint: of the tokens or labels that quality was measured on."""
+    """Describe the data of training and evaluation.
+
+    Attributes:
+        training_size, evaluation_size: how many of `unit`.
+        fingerprint: of the tokens or labels on which quality was measured.
+    """
 
     training: Text
     training_size: Count
@@ -75,7 +84,7 @@ class Data:
 
 @dataclass(config=STRICT)
 class Comparison:
-    """A value of an arm beside that of `arm` on the same items, with its 95 % interval.
+    """Hold a value of an arm beside that of the arm labelled `arm` on the same items, with its 95 % interval.
 
     low, high and verdict are None where the items are too few for an interval.
     """
@@ -94,7 +103,7 @@ class Comparison:
 
     @property
     def few(self) -> bool:
-        """Whether the interval rests on so few items that it is rough."""
+        """Return whether the interval rests on so few items that the interval is rough."""
         return self.items < FEW
 
 
@@ -107,7 +116,7 @@ def _check_interval(estimate: Any) -> None:
 
 @dataclass(config=STRICT)
 class Range:
-    """The mean negative log-likelihood over the positions `first` to `last` of a context."""
+    """Hold the mean negative log-likelihood over the positions `first` to `last` of a context."""
 
     first: Size
     last: Size
@@ -116,9 +125,17 @@ class Range:
 
 @dataclass(config=STRICT)
 class Perplexity:
-    """Perplexity at one context; None where it is not finite. ratio: to the control that the kind of report names.
+    """Hold the perplexity at one context; None where it is not finite.
 
-    block_nll: of every block, where reports are to be paired with later ones.
+    Attributes:
+        context: tokens of a block. tokens: how many the mean is over.
+        nll: mean negative log-likelihood of a token, nats.
+        ratio: to the control that the kind of report names. against: ratios to other arms.
+        word_perplexity, byte_perplexity: by word and byte of the text in place of token.
+        block_nll: of every block, where reports are to be paired with later ones.
+
+    Raises:
+        ValueError: a ratio without a perplexity, or a ratio that is not above 0.
     """
 
     context: Size
@@ -142,7 +159,12 @@ class Perplexity:
 
 @dataclass(config=STRICT)
 class Metric:
-    """A metric of a task over its items, accuracy among them. low and high: the 95 % interval of the value itself."""
+    """Hold a metric of a task over its items, accuracy among them.
+
+    Attributes:
+        low, high: the 95 % interval of `value`.
+        difference, ratio: to softmax. against: differences to other arms.
+    """
 
     task: Name
     metric: Name
@@ -164,7 +186,18 @@ class Metric:
 
 @dataclass(config=STRICT)
 class Speed:
-    """Time and memory at one length; a speed-up is over softmax in the same rounds. note: why there is no time."""
+    """Hold time and memory at one length; a speed-up is over softmax in the same rounds.
+
+    Attributes:
+        length: tokens.
+        prefill_s, forward_s: seconds of a prefill or a forward pass.
+        train_s: seconds of a forward and a backward pass.
+        peak_memory_mib, cache_mib: MiB.
+        note: why there is no time, where there is none.
+
+    Raises:
+        ValueError: neither a time nor a note.
+    """
 
     length: Size
     prefill_s: Spread | None = None
@@ -186,7 +219,11 @@ class Speed:
 
 @dataclass(config=STRICT)
 class Stage:
-    """A stage of training; size counts what `Data.unit` says. What was not recorded is None."""
+    """Describe a stage of training; what was not recorded is None.
+
+    Attributes:
+        size: how many of `Data.unit`.
+    """
 
     stage: Name
     trains: Text
@@ -202,7 +239,7 @@ class Stage:
 
 @dataclass(config=STRICT)
 class Alignment:
-    """The alignment that a trade-off itself gave an arm."""
+    """Describe the alignment that a trade-off itself gave an arm."""
 
     tokens: Count
     seconds: Amount
@@ -212,7 +249,7 @@ class Alignment:
 
 @dataclass(config=STRICT)
 class CurvePoint:
-    """Perplexity on the validation text of a run after so many tokens of training."""
+    """Hold the perplexity on the validation text of a run after so many tokens of training."""
 
     tokens: Count
     perplexity: Positive
@@ -220,7 +257,7 @@ class CurvePoint:
 
 @dataclass(config=STRICT)
 class Group:
-    """Layers of one kind that have one attention."""
+    """Describe layers of one kind that have one attention."""
 
     attention: Name
     options: dict[str, Any]
@@ -230,7 +267,7 @@ class Group:
 
 @dataclass(config=STRICT)
 class Check:
-    """A check of the swap itself; worst is None where nothing could be compared."""
+    """Hold the outcome of a check of the swap itself; worst is None where nothing could be compared."""
 
     name: Name
     passed: bool
@@ -240,7 +277,7 @@ class Check:
 
 @dataclass(config=STRICT)
 class Scale:
-    """The root mean square of a layer's output over softmax's at the positions `first` to `last`."""
+    """Hold the root mean square of a layer's output over that of softmax, at the positions `first` to `last`."""
 
     first: Size
     last: Size
@@ -249,7 +286,7 @@ class Scale:
 
 @dataclass(config=STRICT)
 class Gradient:
-    """Norms of the gradients in a layer."""
+    """Hold norms of the gradients in a layer."""
 
     query: Amount | None
     key: Amount | None
@@ -259,7 +296,24 @@ class Gradient:
 
 @dataclass(config=STRICT)
 class Layer:
-    """What a swapped layer does, beside the softmax that it stands in for (see `evaluation.diagnose`)."""
+    """Describe what a swapped layer does, beside the softmax that it replaces (see `evaluation.diagnose`).
+
+    Numbers are means over heads and rows of a sample; `by_head` has them by head.
+
+    Attributes:
+        layer, index: name of the module, and the number by which `swap(layers=...)` counts it.
+        kl, kl_error: divergence of the model's next-token distribution when this layer alone is swapped, nats, and its
+            standard error.
+        perplexity_ratio: to the model with softmax, when this layer alone is swapped.
+        dead: share of the allowed weights that are exactly 0. saturated: share of the others through which hardly any
+            gradient passes; None for variants that do not act on scores.
+        row_sum, row_sum_spread: mean and standard deviation of the sum of a row's weights.
+        negative: share of the mass of the weights that is negative.
+        entropy: of the weights, nats. effective_keys: its exponential.
+        sparsity: share of the allowed keys with less than a hundredth of an equal part.
+        distance: half of the summed differences to the weights of softmax.
+        output_scale: size of the output over that of softmax, by position.
+    """
 
     layer: Name
     kl: float | None
@@ -287,7 +341,11 @@ class Layer:
 
 @dataclass(config=STRICT)
 class Diagnostics:
-    """A look into the swapped layers of an arm; layers_by_damage are their numbers, the least damaged first."""
+    """Hold measurements of the swapped layers of an arm.
+
+    Attributes:
+        layers_by_damage: numbers of the layers, the least damaged first.
+    """
 
     context: Size
     tokens: Size
@@ -300,7 +358,17 @@ class Diagnostics:
 
 @dataclass(config=STRICT)
 class Arm:
-    """One row of a comparison: an attention, how it was trained, and all that was measured of it."""
+    """Hold one row of a comparison: an attention, how it was trained, and all that was measured of it.
+
+    Attributes:
+        label: unique in the report.
+        new_parameters: how many parameters the swap adds.
+        reason: why nothing was measured, unless status is "measured".
+        curve: perplexity during training. conversion: name of the converted model, where the arm is one.
+
+    Raises:
+        ValueError: no reason, a perplexity that is not finite in a measured arm, or an entry that is there twice.
+    """
 
     label: Name
     attention: Name
@@ -345,7 +413,11 @@ def _check_unique(what: str, values: list[Any]) -> None:
 
 @dataclass(config=STRICT)
 class Report:
-    """A comparison of arms on one model. settings: what else the command was given, as plain data."""
+    """Hold a comparison of arms on one model.
+
+    Attributes:
+        settings: what else the command was given, as plain data.
+    """
 
     kind: Kind
     title: Name

@@ -1,4 +1,4 @@
-"""What the metrics of tasks allow to say of an arm, in words: what likelihood hides."""
+"""Say in words what the metrics of tasks allow to say of an arm: what likelihood hides."""
 
 from . import beside, facts
 from .text import listing, plain
@@ -6,9 +6,9 @@ from .types import Arm, Comparison, Metric, Report
 
 
 def paragraph(report: Report) -> list[str]:
-    """Which arms the metrics tell from softmax, by the paired differences, arms with the same words together.
+    """Return a sentence on which arms the metrics tell from softmax, by the paired differences.
 
-    Controls are left out; the table has them.
+    Arms with the same words stand together. Controls are left out; the table has them.
     """
     said: dict[str, list[str]] = {}
     for arm in report.arms:
@@ -24,7 +24,7 @@ def paragraph(report: Report) -> list[str]:
 
 
 def against(arm: Arm, control: Arm) -> str:
-    """What the metrics say of `arm` against another that it was compared with; empty where there is nothing."""
+    """Return in words what the metrics say of `arm` against `control`; empty where the two were not compared."""
     compared = [(_name(entry), other) for entry in arm.metrics for other in entry.against if other.arm == control.label]
     return f"in tasks {_by_verdict(compared)}" if compared else ""
 
@@ -34,7 +34,7 @@ def _name(entry: Metric) -> str:
 
 
 def _by_verdict(compared: list[tuple[str, Comparison]]) -> str:
-    """worse in 2 of 6 (needle at 512: found and ...) and no measurable difference in 4 of 6"""
+    """Return counts in words: worse in 2 of 6 (needle at 512: found and ...) and no measurable difference in 4 of 6."""
     said = []
     for verdict in ("worse", "better"):
         names = [name for name, value in compared if value.verdict == verdict]

@@ -1,4 +1,4 @@
-"""The recurrence as it is written, token by token."""
+"""Compute the recurrence of the delta rule as the formula says, token by token."""
 
 import torch
 
@@ -6,6 +6,10 @@ from ..heads import compute_dtype, scores
 
 
 def run(query, key, value, beta, state, chunk):
+    """Return what `causal_delta` returns, token by token; differentiable by autograd, with one state per token.
+
+    Takes the arguments of `causal_delta` in order; `chunk` has no effect.
+    """
     dtype = compute_dtype(query.dtype)
     q, k, v, b = (t.to(dtype) for t in (query, key, value, beta))
     S = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)

@@ -1,10 +1,11 @@
-"""The portable form, by chunks of tokens (Yang 2024). A token adds `u_i k_i^T` with `u_i = beta_i (v_i - S_{i-1} k_i)`;
-inside a chunk
+"""Compute the delta rule with torch alone, by chunks of tokens (Yang 2024).
+
+A token adds `u_i k_i^T` with `u_i = beta_i (v_i - S_{i-1} k_i)`; inside a chunk
 
     (I + N) U = beta (V - K S),   N = strictly lower part of beta (K K^T)      (S: state before the chunk)
 
 is one triangular solve, and what follows is linear attention with U in place of V. The state is kept transposed,
-`[D, Dv]`. Kept for the backward pass: the inputs and the state at the start of every chunk.
+`[D, Dv]`. The backward pass keeps the inputs and the state at the start of every chunk.
 """
 
 import torch
@@ -14,6 +15,10 @@ from ..heads import compute_dtype
 
 
 def run(query, key, value, beta, state, chunk):
+    """Return what `causal_delta` returns: one token after a state by the recurrence, all else by chunks.
+
+    Takes the arguments of `causal_delta` in order. O(n d) memory, with a gradient too.
+    """
     if torch.is_grad_enabled():
         return _CausalDelta.apply(query, key, value, beta, state, chunk)
     if query.shape[2] == 1 and state is not None:
@@ -22,7 +27,7 @@ def run(query, key, value, beta, state, chunk):
 
 
 def _step(query, key, value, beta, state):
-    """One token after a state: the recurrent form, in few kernels."""
+    """Return output and state for one token after a state: the recurrent form, in few kernels."""
     batch, heads, _, _ = query.shape
     rows, dtype = batch * value.shape[1], compute_dtype(query.dtype)
     q, k, v, b = (to_rows(t.to(dtype), rows) for t in (query, key, value, beta[..., None]))
@@ -33,14 +38,16 @@ def _step(query, key, value, beta, state):
 
 
 def _chunk(query, key, value, beta, part, dtype):
-    """Queries `[B Hkv, G t, D]`, keys, values `[B Hkv, t, *]` and beta `[B Hkv, t, 1]` of one chunk."""
+    """Return queries `[B Hkv, G t, D]`, keys and values `[B Hkv, t, *]` and beta `[B Hkv, t, 1]` of one chunk."""
     rows = value.shape[0] * value.shape[1]
     return (to_rows(t[:, :, part].to(dtype), rows) for t in (query, key, value, beta[..., None]))
 
 
 def _additions(k, v, b, S):
-    """U; also what it is made of: `V - K S`, `K K^T`, and `beta (K K^T)`, of which only the part below the diagonal
-    means anything."""
+    """Return U, and what it is made of: `V - K S`, `K K^T`, and `beta (K K^T)`.
+
+    Only the part below the diagonal of the last one means anything.
+    """
     error = torch.baddbmm(v, k, S, alpha=-1)
     overlap = torch.bmm(k, k.transpose(1, 2))
     N = b * overlap
@@ -49,6 +56,7 @@ def _additions(k, v, b, S):
 
 
 def _forward(query, key, value, beta, state, chunk, *, keep_states):
+    """Return output, last state, and the state before every chunk (None unless `keep_states`)."""
     batch, heads, length, dim = query.shape
     kv_heads, value_dim = value.shape[1], value.shape[-1]
     dtype = compute_dtype(query.dtype)
@@ -73,7 +81,9 @@ def _forward(query, key, value, beta, state, chunk, *, keep_states):
 
 
 class _CausalDelta(torch.autograd.Function):
-    """With do the gradient of the result, S the state before the chunk, R the gradient of the state after it:
+    """Run `_forward` with a backward pass by chunks, from the last to the first.
+
+    With do the gradient of the output, S the state before the chunk, R the gradient of the state after the chunk:
 
     P     = tril(do U^T),  A = tril(q k^T)
     dU    = A^T do + k R

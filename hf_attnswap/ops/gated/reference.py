@@ -1,4 +1,4 @@
-"""The recurrence as it is written, token by token."""
+"""Compute the gated recurrence as the formula says, token by token."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,10 @@ from ..states import divided
 
 
 def run(query, key, value, log_gate, state, eps, chunk):
+    """Return what `causal_gated` returns, token by token; differentiable by autograd, with one state per token.
+
+    Takes the arguments of `causal_gated` in order; `chunk` has no effect.
+    """
     dtype = compute_dtype(query.dtype)
     q, k, gate = query.to(dtype), key.to(dtype), log_gate.to(dtype).exp()
     v = F.pad(value.to(dtype), (0, 1), value=1.0)

@@ -1,9 +1,11 @@
-"""The portable form, by chunks of tokens: inside a chunk the masked product with every term times the gates between its
-key and its query, across chunks the state (Yang 2024, GLA).
+"""Compute gated linear attention with torch alone, by chunks of tokens (Yang 2024, GLA).
+
+Inside a chunk stands the masked product with every term times the gates between its key and its query; the state
+carries what lies before the chunk.
 
 The logs of the gates are summed over exactly the tokens between the two, never as a difference of two long sums: no
-exponent is positive, gates of 0 do no harm, and a gate near 0 costs its neighbours no digits. Kept for the backward
-pass: the inputs, the result, and the state at the start of every chunk.
+exponent is positive, gates of 0 do no harm, and a gate near 0 costs its neighbours no digits. The backward pass keeps
+the inputs, the output, and the state at the start of every chunk.
 """
 
 import torch
@@ -16,6 +18,10 @@ from ..states import numerator_grad
 
 
 def run(query, key, value, log_gate, state, eps, chunk):
+    """Return what `causal_gated` returns: one token after a state by the recurrence, all else by chunks.
+
+    Takes the arguments of `causal_gated` in order. O(n d) memory, with a gradient too.
+    """
     arguments = (query, key, value, log_gate, state, eps, chunk)
     if torch.is_grad_enabled():
         return _CausalGated.apply(*arguments)
@@ -25,7 +31,7 @@ def run(query, key, value, log_gate, state, eps, chunk):
 
 
 def _step(query, key, value, log_gate, state, eps):
-    """One token after a state: the recurrent form, in few kernels."""
+    """Return output, denominator and state for one token after a state: the recurrent form, in few kernels."""
     batch, heads, _, _ = query.shape
     rows, dtype = batch * value.shape[1], compute_dtype(query.dtype)
     q, k = to_rows(query.to(dtype), rows), to_rows(key.to(dtype), rows)
@@ -39,10 +45,13 @@ def _step(query, key, value, log_gate, state, eps):
 
 
 def _decays(log_gate: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left, at each token of a chunk, of each earlier one and of the state before the chunk.
+    """Return how much remains, at each token of a chunk, of each earlier token and of the state before the chunk.
 
-    log_gate `[B Hkv, t]` -> `prod_{s < l <= i} g_l` as `[B Hkv, t, t]`, 0 in the future, and `prod_{l <= i} g_l` as
-    `[B Hkv, t, 1]`.
+    Args:
+        log_gate: `[B Hkv, t]`.
+
+    Returns:
+        `prod_{s < l <= i} g_l` as `[B Hkv, t, t]`, 0 in the future, and `prod_{l <= i} g_l` as `[B Hkv, t, 1]`.
     """
     size = log_gate.shape[1]
     between = log_gate[:, :, None].expand(-1, -1, size).tril(-1).cumsum_(1)
@@ -50,11 +59,12 @@ def _decays(log_gate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _per_group(stacked: Tensor, length: int) -> Tensor:
-    """`[B Hkv, G t, F]` -> `[B Hkv, G, t, F]`, a view."""
+    """Return `[B Hkv, G t, F]` as a view `[B Hkv, G, t, F]`, for t = `length`."""
     return stacked.view(len(stacked), -1, length, stacked.shape[-1])
 
 
 def _forward(query, key, value, log_gate, state, eps, chunk, *, keep_states):
+    """Return output, denominator, last state, and the state before every chunk (None unless `keep_states`)."""
     batch, heads, length, features = query.shape
     kv_heads, value_dim = value.shape[1], value.shape[-1]
     rows, dtype = batch * kv_heads, compute_dtype(query.dtype)
@@ -90,12 +100,14 @@ def _forward(query, key, value, log_gate, state, eps, chunk, *, keep_states):
 
 
 class _CausalGated(torch.autograd.Function):
-    """With v and dn the values and the numerator's gradient, both with the denominator's column, per chunk:
+    """Run `_forward` with a backward pass by chunks, from the last to the first.
+
+    With v and dn the values and the numerator's gradient, both with the denominator's column, per chunk:
 
     D, e     = decays between two tokens of the chunk, and since its start
     P        = D * (dn v^T),  A = D * (q k^T),  E = P * (q k^T)
     dq       = P k + e dn S^T                  (S: state before the chunk)
-    dk       = P^T q + D_last v R^T            (R: gradient of the state after it)
+    dk       = P^T q + D_last v R^T            (R: gradient of the state after the chunk)
     dv       = A^T dn + D_last k R
     dlog g_l = what passes through gate l: the sums over i >= l > s of E_is, of q_i . (e dn S^T)_i,
                of v_s . (D_last k R)_s, and e_last <S, R>
@@ -151,5 +163,5 @@ class _CausalGated(torch.autograd.Function):
 
 
 def _from_on(x: Tensor) -> Tensor:
-    """Sums over this token of the chunk and the later ones, along dimension 1."""
+    """Return the sums over this token of the chunk and all later ones, along dimension 1."""
     return x.flip(1).cumsum(1).flip(1)

@@ -1,13 +1,14 @@
-"""Softmax inside a window, linear attention for all that lies before it, one shared denominator; O(n (w d + d F)) time.
+"""Compute softmax inside a window and linear attention over all that lies before it, under one denominator.
 
-With W_i the last `window` keys and the first `sinks`, phi the feature maps and g_h a mix per head,
+O(n (w d + d F)) time. With W_i the last `window` keys and the first `sinks`, phi the feature maps and g_h a mix per
+head,
 
     o_i = (sum_{j in W_i} e^{s_ij} v_j + g_h sum_{j not in W_i} phi(q_i).phi(k_j) v_j) / (the same sums without v_j).
 
 Zhang et al., "LoLCATs", 2024. There the row maximum is subtracted inside the window only, which gives the linear branch
-another scale in every row; here it is subtracted from both, so it changes nothing but the range of the numbers. For the
-same reason a map that normalises its queries leaves that out here (`FeatureMap.beside`): beside a softmax it would not
-cancel.
+another scale in every row; here the row maximum is subtracted from both branches, which changes nothing but the range
+of the numbers. For the same reason a map that normalises its queries leaves that out here (`FeatureMap.beside`):
+beside a softmax the norm would not cancel.
 """
 
 from torch import Tensor
@@ -36,13 +37,17 @@ def hybrid_attention(
 ) -> tuple[Tensor, HybridState | None]:
     """Return attention by softmax near and by features far away, and what to remember.
 
+    Sums are float32 whatever the dtype of the inputs (float64 for float64). O(T (w + m) D + T F Dv) time per head for
+    w = `window` and m = `sinks`; O(n d) memory.
+
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`. Query heads share key/value heads in
             equal groups.
         map_query, map_key: the feature maps, applied to float32 query and key as they are, not scaled.
         log_mix: log of g_h, `[H]`.
         scaling: factor of the scores.
-        window, sinks: as in `window_attention`.
+        window: how many of the last tokens softmax covers, the row's token included; padding does not count.
+        sinks: how many of the first tokens softmax covers; padding does not count.
         valid: bool `[B, T]`, False at padding; None where there is none.
         state: what is remembered of the tokens before; None at the start of a text.
         keep_state: whether to return what to remember after these tokens.

@@ -1,4 +1,4 @@
-"""The formula over whole matrices: O(n^2), float64 where the inputs are; without a state."""
+"""Compute the formula over whole matrices: O(n^2) time and memory, in float64 where the inputs are; without a state."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,15 @@ NO_MASS = 1e-30
 
 
 def unfit(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+    """Return why this form cannot serve a call that takes or keeps a state, in words; None for all other calls."""
     return "the formula over whole matrices keeps no state for generation" if state is not None or keep_state else None
 
 
 def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+    """Return what `hybrid_attention` returns, and None for the state, from the whole matrix of weights; O(n^2) memory.
+
+    Takes the arguments of `hybrid_attention` in order; differentiable by autograd.
+    """
     allowed = Mask(query.shape[2], key.shape[2], valid).matrix(query.device)
     q, k, v = (t.to(compute_dtype(query.dtype)) for t in (query, key, value))
     weights = hybrid_weights(q, k, allowed, map_query, map_key, log_mix, scaling, window, sinks)
@@ -24,7 +29,12 @@ def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, 
 
 
 def hybrid_weights(query, key, allowed, map_query, map_key, log_mix, scaling, window, sinks) -> Tensor:
-    """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `allowed` leaves it."""
+    """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `allowed` leaves the row.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; allowed: bool, broadcastable to `[B, H, T, S]`.
+        map_query, map_key, log_mix, scaling, window, sinks: as in `hybrid_attention`.
+    """
     logs, _ = log_terms(query, key, allowed, map_query, map_key, log_mix, scaling, window, sinks)
     return torch.softmax(logs, dim=-1).nan_to_num(0.0)
 
@@ -40,7 +50,16 @@ def log_terms(
     window: int,
     sinks: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logs of the terms of both sums, `[B, H, T, S]`, and which of these terms stand in the window."""
+    """Return the logs of the terms of the denominator, and which of these terms stand in the window.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; allowed: bool, broadcastable to `[B, H, T, S]`.
+        map_query, map_key, log_mix, scaling, window, sinks: as in `hybrid_attention`.
+
+    Returns:
+        `[B, H, T, S]`, -inf where a key is not allowed or its features have no mass in the row, and the terms of the
+        window as bool, broadcastable to `[B, H, T, S]`.
+    """
     inside = near(allowed, window, sinks)
     features, left_out = map_query.beside_softmax(query)
     kernel = scores(features, map_key(key))
@@ -50,16 +69,22 @@ def log_terms(
 
 
 def log_scale(query: Tensor, log_mix: Tensor, left_out: Tensor | None) -> Tensor:
-    """Return the log of the factor of the linear term in each row, `[B, H, T, 1]`."""
+    """Return the log of the factor of the linear term in each row, `[B, H, T, 1]`: the mix and what the map left out.
+
+    Args:
+        query: `[B, H, T, D]`, for its shape and dtype.
+        log_mix: `[H]`.
+        left_out: `[B, H, T, 1]`, the second output of `FeatureMap.beside_softmax`, or None.
+    """
     of_heads = log_mix.to(query.dtype)[:, None, None].expand(*query.shape[:3], 1)
     return of_heads if left_out is None else of_heads + left_out
 
 
 def one_for_none(mass: Tensor) -> Tensor:
-    """Return the mass, 1 where there is none."""
+    """Return the mass, with 1 where it is at most `NO_MASS`."""
     return mass.masked_fill(mass <= NO_MASS, 1)
 
 
 def log_of_mass(mass: Tensor) -> Tensor:
-    """Return the log, 0 where there is no mass: there is nothing to weigh, and no gradient to spoil."""
+    """Return the log of the mass, 0 where there is none: there is nothing to weigh, and no gradient to spoil."""
     return one_for_none(mass).log()

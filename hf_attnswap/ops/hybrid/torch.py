@@ -1,5 +1,6 @@
-"""The portable form: tiles of rows in whole chunks, softmax over the window of each chunk, and the state of the keys
-that leave the window handed on from tile to tile.
+"""Compute the hybrid with torch alone, by tiles of rows in whole chunks.
+
+Softmax goes over the window of each chunk; the state of the keys that leave the window is handed on from tile to tile.
 """
 
 import torch
@@ -13,6 +14,10 @@ from .reference import NO_MASS, log_of_mass, log_scale, one_for_none
 
 
 def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+    """Return what `hybrid_attention` returns; one token after a state goes by the recurrence. O(n d) memory.
+
+    Takes the arguments of `hybrid_attention` in order.
+    """
     at = context(query, key, value, valid, window, sinks, state and state.window)
     dtype = compute_dtype(query.dtype)
     if state is not None:
@@ -32,6 +37,7 @@ def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, 
         leaving = at.leaving()
 
         def attend(query, key, value, bias, tile, S):
+            """Return the output of one tile, `[B, H, t, Dv]`, and the state after its rows."""
             size, kv_heads, new = at.chunk_of(query), key.shape[1], slice(0, query.shape[2])
             x = query.to(dtype)
             features, left_out = map_query.beside_softmax(x)
@@ -49,9 +55,14 @@ def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, 
 
 
 def _joined(numerator, denominator, c, linear, log_scale):
-    """The result of rows, from the parts of both branches `[..., Dv]`, `[..., 1]`, `[..., 1]` and `[..., Dv + 1]`.
+    """Return the output of rows, from the parts of both branches.
 
-    Each branch is a mean with the log of its mass; a sigmoid of the difference weighs them, and nothing can overflow.
+    Each branch is a mean with the log of its mass; a sigmoid of the difference weighs the means, so nothing overflows.
+
+    Args:
+        numerator: `[..., Dv]`, denominator and c: `[..., 1]`, the softmax branch as `Context.softmax_parts` returns it.
+        linear: `[..., Dv + 1]`, numerator and denominator of the linear branch.
+        log_scale: `[..., 1]`, log of the factor of the linear branch.
     """
     linear_numerator, linear_denominator = linear[..., :-1], linear[..., -1:]
     linear_mass = log_scale + log_of_mass(linear_denominator)

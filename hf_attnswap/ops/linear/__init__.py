@@ -1,9 +1,10 @@
-"""Linear attention: `o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + eps)`, in O(n d F) time.
+"""Compute linear attention: `o_i = sum_j (phi(q_i) . phi(k_j)) v_j / (sum_j phi(q_i) . phi(k_j) + eps)`.
 
-F is the number of features. The causal form goes by chunks of tokens: inside a chunk the masked product, across chunks
-the state `S = sum_j phi(k_j) [v_j, 1]^T`, or by the recurrence; O(n d) memory. Katharopoulos et al., "Transformers are
-RNNs", 2020; by chunks as in Hua et al., "Transformer quality in linear time" (FLASH), 2022. States, denominators and
-products are float32 whatever the dtype of the inputs (float64 for float64): a bfloat16 state drifts over long texts.
+O(n d F) time for F features. The causal form goes by chunks of tokens (inside a chunk the masked product, across
+chunks the state `S = sum_j phi(k_j) [v_j, 1]^T`) or by the recurrence; O(n d) memory. Katharopoulos et al.,
+"Transformers are RNNs", 2020; by chunks as in Hua et al., "Transformer quality in linear time" (FLASH), 2022. States,
+denominators and products are float32 whatever the dtype of the inputs (float64 for float64): a bfloat16 state drifts
+over long texts.
 """
 
 from torch import Tensor
@@ -27,7 +28,10 @@ def causal_linear(
     eps: float | None = 1e-6,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return linear attention of every query to the keys up to its own, and the state after the last token.
+    """Return linear attention of every query to the keys up to its position, the denominators, and the last state.
+
+    `o_i = phi(q_i) S_i / (phi(q_i) z_i + eps)`, with S_i the sum of `phi(k_j) v_j^T` and z_i that of phi(k_j) over
+    j <= i. O(T (F Dv + chunk (F + Dv))) time per head; by the recurrence O(F Dv) for one token after a state.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`. Query heads share key/value heads in
@@ -35,17 +39,17 @@ def causal_linear(
         map_query, map_key: the feature maps, applied to float32 slices of the sequence.
         scale: factor of query and key before the maps.
         key_mask: bool `[B, T]`; keys at False leave no trace.
-        state: of the tokens before, `[B, Hkv, F, Dv + 1]` (a constant to the gradient); None at the start of a text.
+        state: over the tokens before, `[B, Hkv, F, Dv + 1]`, a constant to the gradient; None at the start of a text.
         eps: added to the denominator; None returns the numerator undivided.
         chunk: tokens per chunk.
 
     Returns:
         `[B, H, T, Dv]` in the query's dtype (float32 where `eps` is None), the denominator
-        `sum_j phi(q_i) . phi(k_j)` as float32 `[B, H, T]`, and the state after the last token. In place of float32
-        stands float64 for float64 inputs.
+        `sum_j phi(q_i) . phi(k_j)` as float32 `[B, H, T]`, and the state after the last token, without a gradient.
+        For float64 inputs float32 is replaced by float64.
 
     Raises:
-        ValueError: a chunk of no tokens.
+        ValueError: `chunk` is less than 1.
         NotImplementedError: the backend that HF_ATTNSWAP_BACKEND asks for cannot serve this call.
     """
     if chunk < 1:
@@ -64,7 +68,7 @@ def full_linear(
     key_mask: Tensor | None = None,
     eps: float | None = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Return linear attention of every query to every key: two products.
+    """Return linear attention of every query to every key, by two products: O((T + S) F Dv) time per head.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`.

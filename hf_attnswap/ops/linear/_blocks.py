@@ -1,8 +1,7 @@
-"""Causal linear attention by blocks of a few chunks in turn.
+"""Compute causal linear attention by blocks of a few chunks in turn.
 
-Features are made block by block, while they fit in a core's cache, so that no `n x F` tensor is written; kept for the
-backward pass are query, key, value, the result, and the state at the start of every block, and the features are made
-again.
+Features are made block by block, while they fit in a core's cache, so that no `n x F` tensor is written. The backward
+pass keeps query, key, value, the output, and the state at the start of every block, and makes the features again.
 """
 
 import torch
@@ -14,16 +13,24 @@ from ._features import empty_result, mapped, scaled, write_result
 
 
 def by_blocks(*arguments):
-    """Without a gradient; the arguments are those of the form `torch`."""
+    """Return what `causal_linear` returns, without a gradient.
+
+    Takes the arguments of `run` in the form `torch`, without `causal`.
+    """
     return _by_blocks(*arguments)[:3]
 
 
 def by_blocks_with_gradient(query, key, value, map_query, map_key, *rest):
+    """Return what `causal_linear` returns, with a backward pass in O(n d) memory.
+
+    Takes the arguments of `by_blocks`.
+    """
     tensors = distinct((*map_query.tensors.values(), *map_key.tensors.values()))
     return _CausalLinear.apply(query, key, value, map_query, map_key, *rest, *tensors)
 
 
 def _by_blocks(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, keep_states=False):
+    """Return output, denominator, last state, and the state before every block (empty unless `keep_states`)."""
     batch, heads, length, _ = query.shape
     kv_heads, dtype = value.shape[1], compute_dtype(query.dtype)
     out, den = empty_result(query, value, dtype if eps is None else query.dtype)
@@ -48,7 +55,9 @@ def _by_blocks(query, key, value, map_query, map_key, scale, key_mask, state, ep
 
 
 class _CausalLinear(torch.autograd.Function):
-    """With v and dn the values and the numerator's gradient, both with the denominator's column, per chunk:
+    """Run `_by_blocks` with a backward pass that makes the features of each block again.
+
+    With v and dn the values and the numerator's gradient, both with the denominator's column, per chunk:
 
     P        = tril(dn v^T),  A = tril(phi(q) phi(k)^T)
     dphi(q)  = P phi(k) + dn S^T              (S: state before the chunk)

@@ -1,4 +1,7 @@
-"""The formula over whole matrices: O(n^2), features of every token at once, float64 where the inputs are."""
+"""Compute the formula over whole matrices: O(n^2) time and memory, the features of every token at once.
+
+In float64 where the inputs are.
+"""
 
 import torch.nn.functional as F
 
@@ -8,6 +11,10 @@ from ._features import mapped, scaled
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
+    """Return what `causal_linear` returns, or what `full_linear` returns and None for the state if not `causal`.
+
+    Takes the arguments of `causal_linear` in order, and `causal`; `chunk` has no effect.
+    """
     dtype, group = compute_dtype(query.dtype), query.shape[1] // key.shape[1]
     q = mapped(scaled(query, dtype, scale), map_query)
     k = mapped(scaled(key, dtype, scale), map_key, key_mask).repeat_interleave(group, dim=1)

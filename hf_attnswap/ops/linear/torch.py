@@ -1,5 +1,7 @@
-"""The portable form. One token after a state is the recurrence; long texts go by blocks in a CPU's cache (`_blocks.py`)
-or, elsewhere and where torch.compile looks at the code, by all chunks at once in a handful of large kernels.
+"""Compute linear attention with torch alone, on any device.
+
+One token after a state is the recurrence. Long texts go by blocks in a CPU's cache (`_blocks.py`) or, elsewhere and
+where torch.compile traces the code, by all chunks at once in a handful of large kernels.
 """
 
 import torch
@@ -14,6 +16,10 @@ from ._features import empty_result, mapped, scaled, write_result
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
+    """Return what `causal_linear` returns, or what `full_linear` returns and None for the state if not `causal`.
+
+    Takes the arguments of `causal_linear` in order, and `causal`; picks the fastest function of this file.
+    """
     if not causal:
         return full(query, key, value, map_query, map_key, scale, key_mask, eps)
     if query.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
@@ -26,6 +32,7 @@ def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chun
 
 
 def one_token(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk):
+    """Return what `causal_linear` returns for one token after a state, without a gradient; O(F Dv) time per head."""
     dtype = compute_dtype(query.dtype)
     q = mapped(scaled(query, dtype, scale), map_query)
     k = mapped(scaled(key, dtype, scale), map_key, key_mask)
@@ -35,7 +42,10 @@ def one_token(query, key, value, map_query, map_key, scale, key_mask, state, eps
 
 
 def at_once(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk):
-    """All chunks together: O(n d') memory, no loop, differentiable as it stands."""
+    """Return what `causal_linear` returns, all chunks together: no loop, differentiable by autograd.
+
+    O(n F) memory, and one state per chunk.
+    """
     batch, heads, length, _ = query.shape
     kv_heads, dtype = value.shape[1], compute_dtype(query.dtype)
     q = mapped(scaled(query, dtype, scale), map_query)
@@ -56,6 +66,7 @@ def at_once(query, key, value, map_query, map_key, scale, key_mask, state, eps, 
 
 
 def full(query, key, value, map_query, map_key, scale, key_mask, eps):
+    """Return what `full_linear` returns, and None: one sum over the keys, then one product per block of queries."""
     # With a gradient, autograd keeps all features anyway.
     block = max(query.shape[2], key.shape[2], 1) if in_large_kernels(query) or torch.is_grad_enabled() else BLOCK
     rows, dtype = value.shape[0] * value.shape[1], compute_dtype(query.dtype)
@@ -67,6 +78,7 @@ def full(query, key, value, map_query, map_key, scale, key_mask, eps):
         S = torch.bmm(k.mT, v) if S is None else S.baddbmm_(k.mT, v)
 
     def of_rows(part: slice) -> tuple[Tensor, Tensor]:
+        """Return numerator `[B, H, t, Dv]` and denominator `[B, H, t, 1]` of the rows `part`."""
         q = mapped(scaled(query[:, :, part], dtype, scale), map_query)
         mixed = torch.bmm(to_rows(q, rows), S).view(*q.shape[:3], -1)
         return mixed[..., :-1], mixed[..., -1:]

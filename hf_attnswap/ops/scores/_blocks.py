@@ -1,9 +1,10 @@
-"""`sum_j a(s_ij) v_j` and `sum_j a(s_ij)` on a CPU: blocks of scores that stay in a core's cache.
+"""Compute `sum_j a(s_ij) v_j` and `sum_j a(s_ij)` on a CPU, by blocks of scores that stay in a core's cache.
 
-One key/value head with its group of query heads at a time, rows by rows and keys by keys: a block of scores is made by
-one product, activated in place and consumed by the next product. Where an activation needs the largest score of its
-row, all scores of fewer rows are made first. The backward pass makes each block again (as Dao 2022, "FlashAttention",
-does for softmax) and goes through its activation alone by autograd. O(n^2 d) time, O(n d) memory.
+The loops take one key/value head with its group of query heads at a time, then blocks of rows, then blocks of keys:
+a block of scores is made by one product, activated in place and consumed by the next product. Where an activation
+needs the largest score of its row, all scores of fewer rows are made first. The backward pass makes each block again
+(as Dao 2022, "FlashAttention", does for softmax) and goes through its activation alone by autograd. O(n^2 d) time,
+O(n d) memory.
 """
 
 import torch
@@ -23,14 +24,19 @@ WORTH_IT = 1 << 18
 def blocked_scores(
     query: Tensor, key: Tensor, value: Tensor, activation: Activation, *, causal: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the sums of weights times values, and of weights, over all keys or all up to the row.
+    """Return the sums of weights times values, and of weights, over all keys or over those up to the row.
 
     Args:
-        query: `[B, H, T, D]`, scaled; key: `[B, Hkv, S, D]`; value: `[B, Hkv, S, Dv]`. Causal queries are the last T.
-        activation: its factor is already in the queries. With a gradient it must not need the largest score of a row.
+        query: `[B, H, T, D]`, times the scaling and the activation's factor already; key: `[B, Hkv, S, D]`; value:
+            `[B, Hkv, S, Dv]`. Causal queries are the last T of S.
+        activation: where gradients are enabled, one that does not need the largest score of a row.
+        causal: whether keys after the row are left out.
 
     Returns:
-        `[B, H, T, Dv]` and, where the denominator needs it, `[B, H, T, 1]`; both in `compute_dtype`.
+        `[B, H, T, Dv]` and, where the denominator needs it, `[B, H, T, 1]` (else None); both in `compute_dtype`.
+
+    Raises:
+        ValueError: gradients are enabled and the activation needs the largest score of a row.
     """
     if not torch.is_grad_enabled():
         return _sums(query, key, value, activation, causal)
@@ -40,6 +46,7 @@ def blocked_scores(
 
 
 def _sums(query, key, value, activation, causal):
+    """Return what `blocked_scores` returns, without a gradient."""
     needs_peak, needs_total = activation.needs_peak, activation.needs_total
     dtype = compute_dtype(query.dtype)
     batch, heads, length, dim = query.shape
@@ -88,7 +95,10 @@ def _sums(query, key, value, activation, causal):
 
 
 class _Blocked(torch.autograd.Function):
-    """With dn and dl the gradients of both sums, per block: da = dn v^T + dl, dv = a^T dn; autograd from a to q, k."""
+    """Add a backward pass to `_sums`, block by block.
+
+    With dn and dl the gradients of both sums, per block: da = dn v^T + dl, dv = a^T dn; autograd from a to q, k.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, activation, causal, *tensors):
@@ -144,7 +154,7 @@ class _Blocked(torch.autograd.Function):
 
 
 def _count(like: Tensor, diagonal: int, size: int, seen: int, causal: bool) -> Tensor:
-    """How many keys each of `size` rows may attend to, `[size, 1]`; the first of them sees those up to `diagonal`."""
+    """Return how many keys each of `size` rows may attend to, `[size, 1]`; the first row sees keys 0 to `diagonal`."""
     dtype = compute_dtype(like.dtype)
     if not causal:
         return like.new_full((size, 1), seen, dtype=dtype)
@@ -152,7 +162,13 @@ def _count(like: Tensor, diagonal: int, size: int, seen: int, causal: bool) -> T
 
 
 def _forbid(scores: Tensor, first: int, diagonal: int, future: Tensor) -> Tensor:
-    """-inf at the keys after the row, in place; the columns of `scores` begin at key `first`."""
+    """Return the scores with -inf at the keys after the row, set in place.
+
+    Args:
+        scores: `[G, size, keys]`, whose columns begin at key `first`.
+        diagonal: the key at the place of the first row.
+        future: -inf above the diagonal, 0 elsewhere, at least `[size, size]`.
+    """
     size, last = scores.shape[1], first + scores.shape[2]
     if last > diagonal:
         start = max(first, diagonal)

@@ -1,4 +1,8 @@
-"""The portable form: one row at once; on a CPU long plain texts by blocks in its cache; all else by tiles of rows."""
+"""Compute scores with torch alone, on any device.
+
+One row goes at once, long plain texts on a CPU by blocks that fit its cache (`_blocks.py`), all else by tiles of rows
+(`ops/rows.py`).
+"""
 
 import torch
 
@@ -11,6 +15,10 @@ from .reference import weights_and_denominator, with_gain
 
 
 def run(query, key, value, mask, scaling, activation, gain, result_dtype):
+    """Return what `score_attention` returns, by the fastest of `one_row`, `by_blocks` and `by_tiles`; O(n d) memory.
+
+    Takes the arguments of `score_attention` in order.
+    """
     if query.shape[2] == 1:
         form = one_row
     else:
@@ -19,7 +27,7 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
 
 
 def _attend(query, key, value, bias, tile: Tile, mask, scaling, activation, gain, result_dtype):
-    """The rows of one tile."""
+    """Return the output of the rows of one tile, `[B, H, t, Dv]` in `result_dtype`."""
     dtype = compute_dtype(query.dtype)
     bias = None if bias is None else bias.to(dtype)
     weights, denominator = weights_and_denominator(
@@ -31,12 +39,16 @@ def _attend(query, key, value, bias, tile: Tile, mask, scaling, activation, gain
 
 
 def one_row(query, key, value, mask, scaling, activation, gain, result_dtype):
+    """Return the output of a single query row, such as a step of generation; O(S d) time. Arguments as in `run`."""
     tile = Tile(slice(None), slice(None), mask.matrix(query.device))
     return _attend(query, key, value, mask.bias, tile, mask, scaling, activation, gain, result_dtype)
 
 
 def by_tiles(query, key, value, mask, scaling, activation, gain, result_dtype):
+    """Return the output of all rows, tile by tile, under any mask; O(n d) memory. Arguments as in `run`."""
+
     def attend(query, key, value, bias, tile: Tile, carry):
+        """Return the output of one tile; no tile hands anything on."""
         return (_attend(query, key, value, bias, tile, mask, scaling, activation, gain, result_dtype),), carry
 
     size = rows_per_tile(query.shape[0], query.shape[1], key.shape[2])
@@ -46,13 +58,18 @@ def by_tiles(query, key, value, mask, scaling, activation, gain, result_dtype):
 
 
 def fits_blocks(query, key, mask, activation) -> bool:
-    """Whether blocks of scores in a CPU's cache serve the call, and are worth it."""
+    """Return whether blocks of scores in a CPU's cache can serve the call, and are faster than tiles.
+
+    Blocks can serve a causal or full mask without padding, bias, soft cap or sinks, where no gradient through the
+    largest score of a row is needed.
+    """
     scores_per_head = query.shape[2] * key.shape[2] * query.shape[1] // key.shape[1]
     simple = mask.plain and mask.valid is None and not (torch.is_grad_enabled() and activation.needs_peak)
     return simple and scores_per_head >= WORTH_IT and not in_large_kernels(query)
 
 
 def by_blocks(query, key, value, mask, scaling, activation, gain, result_dtype):
+    """Return the output of all rows by blocks in a CPU's cache, where `fits_blocks` holds. Arguments as in `run`."""
     dtype = compute_dtype(query.dtype)
     query = query.to(dtype)
     query = query * (scaling * activation.factor_for(query))

@@ -1,4 +1,4 @@
-"""Softmax over a sliding window and the first tokens (sinks): O(n (w + m) d) time, O(n d) memory.
+"""Compute softmax attention over a sliding window and the first tokens (sinks): O(n (w + m) d) time, O(n d) memory.
 
 Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language models with attention sinks", 2023.
 """
@@ -25,12 +25,15 @@ def window_attention(
 ) -> tuple[Tensor, WindowState | None]:
     """Return softmax attention to the last `window` keys and the first `sinks`, and what to remember.
 
-    Both are counted among the tokens that are not padding, and the token itself is one of the window.
+    `o_i = sum_{j in W_i} e^{s_ij} v_j / sum_{j in W_i} e^{s_ij}` with `s_ij = scaling q_i . k_j`. Sums are float32
+    whatever the dtype of the inputs (float64 for float64). O(T (w + m) D) time per head; O(n d) memory.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`. Query heads share key/value heads in
             equal groups.
         scaling: factor of the scores.
+        window: how many of the last tokens each row sees, the row's token included; padding does not count.
+        sinks: how many of the first tokens each row sees; padding does not count.
         valid: bool `[B, T]`, False at padding; None where there is none.
         state: what is remembered of the tokens before; None at the start of a text.
         keep_state: whether to return what to remember after these tokens.

@@ -1,4 +1,4 @@
-"""The formula over whole matrices: O(n^2), float64 where the inputs are; without a state."""
+"""Compute the formula over whole matrices: O(n^2) time and memory, in float64 where the inputs are; without a state."""
 
 import torch
 from torch import Tensor
@@ -8,23 +8,37 @@ from ..heads import compute_dtype, mix, scores
 
 
 def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state):
+    """Return why this form cannot serve a call that takes or keeps a state, in words; None for all other calls."""
     return "the formula over whole matrices keeps no state for generation" if state is not None or keep_state else None
 
 
 def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
+    """Return what `window_attention` returns, and None for the state, from the whole matrix of weights; O(n^2) memory.
+
+    Takes the arguments of `window_attention` in order; differentiable by autograd.
+    """
     allowed = Mask(query.shape[2], key.shape[2], valid).matrix(query.device)
     q, k, v = (t.to(compute_dtype(query.dtype)) for t in (query, key, value))
     return mix(window_weights(q, k, allowed, scaling, window, sinks), v).to(query.dtype), None
 
 
 def window_weights(query: Tensor, key: Tensor, allowed: Tensor, scaling: float, window: int, sinks: int) -> Tensor:
-    """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `allowed` leaves it."""
+    """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `allowed` leaves the row.
+
+    Args:
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; allowed: bool, broadcastable to `[B, H, T, S]`.
+        scaling, window, sinks: as in `window_attention`.
+    """
     s = scores(query * scaling, key).masked_fill(~near(allowed, window, sinks), float("-inf"))
     return torch.softmax(s, dim=-1).nan_to_num(0.0)
 
 
 def near(allowed: Tensor, window: int, sinks: int) -> Tensor:
-    """Return which keys are the last `window` or the first `sinks` among those that each row may attend to. O(n^2)."""
+    """Return which keys are the last `window` or the first `sinks` among those that each row may attend to; O(n^2).
+
+    Args:
+        allowed: bool `[..., T, S]`; the output has the same shape.
+    """
     rank = allowed.long().cumsum(-1)
     count = rank[..., -1:]
     return allowed & ((rank > count - window) | (rank <= sinks))

@@ -1,4 +1,7 @@
-"""The portable form: chunks of rows, each over its own tokens and the w before them, in blocks that fit a cache."""
+"""Compute window attention with torch alone, on any device.
+
+Rows go by chunks, each over its tokens and the w before them, in blocks that fit a cache.
+"""
 
 from ..chunks import from_chunks
 from ..rows import by_rows
@@ -6,6 +9,10 @@ from ..sliding import Step, context
 
 
 def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
+    """Return what `window_attention` returns; one token after a state goes in few kernels. O(n d) memory.
+
+    Takes the arguments of `window_attention` in order.
+    """
     at = context(query, key, value, valid, window, sinks, state)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
@@ -13,6 +20,7 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     else:
 
         def attend(query, key, value, bias, tile, carry):
+            """Return the output of one tile, `[B, H, t, Dv]`."""
             numerator, denominator, _ = at.softmax_parts(query, key, value, tile, scaling)
             # Every valid row sees itself, so its denominator is at least 1.
             out = numerator / denominator.clamp(min=1)
