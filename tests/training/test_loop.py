@@ -388,7 +388,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):
 
 def test_the_place_where_a_loss_is_no_longer_finite_is_named():
     model = swap(tiny(), "relu_norm", gain=True)
-    model.model.layers[1].self_attn.attnswap.finish = lambda out: out * float("inf")
+    model.model.layers[1].self_attn.attnswap.head_gain = lambda: torch.full((4,), float("inf"))
     with pytest.raises(FloatingPointError, match=r"the output of model\.layers\.1\.self_attn\.attnswap \(relu_norm\)$"):
         run(model)
     with torch.no_grad():

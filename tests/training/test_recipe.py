@@ -13,6 +13,7 @@ from hf_attnswap.integration.swapping import describe
 from hf_attnswap.publish import measured
 from hf_attnswap.sources import conversions
 from hf_attnswap.sources.models import load
+from hf_attnswap.tradeoff.rows import stage_of
 from hf_attnswap.training import loop
 from hf_attnswap.training import recipe as recipe_module
 from hf_attnswap.training.recipe import read_recipe
@@ -112,7 +113,8 @@ def test_softmax_trained_first_is_what_is_converted_and_what_teaches(convert, re
     assert f"--teacher_name_or_path {out / '1_finetune' / 'model'}" in said
     found = conversions.find(out)
     assert [group["attention"] for group in found.swapped] == ["hedgehog+window"]
-    again = measured.recipe({"model": {"name": "org/base"}}, {"training": found.training}, "org/base")
+    arm = SimpleNamespace(training=[stage_of(stage) for stage in found.training])
+    again = measured.recipe(SimpleNamespace(model=SimpleNamespace(name="org/base")), arm, "org/base")
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
     told = [
         (name, given.get("attention")) for name, given in read_recipe(tmp_path / "again.yaml", {"train_file": text})
@@ -253,24 +255,24 @@ def test_from_a_recipe_to_a_model_card(convert, recipe, checkpoint, text, tmp_pa
     given = ["tradeoff", checkpoint, "--arm", out, "--train_file", text, "--block_size", "32", *sizes]
     assert attnswap(monkeypatch, *given, "--output_dir", measured) == 0
     found = report.read(measured / "report.json")
-    arms = {arm["label"]: arm for arm in found["arms"]}
+    arms = {arm.label: arm for arm in found.arms}
     where = "layers=1:3"
     assert list(arms) == [
         "softmax", f"none:{where}", f"window:window=4,sinks=1,{where}", f"hedgehog:{where}", "hedgehog+window of out"
     ]  # fmt: skip
     arm = arms["hedgehog+window of out"]
-    assert {a["status"] for a in arms.values()} == {"measured"} and arm["conversion"] == "out"
-    assert [s["layers"] for a in arms.values() for s in a["swapped"]] == [[1, 2]] * 4
-    assert arm["cost_class"] == "quadratic" and arm["cost"].endswith(", softmax in 1 of 3 layers")
-    assert [check["passed"] for check in arm["checks"]] == [True] * 5
-    assert [(s["stage"], s["tokens"], s["steps"]) for s in arm["training"]] == [
+    assert {a.status for a in arms.values()} == {"measured"} and arm.conversion == "out"
+    assert [group.layers for a in arms.values() for group in a.swapped] == [[1, 2]] * 4
+    assert arm.cost_class == "quadratic" and arm.cost.endswith(", softmax in 1 of 3 layers")
+    assert [check.passed for check in arm.checks] == [True] * 5
+    assert [(stage.stage, stage.size, stage.steps) for stage in arm.training] == [
         ("align", 96, 3), ("distill", 96, 3), ("finetune", 64, 4)
     ]  # fmt: skip
-    assert arm["training_tokens"] == 256
-    assert arm["training"][0]["first_loss"] == pytest.approx(read_log(out / "1_align")[0]["loss"], rel=5e-6)
-    assert arm["training"][1]["trains"].startswith("LoRA") and arm["training"][1]["text"] == "text.txt"
-    assert {a["arm"] for a in arm["perplexity"][0]["against"]} == set(arms) - {"softmax", arm["label"]}
-    assert str(tmp_path) not in json.dumps(found)
+    assert arm.training_tokens == 256
+    assert arm.training[0].first_loss == pytest.approx(read_log(out / "1_align")[0]["loss"], rel=5e-6)
+    assert arm.training[1].trains.startswith("LoRA") and arm.training[1].text == "text.txt"
+    assert {a.arm for a in arm.perplexity[0].against} == set(arms) - {"softmax", arm.label}
+    assert str(tmp_path) not in (measured / "report.json").read_text()
 
     origin = ["--base_model", "org/base", "--license", "mit"]
     told = ["card", out, "user/mine", "--report", measured / "report.json", *origin]
