@@ -265,8 +265,14 @@ def arms(report: Report) -> Table:
         Column("formula", lambda arm: plain(arm.formula)),
         Column("options", options),
         Column("source", lambda arm: plain(arm.source)),
+        *([Column("runs", _forms)] if any(arm.backends for arm in report.arms) else []),
     ]
     return Table.of(ARMS, columns, report.arms)
+
+
+def _forms(arm: Arm) -> str:
+    """Return which form of which op ran."""
+    return plain(", ".join(f"{op}: {' and '.join(forms)}" for op, forms in sorted(arm.backends.items()))) or "-"
 
 
 def perplexity(report: Report, arm: Arm, context: int | None) -> str:

@@ -365,6 +365,7 @@ class Arm:
         new_parameters: how many parameters the swap adds.
         reason: why nothing was measured, unless status is "measured".
         curve: perplexity during training. conversion: name of the converted model, where the arm is one.
+        backends: by op, which of its forms ran while the perplexity was measured.
 
     Raises:
         ValueError: no reason, a perplexity that is not finite in a measured arm, or an entry that is there twice.
@@ -388,6 +389,7 @@ class Arm:
     training_seconds: Amount | None = None
     curve: list[CurvePoint] = Field(default_factory=list)
     conversion: Name | None = None
+    backends: dict[str, list[Name]] = Field(default_factory=dict)
     checks: list[Check] = Field(default_factory=list)
     growth: dict[str, Growth] = Field(default_factory=dict)
     diagnostics: Diagnostics | None = None

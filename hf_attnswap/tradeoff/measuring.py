@@ -30,6 +30,7 @@ from ..evaluation.perplexity import count_units, perplexity
 from ..evaluation.tasks import check_tasks, text_tokens
 from ..integration.finding import head_shape, inspect
 from ..integration.swapping import restore, swapped_modules
+from ..ops.backends import watch
 from ..report.types import Data, Report
 from ..sources.files import write_whole
 from ..sources.texts import TextSource, token_blocks
@@ -202,12 +203,13 @@ def _quality(
         return json.loads(path.read_text())
     result: dict[str, Any] = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0}
     result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None, "tasks": [], "swapped": [], "kept": 0}
+    result["backends"] = {}
     try:
         swapped = build(arm, model)
         own = [p for attention in swapped_modules(swapped).values() for p in attention.parameters()]
         result["new_parameters"] = sum(p.numel() for p in own)
         saved = (getattr(swapped.config, NAME, None) or {}).get("swapped") or []
-        result["swapped"] = [{"kind": "causal"} | group for group in saved]  # the first format names no kind
+        result["swapped"] = list(saved)
         result["kept"] = sum(entry.swapped is None for entry in inspect(swapped))
         if own and settings.align_tokens and arm.conversion is None:
             result["alignment"] = _align(arm, swapped, train_blocks, settings, course)
@@ -226,7 +228,9 @@ def _quality(
                 raise RuntimeError(f"it fails the check {check['name']!r}: {check['says']}{off}")
         for context in settings.context_lengths:
             course.say(f"{arm.label}: perplexity at context {context}")
-            found = perplexity(swapped, eval_tokens, context, _blocks(settings, context))
+            with watch() as ran:
+                found = perplexity(swapped, eval_tokens, context, _blocks(settings, context))
+            result["backends"] = {op: sorted(backends) for op, backends in ran.items()}
             result["nll"][str(context)] = found.nll
             result["by_position"][str(context)] = found.by_position
             course.advance(settings.max_eval_tokens)

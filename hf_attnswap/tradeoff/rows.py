@@ -40,6 +40,7 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
         training=training,
         training_tokens=sum(stage.size or 0 for stage in training) + (alignment.tokens if alignment else 0),
         conversion=arm.conversion.name if arm.conversion else None,
+        backends=result["backends"],
         checks=[
             types.Check(check["name"], check["passed"], _finite(check["worst"]), check["limit"])
             for check in result["checks"]

@@ -13,6 +13,7 @@ from tiny_models import tiny
 
 from hf_attnswap import UsageError, attentions, report, swap
 from hf_attnswap.evaluation.tasks.writing import agreement, continuations
+from hf_attnswap.report.pages import paper
 from hf_attnswap.sources.texts import TextSource, token_blocks
 from hf_attnswap.statistics import paired_bootstrap
 from hf_attnswap.tradeoff import Arm, Settings, measure, with_controls
@@ -82,6 +83,13 @@ def test_perplexity_and_paired_comparisons(measured):
     assert against.value == pytest.approx(hybrid.perplexity / arms["elu"].perplexity[0].perplexity)
     assert math.log(softmax.word_perplexity) > math.log(softmax.perplexity)
     assert softmax.by_position[-1].last == 31
+
+
+def test_the_report_says_which_form_of_which_op_ran(measured):
+    arms = {arm.label: arm.backends for arm in measured[0].arms}
+    assert arms["softmax"] == {} and arms["elu"] == {"linear": ["torch"]}
+    assert arms["elu+window:window=4,sinks=1"] == {"hybrid": ["torch"]}
+    assert "| linear: torch |" in paper(measured[0], [])
 
 
 def test_tasks_are_compared_on_the_same_items(measured, text):
@@ -169,7 +177,7 @@ def test_growth_of_three_lengths_and_three_rounds():
         for n in (100, 200, 400)
     }
     empty = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0, "nll": {}, "checks": []}
-    empty |= {"by_position": {}, "diagnostics": None, "tasks": [], "swapped": [], "kept": 0}
+    empty |= {"by_position": {}, "diagnostics": None, "tasks": [], "swapped": [], "kept": 0, "backends": {}}
     softmax, elu = (row(Arm(name, name, {}), dict.fromkeys(("softmax", "elu"), empty), runs, {}) for name in LABELS)
     assert softmax.growth["prefill_s"].exponent == pytest.approx(2) and set(softmax.growth) == {"prefill_s"}
     assert elu.growth["prefill_s"].exponent == pytest.approx(1) and elu.growth["prefill_s"].lengths == 3
