@@ -67,3 +67,12 @@ def test_the_commands_run_in_their_order(folder, monkeypatch, capsys):
             assert not stop.value.code, f"{line}\n{capsys.readouterr().err}"
         elif program == "accelerate":
             training.main(words[3:])
+
+
+@pytest.mark.parametrize(
+    "page", ("README.md", "CONTRIBUTING.md", "docs/findings.md", "benchmarks/results/README.md", "model_cards/README.md")
+)
+def test_links_lead_somewhere(page):
+    path = Path(hf_attnswap.__file__).parents[1] / page
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / link).exists(), f"{page} links to {link}"
