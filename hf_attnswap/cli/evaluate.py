@@ -4,7 +4,6 @@ import math
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import UsageError
 from ..evaluation.tasks import help_text
@@ -21,6 +20,7 @@ from .options import (
     TextColumn,
     TrustRemoteCode,
     show,
+    status,
     table_of,
     text_source,
 )
@@ -88,9 +88,9 @@ def evaluate(
             "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
         },
     }  # fmt: skip
-    with Console(stderr=True).status("loading the model") as status:
-        against = _measure(control, None, status.update, is_control=True, **told) if control else None
-        ours = _measure(model, against, status.update, is_control=False, **told)
+    with status("loading the model") as say:
+        against = _measure(control, None, say, is_control=True, **told) if control else None
+        ours = _measure(model, against, say, is_control=False, **told)
     content, tables = _result(ours, against)
     show(as_json, content, *tables)
 

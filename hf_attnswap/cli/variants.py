@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError
@@ -64,11 +63,11 @@ def _overview(variants: list[dict[str, Any]]) -> Table:
     for variant in variants:
         table.add_row(
             variant["name"],
-            escape(variant["cost"]),
+            variant["cost"],
             variant["masks"].partition(",")[0],
             "fixed" if variant["state"] == "constant" else "grows",
             "yes" if variant["parameters"] else "-",
-            "control" if variant["control"] else escape(variant["source"]),
+            "control" if variant["control"] else variant["source"],
         )
     table.expand = True
     table.caption = (
@@ -99,5 +98,5 @@ def _details(variant: dict[str, Any]) -> Table:
         "runs": ", ".join(variant["ops"]) + f" with {variant['backend']}" if variant["ops"] else "one call of torch",
     }
     for what, value in rows.items():
-        table.add_row(what, escape(value))
+        table.add_row(what, value)
     return table
