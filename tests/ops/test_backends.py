@@ -210,16 +210,12 @@ def test_each_thread_chooses_and_watches_for_itself():
 
 
 def test_the_variable_is_read_on_import():
-    def run(value):
-        return subprocess.run(
-            [sys.executable, "-c", "from hf_attnswap.ops import backends; print(backends.forced())"],
-            env={**os.environ, backends.VARIABLE: value},
-            capture_output=True,
-            text=True,
-        )
-
-    assert run("reference").stdout.strip() == "{'all ops': 'reference'}"
-    wrong = run("fast")
+    wrong = subprocess.run(
+        [sys.executable, "-c", "import hf_attnswap.ops.backends"],
+        env={**os.environ, backends.VARIABLE: "fast"},
+        capture_output=True,
+        text=True,
+    )
     assert wrong.returncode == 1 and wrong.stderr.strip().endswith(
         "UsageError: HF_ATTNSWAP_BACKEND=fast: no op has a backend 'fast'; expected one of reference, torch"
     )
