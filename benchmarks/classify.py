@@ -115,8 +115,8 @@ def stage(args: Classify, accelerator: Accelerator) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    accelerator = start(args)
-    result = stage(args, accelerator)
+    with start(args) as accelerator:
+        result = stage(args, accelerator)
     accelerator.end_training()
     return result
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import UsageError
+from .lock import LOCK
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:
@@ -62,5 +63,10 @@ def require_empty(path: Path) -> None:
     """Raise UsageError where `path` is a file, or a folder with something in it."""
     if path.is_file():
         raise UsageError(f"output folder {str(path)!r} is a file")
-    if path.is_dir() and any(path.iterdir()):
+    if holds_something(path):
         raise UsageError(f"output folder {str(path)!r} is not empty: name another one, or empty it")
+
+
+def holds_something(folder: Path) -> bool:
+    """Return whether `folder` is there and has something in it beside the lock of a process."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())

@@ -50,8 +50,8 @@ def run_stage(name: str, words: Sequence[str]) -> None:
     options = parse(
         stage, words, prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} [options]", description=text, epilog=OUTPUT
     )
-    accelerator = start(options)
-    options.run(accelerator)
+    with start(options) as accelerator:
+        options.run(accelerator)
     accelerator.end_training()
 
 

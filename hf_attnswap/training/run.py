@@ -1,7 +1,7 @@
 """Run a training: load the text that its options ask for, swap the model, run the steps, and save the model."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..integration.swapping import describe, restore, swap, swapped_modules
 from ..launch import build_accelerator, say, unit_bar
 from ..sources.files import require_empty, whole_folder
+from ..sources.lock import alone_in
 from ..sources.texts import TextSource, token_blocks
 from ..sources.tokens import default_folder
 from .batches import Batches
@@ -27,24 +28,26 @@ from .options import TextOptions, TrainingOptions, identity
 SHUFFLED_TOKENS = 1_000_000
 
 
-def start(options: TrainingOptions) -> Accelerator:
-    """Return the accelerator of a run, after checking its output folder and its trackers.
+@contextmanager
+def start(options: TrainingOptions) -> Iterator[Accelerator]:
+    """Yield the accelerator of a run, after checking its output folder, which no other process enters meanwhile.
 
     Raises:
-        UsageError: the output folder is not empty (of a resumed run: holds a model already), or no tracker of
-            `report_to` is installed; or as `build_accelerator` does.
+        UsageError: the output folder is not empty (of a resumed run: holds a model already), or another process is in
+            it, or no tracker of `report_to` is installed; or as `build_accelerator` does.
     """
     accelerator = build_accelerator(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=options.report_to if options.with_tracking else None,
         project_dir=options.output_dir,
     )
-    require_empty(options.output_dir / "model" if options.resume_from_checkpoint else options.output_dir)
-    accelerator.wait_for_everyone()  # before one process writes into the folder that another finds empty
-    if options.with_tracking and not accelerator.log_with:
-        raise UsageError(f"report_to is {options.report_to!r}, but no such tracker is installed")
-    set_seed(options.seed)
-    return accelerator
+    with alone_in(options.output_dir) if accelerator.is_main_process else nullcontext():
+        require_empty(options.output_dir / "model" if options.resume_from_checkpoint else options.output_dir)
+        accelerator.wait_for_everyone()  # before one process writes into the folder that another finds empty
+        if options.with_tracking and not accelerator.log_with:
+            raise UsageError(f"report_to is {options.report_to!r}, but no such tracker is installed")
+        set_seed(options.seed)
+        yield accelerator
 
 
 def swap_as_asked(model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, attention: str) -> None:
