@@ -14,7 +14,7 @@ OUTPUT = """\
 output_dir:
   model/               the finished model with its tokenizer; it appears whole, at the end
   stage.json           what trained, and the options that differ from their defaults
-  checkpoints/step_N/  the newest checkpoint, for --resume_from_checkpoint; can be removed once model/ is there
+  checkpoints/step_N/  the two newest checkpoints, for --resume_from_checkpoint; can be removed once model/ is there
   training_log.jsonl   one line per step
   validation_log.jsonl one line per --validation_steps, where --validation_file is given
 """

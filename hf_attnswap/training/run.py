@@ -141,7 +141,7 @@ def run_steps(
         )
     checkpoint = options.resume_from_checkpoint and find_checkpoint(options.resume_from_checkpoint, output_dir)
     if options.resume_from_checkpoint:
-        say(accelerator, f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting anew")
+        say(accelerator, f"going on from {checkpoint.folder}" if checkpoint else "no checkpoint yet: starting anew")
     if options.with_tracking:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(options).items()}
         accelerator.init_trackers("hf_attnswap", config=plain)

@@ -265,8 +265,8 @@ def test_resuming_ends_with_the_same_losses_and_weights(train, arguments, tmp_pa
     train(stage, [*arguments, "--output_dir", str(tmp_path / "whole")])
     save_checkpoint = loop.save_checkpoint
 
-    def cut(accelerator, output_dir, run):
-        save_checkpoint(accelerator, output_dir, run)
+    def cut(state, output_dir, run):
+        save_checkpoint(state, output_dir, run)
         if len(run["losses"]) == 4:
             raise ConnectionError("power cut")
 
