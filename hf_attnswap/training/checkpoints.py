@@ -12,12 +12,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import UsageError
-from ..sources.checksums import checksums, damage
+from ..sources.checksums import CHECKSUMS, checksums, damage
 from .state import RunState
 
 logger = logging.getLogger(__name__)
 
-RUN, CHECKSUMS = "run.json", "checksums.json"
+RUN = "run.json"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Run a training: load the text that its options ask for, swap the model, run the steps, and save the model."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -9,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import parse_options
 from ..errors import UsageError
 from ..integration.swapping import describe, restore, swap, swapped_modules
 from ..launch import build_accelerator, say, unit_bar
-from ..sources.files import require_empty, whole_folder
+from ..sources.checksums import CHECKSUMS, checksums
+from ..sources.files import require_empty, whole_folder, write_whole
 from ..sources.lock import alone_in
 from ..sources.texts import TextSource, token_blocks
 from ..sources.tokens import default_folder
@@ -193,15 +195,22 @@ def what_trains(model: nn.Module) -> str:
 
 
 def save(
-    options: TrainingOptions, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
 ) -> Path:
-    """Write the model and its tokenizer to `output_dir/model`, which appears whole, and close the trackers."""
+    """Write the model and its tokenizer to `output_dir/model`, which appears whole, and close the trackers.
+
+    The checksums of its files lie beside the folder.
+    """
     folder = options.output_dir / "model"
     state = accelerator.get_state_dict(model)  # of all processes together
     if accelerator.is_main_process:
         with whole_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
+            write_whole(options.output_dir / CHECKSUMS, json.dumps(checksums(temporary), indent=1).encode())
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
