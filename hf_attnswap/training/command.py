@@ -13,6 +13,7 @@ PROGRAM = "hf_attnswap.training"
 OUTPUT = """\
 output_dir:
   model/               the finished model with its tokenizer; it appears whole, at the end
+  checksums.json       of the files in model/, which are checked where a stage goes on from them
   stage.json           what trained, and the options that differ from their defaults
   checkpoints/step_N/  the two newest checkpoints, for --resume_from_checkpoint; can be removed once model/ is there
   training_log.jsonl   one line per step

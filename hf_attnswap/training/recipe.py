@@ -30,6 +30,7 @@ from ..attentions.base import suggestion
 from ..config import parse_options
 from ..errors import UsageError
 from ..launch import build_accelerator, say
+from ..sources.checksums import require_whole
 from ..sources.files import holds_something, write_whole
 from ..sources.lock import alone_in
 from . import stages
@@ -143,6 +144,7 @@ def _convert(accelerator: Accelerator, recipe: list[StageOptions], output_dir: P
         original = original and not stage.moves_the_original()
         model = str(folder / "model")
         if Path(model).exists():
+            require_whole(model)
             say(accelerator, f"{folder.name} is done")
             continue
         say(accelerator, f"{folder.name}: {command(name, {**given, 'output_dir': folder})}")
