@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config import NAME, plans_from_dict
 from ..errors import UsageError
+from .structured import read_yaml
 
 # What the run of a recipe leaves, and in the folder of each stage its log and what it did.
 RECIPE, LOG, RECORD = "recipe.yaml", "training_log.jsonl", "stage.json"
@@ -74,12 +73,12 @@ def _slice(layers: list[int]) -> str | list[int]:
 def _stages(path: Path) -> list[str]:
     """Return the folder of every stage; UsageError where the run has not ended."""
     try:
-        recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
-        stages = [f"{number}_{given['stage']}" for number, given in enumerate(recipe["stages"], start=1)]
-    except (KeyError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path / RECIPE} is not what the run of a recipe writes: {' '.join(str(error).split())}"
-        ) from None
+        names = [given["stage"] for given in read_yaml(path / RECIPE)["stages"]]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("each of its stages needs a name")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path / RECIPE} is not what the run of a recipe writes: {error}") from None
+    stages = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
     for name in stages:
         if not (path / name / "model").is_dir():
             raise UsageError(
@@ -110,5 +109,5 @@ def _trained(folder: Path) -> dict[str, Any]:
                 if key not in MODELS
             },
         }
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} holds no record of a stage, {RECORD} and {LOG}: {error!r}") from None

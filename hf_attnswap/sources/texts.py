@@ -1,9 +1,8 @@
 """Text from any `datasets` source, as one stream of tokens cut into blocks."""
 
-import csv
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from .blocks import cut, start_tokens
+from .rows import SUFFIXES, read_rows
+from .structured import as_text
 from .tokens import cached, fingerprint
-
-# What `datasets` calls the readers of these files, and what they are told.
-_PARAGRAPHS = ("text", {"sample_by": "paragraph"})
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": _PARAGRAPHS,
-    ".md": _PARAGRAPHS,
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".csv": ("csv", {"keep_default_na": False}),  # "null" is a text
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": csv.QUOTE_NONE}),
-}
 
 
 @dataclass(frozen=True)
@@ -45,46 +34,47 @@ class TextSource:
     column: str = "text"
 
     def rows(self) -> Iterator[str]:
-        """Yield the texts in their order. UsageError where the source or the column is not there."""
-        for row in self._table(self.column):
-            yield row[self.column]
+        """Yield the texts in their order.
+
+        Raises:
+            UsageError: the source or the column is not there, or a row holds something else than a text.
+        """
+        for (text,) in self._columns(self.column):
+            yield text
 
     def labelled(self, label_column: str) -> Iterator[tuple[str, str]]:
-        """Yield the texts with their labels. UsageError where the source or one of the columns is not there."""
-        for row in self._table(self.column, label_column):
-            yield row[self.column], str(row[label_column])
+        """Yield the texts with their labels; a label may be a number.
+
+        Raises:
+            UsageError: as `rows`, for either column.
+        """
+        yield from self._columns(self.column, label_column)
 
     def identity(self) -> dict[str, Any]:
         """Return, as JSON, what tells this source from others, and a file from what it was before it changed."""
         path = Path(self.name)
-        if path.suffix not in _READERS or not path.is_file():
+        if path.suffix not in SUFFIXES or not path.is_file():
             return asdict(self)
         stat = path.stat()
         return {**asdict(self), "name": str(path.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns}
 
-    def _table(self, *columns: str) -> Iterable[dict[str, Any]]:
-        import datasets
-
-        path = Path(self.name)
-        if path.suffix in _READERS:
-            if not path.is_file():
-                raise UsageError(f"text file {self.name!r} does not exist")
-            reader, told = _READERS[path.suffix]
-            arguments = {"path": reader, "data_files": str(path), "split": "train", **told}
-        else:
-            arguments = {"path": self.name, "name": self.config_name, "split": self.split}
-        try:
-            # Streaming: nothing is written beside the source, and a corpus need not fit.
-            table = datasets.load_dataset(**arguments, streaming=True)
-            first = next(iter(table), None)
-        except Exception as error:
-            raise UsageError(f"cannot read text from {self.name!r}: {str(error).splitlines()[0]}") from error
-        if first is None:
+    def _columns(self, *columns: str) -> Iterator[tuple[str, ...]]:
+        empty = True
+        for place, row in read_rows(self.name, self.split, self.config_name, columns):
+            empty = False
+            for column in columns:
+                if column not in row:
+                    raise UsageError(f"{place} has no column {column!r}; it has {', '.join(map(str, row))}")
+            text, *labels = (row[column] for column in columns)
+            values = (text, *(str(label) if isinstance(label, int | float) else label for label in labels))
+            for column, value in zip(columns, values, strict=True):
+                try:
+                    as_text(value)
+                except ValueError as error:
+                    raise UsageError(f"{place}: {column} is {error}") from None
+            yield values
+        if empty:
             raise UsageError(f"text source {self.name!r} is empty")
-        for column in columns:
-            if column not in first:
-                raise UsageError(f"{self.name!r} has no column {column!r}; it has {', '.join(first)}")
-        return table
 
 
 def token_blocks(
