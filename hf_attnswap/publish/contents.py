@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UsageError, shown
-from ..sources.files import read_json
+from ..sources.structured import read_object
 from . import portable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         needed = [SINGLE]
     else:
-        names = read_json(folder / INDEX).get("weight_map")
+        names = read_object(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UsageError(f"{folder / INDEX} is damaged: weight_map is {shown(names)}; expected names of shards")
         for name in names.values():
@@ -101,7 +101,7 @@ def _require_no_code(folder: Path, files: list[Path]) -> None:
     """Raise UsageError where files name code other than that which `portable` writes, or that code was changed."""
     for path in files:
         if path.name.endswith("config.json"):
-            for named in _classes(read_json(path).get("auto_map")):
+            for named in _classes(read_object(path).get("auto_map")):
                 if "--" not in named and named.partition(".")[0] != portable.FILE.removesuffix(".py"):
                     raise UsageError(
                         f"auto_map in {path} names {named}, which is code, and a push sends none: publish that code in "

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..config import NAME
 from ..errors import UsageError, shown
-from ..sources.files import read_json
+from ..sources.structured import read_object
 
 
 def require_repo_id(repo_id: str) -> None:
@@ -28,7 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UsageError: the file is missing or damaged.
     """
     try:
-        return read_json(folder / "config.json")
+        return read_object(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{folder} has no config.json: push a folder that save_pretrained wrote") from None
 

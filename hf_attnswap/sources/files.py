@@ -1,15 +1,15 @@
 """Files and folders that appear whole under their name, or not at all."""
 
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ..errors import UsageError, shown
+from ..errors import UsageError
+from .lock import LOCK
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:
@@ -65,31 +65,14 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: there is no such file.
-        UsageError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except RecursionError:
-        raise UsageError(f"{path} is damaged: it is nested too deeply") from None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is damaged: it holds {shown(content)}; expected an object")
-    return content
-
-
 def require_empty(path: Path) -> None:
     """Raise UsageError where `path` is a file, or a folder with something in it."""
     if path.is_file():
         raise UsageError(f"output folder {str(path)!r} is a file")
-    if path.is_dir() and any(path.iterdir()):
+    if holds_something(path):
         raise UsageError(f"output folder {str(path)!r} is not empty: name another one, or empty it")
+
+
+def holds_something(folder: Path) -> bool:
+    """Return whether `folder` is there and has something in it beside the lock of a process."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())

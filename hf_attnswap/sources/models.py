@@ -33,7 +33,7 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a language model in eval mode, and its tokenizer.
+    """Return a model of text in eval mode, of the class that it was saved with, and its tokenizer.
 
     A GGUF file is dequantised and loses its quantised mark, so that it can be saved and trained as any model. Weights
     that are pickled rather than safetensors are read with `allow_pickle` alone.
@@ -49,7 +49,10 @@ def load(
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         weights = {} if "gguf_file" in where else _weights(allow_pickle)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **weights, **where)
+        cls = AutoModelForCausalLM
+        if "gguf_file" not in where:
+            cls = _class(AutoConfig.from_pretrained(source, **where))
+        model = cls.from_pretrained(source, dtype=dtype, **weights, **where)
     if "gguf_file" in where:
         _forget_quantisation(model)
         model.config.name_or_path = gguf_source(model_name_or_path) or model.config.name_or_path
@@ -100,6 +103,9 @@ def load_any(
 def _class(config: PreTrainedConfig) -> Any:
     """Return the class that a model was saved with, or else the auto class for its config."""
     saved_as = getattr(transformers, (config.architectures or [""])[0], None)
+    written_by_its_repository = getattr(config, "auto_map", None) or {}
+    if saved_as is None and "AutoModelForCausalLM" in written_by_its_repository:
+        return AutoModelForCausalLM
     return saved_as or (AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel)
 
 

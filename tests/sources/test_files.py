@@ -5,7 +5,8 @@ import os
 import pytest
 
 from hf_attnswap import UsageError
-from hf_attnswap.sources.files import read_json, whole_file, whole_folder, write_whole
+from hf_attnswap.sources.files import whole_file, whole_folder, write_whole
+from hf_attnswap.sources.structured import read_object
 
 
 def test_a_planted_link_is_not_followed(tmp_path, monkeypatch):
@@ -41,4 +42,4 @@ def test_what_fails_leaves_nothing(tmp_path):
 def test_json_that_is_no_object_is_named(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UsageError, match="config.json is damaged: "):
-        read_json(tmp_path / "config.json")
+        read_object(tmp_path / "config.json")
