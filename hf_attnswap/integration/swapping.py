@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -128,6 +129,7 @@ def swapped_modules(model: nn.Module) -> dict[str, Attention]:
     }
 
 
+@torch.inference_mode(False)  # parameters that are made inside it can never train
 def build_variant(
     model: PreTrainedModel, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]
 ) -> Attention:
@@ -164,6 +166,8 @@ def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
     """Put a variant on an attention module, and see to it that every call brings the state of its layer."""
     new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
     new.layer = index
+    options = new.extra_repr()
+    new.described = f"{new.name} with {options}" if options else new.name
     module.add_module(NAME, new)
     module._attnswap_hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
@@ -189,7 +193,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         # Its name differs between models: past_key_values, layer_past, ...
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
         if cache is not None:
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx)}
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx, attention.described)}
     return args, kwargs
 
 
