@@ -17,8 +17,12 @@ from .cache import state_layer
 from .finding import AttentionModule, inspect, swappable
 from .heads import heads_of
 from .parts import model_parts, part_of
+from .reach import check_reach
 from .read_mask import ANY_MASK
 from .sources import reads_mask
+
+# What transformers asks a model before a text is sharded over processes, whose states would never be exchanged.
+SHARDED = "_supports_context_parallel"
 
 
 def swap(
@@ -44,7 +48,8 @@ def swap(
 
     Raises:
         UsageError: an unknown variant, option, layer or kind; a model already swapped; attention that cannot be
-            swapped, with the reason. The model is then as it was.
+            swapped, with the reason; layers with a sliding window or chunks that the variant cannot honour, where
+            others are without and nobody chose. The model is then as it was.
     """
     if isinstance(attention, SwapConfig):
         if layers is not None or options or kinds is not SwapConfig.kinds:
@@ -66,6 +71,7 @@ def swap(
     entries = inspect(model)
     groups = swappable(model, entries, config.kinds)
     plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
+    check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
     built = [
         (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], *choice))
         for group, plan in plans.items()
@@ -110,6 +116,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             config.__dict__.pop(guarded, None)
         if saved is not None:
             config._attn_implementation_internal = saved["kept"]
+    for module in model.modules():
+        module.__dict__.pop(SHARDED, None)
     return model
 
 
@@ -223,6 +231,9 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]], entri
         config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
     for guarded in GUARDED:
         setattr(model.config, guarded, GUARD)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            setattr(module, SHARDED, False)
     for entry in entries:
         if not hasattr(entry.module, NAME):
             entry.module._attnswap_kept = True
