@@ -71,8 +71,9 @@ def _overview(variants: list[dict[str, Any]]) -> Table:
         )
     table.expand = True
     table.caption = (
-        "masks: any includes a bias, a soft cap and sinks; padding includes packed texts. cache: whether what a layer "
-        "keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME tells all about one."
+        "masks: any includes sliding windows, a bias, a soft cap and sinks; padding includes packed texts. cache: "
+        "whether what a layer keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME "
+        "tells all about one."
     )
     table.caption_justify = "left"
     return table
@@ -91,7 +92,7 @@ def _details(variant: dict[str, Any]) -> Table:
         "cost": variant["cost"],
         "source": variant["source"],
         "attention": ", ".join(variant["kinds"]),
-        "masks": "any, a bias, a soft cap and sinks too" if variant["masks"] == "any" else variant["masks"],
+        "masks": "any, with sliding windows, a bias and sinks" if variant["masks"] == "any" else variant["masks"],
         "cache": "a state of constant size" if variant["state"] == "constant" else variant["state"],
         "options": "\n".join(options) or "none",
         "parameters": ", ".join(variant["parameters"]) or "none",
