@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError
@@ -63,16 +62,17 @@ def _overview(variants: list[dict[str, Any]]) -> Table:
     for variant in variants:
         table.add_row(
             variant["name"],
-            escape(variant["cost"]),
+            variant["cost"],
             variant["masks"].partition(",")[0],
             "fixed" if variant["state"] == "constant" else "grows",
             "yes" if variant["parameters"] else "-",
-            "control" if variant["control"] else escape(variant["source"]),
+            "control" if variant["control"] else variant["source"],
         )
     table.expand = True
     table.caption = (
-        "masks: any includes a bias, a soft cap and sinks; padding includes packed texts. cache: whether what a layer "
-        "keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME tells all about one."
+        "masks: any includes sliding windows, a bias, a soft cap and sinks; padding includes packed texts. cache: "
+        "whether what a layer keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME "
+        "tells all about one."
     )
     table.caption_justify = "left"
     return table
@@ -91,7 +91,7 @@ def _details(variant: dict[str, Any]) -> Table:
         "cost": variant["cost"],
         "source": variant["source"],
         "attention": ", ".join(variant["kinds"]),
-        "masks": "any, a bias, a soft cap and sinks too" if variant["masks"] == "any" else variant["masks"],
+        "masks": "any, with sliding windows, a bias and sinks" if variant["masks"] == "any" else variant["masks"],
         "cache": "a state of constant size" if variant["state"] == "constant" else variant["state"],
         "options": "\n".join(options) or "none",
         "parameters": ", ".join(variant["parameters"]) or "none",
@@ -101,5 +101,5 @@ def _details(variant: dict[str, Any]) -> Table:
         or "one call of torch",
     }
     for what, value in rows.items():
-        table.add_row(what, escape(value))
+        table.add_row(what, value)
     return table

@@ -113,8 +113,8 @@ def test_resuming_ends_with_the_same_weights(script, arguments, tmp_path, monkey
     arguments = [*arguments, *SWAP, "--checkpointing_steps", "2"]
     classify.main([*arguments, "--output_dir", str(tmp_path / "whole")])
 
-    def cut(accelerator, output_dir, run):
-        save_checkpoint(accelerator, output_dir, run)
+    def cut(state, output_dir, run):
+        save_checkpoint(state, output_dir, run)
         if output_dir.name == cut_at:
             raise ConnectionError("power cut")
 

@@ -77,7 +77,9 @@ def test_files_that_are_not_there_and_unknown_tasks_are_refused(tmp_path, monkey
     monkeypatch.setattr("hf_attnswap.evaluation.tasks.running.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'lm-eval is not installed: pip install "hf_attnswap\[eval\]"'):
         check_tasks(["needle", "hellaswag"])
-    with pytest.raises(UsageError, match=r"Unknown task 'nedle'. Did you mean 'needle'\? Available: needle, recall"):
+    with pytest.raises(
+        UsageError, match=r"Unknown task 'nedle'. Did you mean 'needle'\? Available: likeness, masked, needle, recall"
+    ):
         check_tasks(["nedle"])
     with pytest.raises(UsageError, match="task 'writing' goes on from a text: give one by --validation_file"):
         check_tasks(["writing"], has_text=False)
@@ -161,7 +163,7 @@ def test_generated_and_local_tasks_together(stories260k, files):
     labels = [(r.task, r.metric, len(r.scores)) for r in results]
     assert labels == [
         ("needle at 160", "found", 2), ("needle at 320", "found", 2),
-        ("recall of 30 pairs in 100 tokens", "recalled", 2), ("recall of 30 pairs in 120 tokens", "recalled", 2),
+        ("recall of 30 pairs in 101 tokens", "recalled", 2), ("recall of 30 pairs in 121 tokens", "recalled", 2),
         ("pairs", "acc", 2), ("pairs", "acc_norm", 2), ("choices", "acc", 2), ("choices", "acc_norm", 2),
         ("words", "acc", 2), ("words", "perplexity", 2),
     ]  # fmt: skip

@@ -16,19 +16,21 @@ CONFIGS = "examples/configs"
 MODULE = "hf_attnswap.training"
 SWAP = ["--attention", "hedgehog+window", "--option", "window=4", "--option", "sinks=1"]
 
-# Runs a module, but writes half a file and kills itself the fifth time that something is saved by torch: the middle of
-# the second checkpoint.
+# Runs a module, but writes half a file and kills itself the fourth time that tensors are saved: the middle of the
+# second checkpoint.
 TORN = """
-import os, runpy, signal, sys, torch
-save, calls = torch.save, []
-def torn(what, file, *arguments, **keywords):
+import os, runpy, signal, sys
+import safetensors.torch
+calls = []
+save = safetensors.torch.save_file
+def torn(tensors, file, metadata=None):
     calls.append(file)
-    if len(calls) == 5:
+    if len(calls) == 4:
         with open(file, "wb") as stream:
             stream.write(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
-    return save(what, file, *arguments, **keywords)
-torch.save = torn
+    return save(tensors, file, metadata=metadata)
+safetensors.torch.save_file = torn
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
@@ -123,7 +125,7 @@ def test_two_processes_align_as_one_that_accumulates(process, command, train, tm
     assert len(two) == 6 and two == pytest.approx(losses(tmp_path / "accumulated"), rel=1e-5)
     assert two == pytest.approx(losses(tmp_path / "batch"), rel=1e-4)
     files = {path.name for path in (tmp_path / "two" / "checkpoints" / "step_6").iterdir()}
-    assert {"random_states_0.pkl", "random_states_1.pkl"} <= files
+    assert {"process_0.json", "process_1.json"} <= files
 
 
 def test_two_processes_finetune_as_one_with_larger_batches(process, command, train, tmp_path):
@@ -209,3 +211,7 @@ def test_fsdp2_trains_and_resumes_as_one_process(process, command, tmp_path):
     assert losses(tmp_path / "resumed") == losses(tmp_path / "two")[4:]
     resumed = weights(tmp_path / "resumed")
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in ours.items())
+    assert {path.suffix for path in checkpoint.rglob("*")} == {".json", ".safetensors"}
+    more += ["--gradient_accumulation_steps", 2, "--resume_from_checkpoint", checkpoint]
+    finish(process(*command("finetune", tmp_path / "alone", *more)))  # the parts, put together in one process
+    assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "two")[4:], rel=1e-5)
