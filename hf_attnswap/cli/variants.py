@@ -43,8 +43,7 @@ def _description(cls: type) -> dict[str, Any]:
         "formula": cls.formula,
         "cost": cls.cost,
         "cost_class": cls.cost_class,
-        "backend": backends_of(cls.ops[0])[0] if cls.ops else "torch",
-        "ops": list(cls.ops),
+        "backends": {op: backends_of(op) for op in cls.ops},
         "kinds": list(cls.kinds),
         "masks": "any" if cls.any_mask else "padding, packed",
         "state": "constant" if cls.stateful else "keys, values",
@@ -96,7 +95,10 @@ def _details(variant: dict[str, Any]) -> Table:
         "cache": "a state of constant size" if variant["state"] == "constant" else variant["state"],
         "options": "\n".join(options) or "none",
         "parameters": ", ".join(variant["parameters"]) or "none",
-        "runs": ", ".join(variant["ops"]) + f" with {variant['backend']}" if variant["ops"] else "one call of torch",
+        "runs": ", ".join(
+            f"{op} (the first that can serve a call: {', '.join(forms)})" for op, forms in variant["backends"].items()
+        )
+        or "one call of torch",
     }
     for what, value in rows.items():
         table.add_row(what, value)
