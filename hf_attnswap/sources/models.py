@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -92,10 +93,19 @@ def load_any(
         find_dtype(dtype)
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, **where)
-        saved_as = getattr(transformers, (config.architectures or [""])[0], None)
-        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-        model = (saved_as or auto_class).from_pretrained(source, dtype=dtype, **_weights(allow_pickle), **where)
+        model = _class(config).from_pretrained(source, dtype=dtype, **_weights(allow_pickle), **where)
     return model.eval(), _processor(source, where)
+
+
+def _class(config: PreTrainedConfig) -> Any:
+    """Return the class that a model was saved with, or else the auto class for its config."""
+    saved_as = getattr(transformers, (config.architectures or [""])[0], None)
+    written_by_its_repository = getattr(config, "auto_map", None) or {}
+    if saved_as is None and "AutoModelForCausalLM" in written_by_its_repository:
+        return AutoModelForCausalLM
+    # The causal model of an encoder-decoder is its decoder alone.
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    return saved_as or (AutoModelForCausalLM if causal else AutoModel)
 
 
 def _processor(source: str, where: dict[str, Any]) -> Any:
@@ -216,10 +226,12 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model of any kind without its weights (on the meta device), which is enough for `inspect`."""
+    """Build the model that `load_any` loads, without its weights (on the meta device): enough for `inspect`."""
     source, where = _source(model_name_or_path)
     with _one_line(f"cannot read the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        cls = _class(config)
         with torch.device("meta"):
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            if issubclass(cls, PreTrainedModel):
+                return cls._from_config(config)
+            return cls.from_config(config, trust_remote_code=trust_remote_code)
