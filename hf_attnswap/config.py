@@ -16,7 +16,13 @@ GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
 # model, with experts or without.
 GUARDED = ("attn_implementation", "experts_implementation")
 
-FORMAT_VERSION = 2
+# Stands before the name of the class in config.json: programs that go by the name alone know no such model.
+ARCHITECTURE = "Attnswap"
+# The tensor of each swapped layer that is there even where a variant has no parameters: programs that take the weights
+# strictly stop at it.
+MARKER = "marker"
+
+FORMAT_VERSION = 3
 
 # For each layer index: a variant and all its options.
 Plan = dict[int, tuple[str, dict[str, Any]]]
@@ -130,8 +136,11 @@ def plans_from_dict(saved: Any) -> dict[str, Plan]:
     """
     version = saved.get("format_version") if isinstance(saved, Mapping) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        newer = ": upgrade hf_attnswap" if type(version) is int and version > FORMAT_VERSION else ""
-        raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}{newer}")
+        advice = ""
+        if type(version) is int:
+            newer = version > FORMAT_VERSION
+            advice = ": upgrade hf_attnswap" if newer else ": an older hf_attnswap wrote it; convert the model again"
+        raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}{advice}")
     plans: dict[str, Plan] = {}
     try:
         if not isinstance(saved["kept"], str):
@@ -155,6 +164,12 @@ def plans_from_dict(saved: Any) -> dict[str, Plan]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"attnswap in config.json is damaged: {error} in {saved!r}") from None
     return plans
+
+
+def known_architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of classes of transformers that a config.json holds, as they are without `ARCHITECTURE`."""
+    names = config.get("architectures") or []
+    return [str(name).removeprefix(ARCHITECTURE) if NAME in config else name for name in names]
 
 
 def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 
 from .. import attentions
 from ..attentions.base import KINDS
-from ..config import NAME, plans_from_dict
+from ..config import NAME, known_architectures, plans_from_dict
 from ..errors import UsageError
 from ..report.facts import swapped_layers
 from ..report.table import Table, escape, markdown
@@ -215,7 +215,7 @@ def _limits(groups: list[dict[str, Any]], partial: bool) -> list[str]:
 
 
 def _use(config: dict[str, Any], repo_id: str) -> str:
-    task, architecture = _task(config), (config.get("architectures") or ["AutoModel"])[0]
+    task, architecture = _task(config), (known_architectures(config) or ["AutoModel"])[0]
     name, call = architecture, f'model = {architecture}.from_pretrained("{repo_id}")'
     example = {"text-generation": '"Once upon a time"', "text-classification": '"It is a pleasure to watch."'}
     if task in example:
@@ -226,5 +226,5 @@ def _use(config: dict[str, Any], repo_id: str) -> str:
 
 
 def _task(config: dict[str, Any]) -> str | None:
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = (known_architectures(config) or [""])[0]
     return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
