@@ -14,6 +14,7 @@ from ..integration.swapping import swapped_modules
 from ..masks import Mask
 from ..ops.scores.reference import score_weights
 from ..ops.spec import Activation
+from .predictions import NOTHING, next_token_labels
 
 FLAT = 0.01  # a weight that changes by less than this part of itself per unit of its score is saturated
 
@@ -41,14 +42,17 @@ class LayerGradients:
     saturated: float | None
 
 
-def gradient_flow(model: nn.Module, input_ids: Tensor, with_softmax: bool = False) -> list[LayerGradients]:
+def gradient_flow(
+    model: nn.Module, input_ids: Tensor, with_softmax: bool = False, labels: Tensor | None = None
+) -> list[LayerGradients]:
     """Return the gradients of every swapped layer in one backward pass of the language-modelling loss, in layer order.
 
     Cost: one forward and one backward pass, and O(n^2) memory per layer for the weights.
 
     Args:
-        input_ids: int64 `[B, n]`; also the labels.
+        input_ids: int64 `[B, n]`.
         with_softmax: run softmax in the swapped layers, for comparison.
+        labels: what is predicted at each place, int64 `[B, n]`; the next tokens by default.
 
     Raises:
         UsageError: the model is not swapped.
@@ -70,9 +74,10 @@ def gradient_flow(model: nn.Module, input_ids: Tensor, with_softmax: bool = Fals
     with answering(model, look), _layer_inputs(model, norms), _frozen(model), torch.enable_grad():
         embedded = model.get_input_embeddings()(input_ids.to(next(model.parameters()).device))
         embedded = embedded.detach().requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        labels = next_token_labels(input_ids) if labels is None else labels
         nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), input_ids[:, 1:].flatten().to(logits.device)
+            logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=NOTHING
         ).backward()
     return [
         LayerGradients(

@@ -171,7 +171,7 @@ def _read_architectures(original):
     @functools.wraps(original)
     def dict_from_json_file(cls, json_file):
         read = original.__func__(cls, json_file)
-        if isinstance(read, dict) and NAME in read:
+        if isinstance(read, dict) and NAME in read and read.get("architectures"):
             read["architectures"] = known_architectures(read)
         return read
 

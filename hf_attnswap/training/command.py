@@ -13,8 +13,9 @@ PROGRAM = "hf_attnswap.training"
 OUTPUT = """\
 output_dir:
   model/               the finished model with its tokenizer; it appears whole, at the end
+  checksums.json       of the files in model/, which are checked where a stage goes on from them
   stage.json           what trained, and the options that differ from their defaults
-  checkpoints/step_N/  the newest checkpoint, for --resume_from_checkpoint; can be removed once model/ is there
+  checkpoints/step_N/  the two newest checkpoints, for --resume_from_checkpoint; can be removed once model/ is there
   training_log.jsonl   one line per step
   validation_log.jsonl one line per --validation_steps, where --validation_file is given
 """
@@ -50,8 +51,8 @@ def run_stage(name: str, words: Sequence[str]) -> None:
     options = parse(
         stage, words, prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} [options]", description=text, epilog=OUTPUT
     )
-    accelerator = start(options)
-    options.run(accelerator)
+    with start(options) as accelerator:
+        options.run(accelerator)
     accelerator.end_training()
 
 

@@ -17,6 +17,7 @@ what it swaps, and what teaches from there on, is the model as trained so far.
 """
 
 import dataclasses
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from ..attentions.base import suggestion
 from ..config import parse_options
 from ..errors import UsageError
 from ..launch import build_accelerator, say
-from ..sources.files import write_whole
+from ..sources.checksums import require_whole
+from ..sources.files import holds_something, write_whole
+from ..sources.lock import alone_in
 from . import stages
 from .options import command, parse, words
 from .run import start
@@ -120,6 +123,13 @@ def convert(recipe: list[StageOptions], output_dir: Path) -> Path:
         UsageError: `output_dir` holds the run of another recipe, or other files.
     """
     accelerator = build_accelerator()
+    with alone_in(output_dir) if accelerator.is_main_process else nullcontext():
+        model = _convert(accelerator, recipe, output_dir)
+    accelerator.end_training()
+    return model
+
+
+def _convert(accelerator: Accelerator, recipe: list[StageOptions], output_dir: Path) -> Path:
     _keep(accelerator, recipe, output_dir / "recipe.yaml")
     model = teacher = recipe[0][1]["model_name_or_path"]
     original = True  # whether the model with softmax switched on is the teacher still
@@ -134,13 +144,13 @@ def convert(recipe: list[StageOptions], output_dir: Path) -> Path:
         original = original and not stage.moves_the_original()
         model = str(folder / "model")
         if Path(model).exists():
+            require_whole(model)
             say(accelerator, f"{folder.name} is done")
             continue
         say(accelerator, f"{folder.name}: {command(name, {**given, 'output_dir': folder})}")
-        own = start(stage)
-        stage.run(own)
+        with start(stage) as own:
+            stage.run(own)
         own.free_memory()
-    accelerator.end_training()
     return Path(model)
 
 
@@ -228,7 +238,7 @@ def _keep(accelerator: Accelerator, recipe: list[StageOptions], path: Path) -> N
                 f"{str(path.parent)!r} holds a run of {len(before)} stages, not {len(given)}: give the same recipe, "
                 "or another output_dir"
             )
-    elif path.parent.is_dir() and any(path.parent.iterdir()):
+    elif holds_something(path.parent):
         raise UsageError(f"output folder {str(path.parent)!r} is not empty, and holds no run of a recipe")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -304,3 +304,12 @@ def test_a_conversion_that_has_not_ended_is_no_arm(convert, recipe, tmp_path, mo
     given = ["tradeoff", checkpoint, "--arm", tmp_path / "out", "--train_file", "t.txt", "--output_dir", tmp_path / "r"]
     assert attnswap(monkeypatch, *given) == 2
     assert "has not ended: 1_align has no model; give the command of its recipe again" in capsys.readouterr().err
+
+
+def test_a_stage_whose_model_has_changed_is_not_done(convert, recipe, tmp_path):
+    given = recipe(stages=[{"stage": "align", "max_train_steps": 1}])
+    convert(given)
+    config = tmp_path / "out" / "1_align" / "model" / "config.json"
+    config.write_text(config.read_text().replace('"window": 4', '"window": 5'))
+    with pytest.raises(UsageError, match="1_align/model' has changed since its stage wrote it: config.json is"):
+        convert(given)

@@ -64,7 +64,8 @@ def test_alignment_saves_a_conversion_that_loads_as_any_model(trained, arguments
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert [module.swapped for module in hf_attnswap.inspect(model)] == [None, "hedgehog+window", "hedgehog+window"]
     assert torch.equal(logits(model), expected)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "stage.json", "training_log.jsonl"}
+    files = {"model", "checksums.json", "stage.json", "training_log.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert load(str(folder))[1].decode([3, 1, 4]) == "a b"
     source, new = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict(), model.state_dict()
     assert changed(source, new) == set()
@@ -265,8 +266,8 @@ def test_resuming_ends_with_the_same_losses_and_weights(train, arguments, tmp_pa
     train(stage, [*arguments, "--output_dir", str(tmp_path / "whole")])
     save_checkpoint = loop.save_checkpoint
 
-    def cut(accelerator, output_dir, run):
-        save_checkpoint(accelerator, output_dir, run)
+    def cut(state, output_dir, run):
+        save_checkpoint(state, output_dir, run)
         if len(run["losses"]) == 4:
             raise ConnectionError("power cut")
 
