@@ -16,7 +16,13 @@ GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
 # model, with experts or without.
 GUARDED = ("attn_implementation", "experts_implementation")
 
-FORMAT_VERSION = 2
+# Stands before the name of the class in config.json: programs that go by the name alone know no such model.
+ARCHITECTURE = "Attnswap"
+# The tensor of each swapped layer that is there even where a variant has no parameters: programs that take the weights
+# strictly stop at it.
+MARKER = "marker"
+
+FORMAT_VERSION = 3
 
 # For each layer index: a variant and all its options.
 Plan = dict[int, tuple[str, dict[str, Any]]]
@@ -136,8 +142,11 @@ def plans_from_dict(saved: Any, file: str = "config.json") -> dict[str, Plan]:
     """
     version = saved.get("format_version") if isinstance(saved, Mapping) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        newer = ": upgrade hf_attnswap" if type(version) is int and version > FORMAT_VERSION else ""
-        raise UsageError(f"{NAME} in {file} has format_version {shown(version)}; expected {FORMAT_VERSION}{newer}")
+        advice = ""
+        if type(version) is int:
+            newer = version > FORMAT_VERSION
+            advice = ": upgrade hf_attnswap" if newer else ": an older hf_attnswap wrote it; convert the model again"
+        raise UsageError(f"{NAME} in {file} has format_version {shown(version)}; expected {FORMAT_VERSION}{advice}")
 
     def require(holds: bool, place: str, value: Any, expected: str) -> None:
         if not holds:
@@ -166,6 +175,14 @@ def plans_from_dict(saved: Any, file: str = "config.json") -> dict[str, Plan]:
             require(index not in plan, f"{place}.layers", layers, f"no {kind} layer twice, as {index} is")
             plan[index] = (name, options)
     return plans
+
+
+def known_architectures(config: Mapping[str, Any]) -> list[Any]:
+    """Return the names of classes of transformers that a config.json holds, as they are without `ARCHITECTURE`."""
+    names = config.get("architectures")
+    if NAME not in config or not isinstance(names, list):
+        return names if isinstance(names, list) else []
+    return [name.removeprefix(ARCHITECTURE) if isinstance(name, str) else name for name in names]
 
 
 def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
@@ -81,6 +82,15 @@ class Option:
         if value == math.inf:
             raise ValueError(f"{attention}: {name} is {value!r}; expected a finite number")
         return value
+
+
+class State(dict[str, Tensor]):
+    """Hold what a layer remembers while it is called: hooks that move what a module is given move it in place."""
+
+    def to(self, device: torch.device, **how: Any) -> "State":
+        """Move every tensor to `device`, and return the same object."""
+        self.update({name: tensor.to(device, **how) for name, tensor in self.items()})
+        return self
 
 
 class Attention(nn.Module):
@@ -220,7 +230,12 @@ class Attention(nn.Module):
         """
         if self._answer is not None:
             return self._answer(self, query, key, value, mask, scaling)
-        return self(query, key, value, mask, scaling, state)
+        if state is None:
+            return self(query, key, value, mask, scaling)
+        kept = State(state)
+        out = self(query, key, value, mask, scaling, kept)
+        state.update(kept)
+        return out
 
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         """Set parameters from what the layer sees, before training. Most variants need none.

@@ -233,7 +233,7 @@ class StateLayer(CacheLayerMixin):
         Raises:
             NotImplementedError: tokens from before the recording, or before the last `crop`.
         """
-        stay = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(self.seen, tokens_to_remove)
+        stay = max(0, self.seen + tokens_to_remove) if tokens_to_remove <= 0 else min(self.seen, tokens_to_remove)
         if stay < self.seen:
             past = next((past for past in reversed(self.past) if past.seen <= stay), None)
             if past is None:
@@ -314,7 +314,8 @@ def with_state_layers(original):
         for group in (getattr(config, NAME, None) or {}).get("swapped") or ():
             if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
                 for index in group["layers"]:
-                    if types[index] in ("full_attention", "sliding_attention"):  # others keep more than keys and values
+                    kind = types[index] if index < len(types) else None  # of a model that exits early
+                    if kind in ("full_attention", "sliding_attention"):  # others keep more than keys and values
                         types[index], arguments[index] = StateLayer._layer_type, {}
         return types, arguments
 

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from .. import attentions
 from ..attentions import Attention, Heads
-from ..config import GUARD, GUARDED, NAME, SwapConfig, plans_to_dict
+from ..config import GUARD, GUARDED, MARKER, NAME, SwapConfig, plans_to_dict
 from ..errors import UsageError
 from .cache import state_layer
 from .finding import AttentionModule, inspect, swappable
@@ -92,7 +92,7 @@ def swap(
     origin = model.config.name_or_path
     if origin and not Path(origin).exists():
         saved[""]["base"] = origin
-    _own_configs(model)
+    own_configs(model)
     mark_swapped(model, saved, entries)
     return model
 
@@ -159,6 +159,12 @@ def build_variant(
     # Quantised weights are integers: then the dtype is that of the rest of the model.
     dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), model.dtype)
     device = weights[0].device if weights else model.device
+    if device.type != "meta" and any(tensor.is_meta for tensor in new.state_dict().values()):
+        new.to_empty(device=device)  # made where modules are made without weights, for a model that has some
+        for part in new.modules():
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+    new.register_buffer(MARKER, torch.ones(1, dtype=torch.uint8))
     return new.to(device=device, dtype=dtype).train(module.training)
 
 
@@ -205,7 +211,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     return args, kwargs
 
 
-def _own_configs(model: PreTrainedModel) -> None:
+def own_configs(model: PreTrainedModel) -> None:
     """Give a model configs of its own, which other models that were built from the same object do not share."""
     copies: dict[int, Any] = {}
     for module in model.modules():

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from .. import attentions
 from ..attentions.base import KINDS
-from ..config import NAME, plans_from_dict
+from ..config import NAME, known_architectures, plans_from_dict
 from ..errors import UsageError
 from ..report.facts import swapped_layers
 from ..report.table import Table, escape, markdown
@@ -246,6 +246,6 @@ def _task(config: dict[str, Any]) -> str | None:
 
 def _architecture(config: dict[str, Any]) -> str | None:
     """Return the name of the class that a config names; None where that is no name of a class."""
-    named = config.get("architectures")
-    first = named[0] if isinstance(named, list) and named else None
+    named = known_architectures(config)
+    first = named[0] if named else None
     return first if isinstance(first, str) and first.isidentifier() else None

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..attentions import LinearAttention
 from ..attentions.hybrid import Hybrid, hybrid_of
-from ..config import GUARD
+from ..config import GUARD, known_architectures
 from ..errors import UsageError
 from ..integration.swapping import swapped_modules
 from ..sources.files import write_whole
@@ -45,7 +45,8 @@ def add(folder: str | Path) -> Path:
     folder = Path(folder)
     path = write_whole(folder / FILE, text_of(folder).encode())
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    saved["auto_map"] = {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.Swapped{saved['architectures'][0]}"}
+    (architecture,) = known_architectures(saved)
+    saved["auto_map"] = {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.Swapped{architecture}"}
     write_whole(folder / "config.json", f"{json.dumps(saved, indent=2, sort_keys=True)}\n".encode())
     return path
 

@@ -106,7 +106,9 @@ def _class(config: PreTrainedConfig) -> Any:
     written_by_its_repository = getattr(config, "auto_map", None) or {}
     if saved_as is None and "AutoModelForCausalLM" in written_by_its_repository:
         return AutoModelForCausalLM
-    return saved_as or (AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel)
+    # The causal model of an encoder-decoder is its decoder alone.
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    return saved_as or (AutoModelForCausalLM if causal else AutoModel)
 
 
 def require_weights(folder: Path) -> None:
@@ -256,10 +258,12 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model of any kind without its weights (on the meta device), which is enough for `inspect`."""
+    """Build the model that `load_any` loads, without its weights (on the meta device): enough for `inspect`."""
     source, where = _source(model_name_or_path)
     with _one_line(f"cannot read the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        cls = _class(config)
         with torch.device("meta"):
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            if issubclass(cls, PreTrainedModel):
+                return cls._from_config(config)
+            return cls.from_config(config, trust_remote_code=trust_remote_code)

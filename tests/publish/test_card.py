@@ -24,7 +24,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def config_of(attention: str, options: dict, layers: int = 30) -> dict:
     group = {"attention": attention, "kind": "causal", "layers": list(range(layers)), "options": options}
-    saved = {"format_version": 2, "kept": "sdpa", "swapped": [group]}
+    saved = {"format_version": 3, "kept": "sdpa", "swapped": [group]}
     return {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30, "attnswap": saved}
 
 
