@@ -98,6 +98,7 @@ class Attention(nn.Module):
         stateful: keeps a state of constant size in place of keys and values when generating.
         kinds: the kinds of attention that the variant can stand in for, of `KINDS`.
         kind, place: of the module on which the variant stands: one of `KINDS`, and its layer in words.
+        described: the variant on a module with its options, in words.
         ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where the fast form is one call of torch.
         any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The other variants take causal
             and bidirectional masks with padding, and packed texts.
@@ -120,6 +121,7 @@ class Attention(nn.Module):
     ops: ClassVar[tuple[str, ...]] = ()
     kind: str = "causal"
     place: str = "attention"
+    described: str = ""
     _answer: "Answer | None" = None
 
     def __init__(self, heads: Heads, **options: Any):

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -16,8 +17,12 @@ from .cache import state_layer
 from .finding import AttentionModule, inspect, swappable
 from .heads import heads_of
 from .parts import model_parts, part_of
+from .reach import check_reach
 from .read_mask import ANY_MASK
 from .sources import reads_mask
+
+# What transformers asks a model before a text is sharded over processes, whose states would never be exchanged.
+SHARDED = "_supports_context_parallel"
 
 
 def swap(
@@ -43,7 +48,8 @@ def swap(
 
     Raises:
         UsageError: an unknown variant, option, layer or kind; a model already swapped; attention that cannot be
-            swapped, with the reason. The model is then as it was.
+            swapped, with the reason; layers with a sliding window or chunks that the variant cannot honour, where
+            others are without and nobody chose. The model is then as it was.
     """
     if isinstance(attention, SwapConfig):
         if layers is not None or options or kinds is not SwapConfig.kinds:
@@ -65,6 +71,7 @@ def swap(
     entries = inspect(model)
     groups = swappable(model, entries, config.kinds)
     plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
+    check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
     built = [
         (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], *choice))
         for group, plan in plans.items()
@@ -109,6 +116,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             config.__dict__.pop(guarded, None)
         if saved is not None:
             config._attn_implementation_internal = saved["kept"]
+    for module in model.modules():
+        module.__dict__.pop(SHARDED, None)
     return model
 
 
@@ -128,6 +137,7 @@ def swapped_modules(model: nn.Module) -> dict[str, Attention]:
     }
 
 
+@torch.inference_mode(False)  # parameters that are made inside it can never train
 def build_variant(
     model: PreTrainedModel, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]
 ) -> Attention:
@@ -164,6 +174,8 @@ def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
     """Put a variant on an attention module, and see to it that every call brings the state of its layer."""
     new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
     new.layer = index
+    options = new.extra_repr()
+    new.described = f"{new.name} with {options}" if options else new.name
     module.add_module(NAME, new)
     module._attnswap_hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
@@ -189,7 +201,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         # Its name differs between models: past_key_values, layer_past, ...
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
         if cache is not None:
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx)}
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx, attention.described)}
     return args, kwargs
 
 
@@ -219,6 +231,9 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]], entri
         config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
     for guarded in GUARDED:
         setattr(model.config, guarded, GUARD)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            setattr(module, SHARDED, False)
     for entry in entries:
         if not hasattr(entry.module, NAME):
             entry.module._attnswap_kept = True

@@ -1,6 +1,7 @@
 """Files and folders that appear whole under their name, or not at all."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +26,11 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     Whatever fails before the rename leaves the file that was there before, and no temporary file.
     """
     path = Path(path)
+    temporary = _beside(path)
     # Not tempfile: its files are readable by their owner only, and a report is meant to be passed on.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stream = temporary.open("xb")  # x: never through a link that someone has put there
     try:
-        with temporary.open("wb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -47,8 +49,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     require_empty(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -57,6 +58,11 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """Return a path beside `path` that nobody can foresee, and so nobody can have taken."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def require_empty(path: Path) -> None:

@@ -109,6 +109,34 @@ def _class(config: PreTrainedConfig) -> Any:
     return saved_as or (AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel)
 
 
+def require_weights(folder: Path) -> None:
+    """Raise UsageError where the weights in the folder of a saved model are not those of its config.json.
+
+    That goes by names and shapes; no weight stays in memory. Quantised weights are left to what reads them, and of a
+    class that transformers does not have only the weights of its auto class are known.
+    """
+    with _one_line(f"{folder}: its weights cannot be read"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            return
+        cls = _class(config)
+        _, found = cls.from_pretrained(
+            folder, config=config, device_map="meta", dtype="auto", use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    wrong = {
+        key: f"has shape {tuple(shape)} in the weights, and {tuple(expected)} by config.json"
+        for key, shape, expected in found["mismatched_keys"]
+    }
+    if cls.__name__ in (config.architectures or ()):
+        wrong |= {key: "is not among the weights" for key in found["missing_keys"]}
+        wrong |= {key: "is among the weights, and config.json knows nothing of it" for key in found["unexpected_keys"]}
+    if wrong:
+        key = min(wrong)
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UsageError(f"{folder}: config.json and weights do not belong together: {key} {wrong[key]}{others}")
+
+
 def _processor(source: str, where: dict[str, Any]) -> Any:
     """The tokenizer or processor of a model; None where its folder has no file for one."""
     own = ("tokenizer*", "vocab*", "*processor_config.json", "spiece*", "*.model")
@@ -137,6 +165,7 @@ def load_classifier(
     dtype = find_dtype(dtype) if isinstance(dtype, str) else dtype
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         source, where = _source(model_name_or_path)
+        where |= {"trust_remote_code": False}  # else transformers asks on the terminal
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         names = dict(enumerate(labels))
         config = AutoConfig.from_pretrained(

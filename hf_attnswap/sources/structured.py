@@ -25,6 +25,24 @@ def read_json(path: str | Path) -> Any:
         raise UsageError(f"{path}: not readable as JSON: {error}") from None
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UsageError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = parse_json(Path(path).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is damaged: it holds {shown(content)}; expected an object")
+    return content
+
+
 def parse_json(data: bytes | str) -> Any:
     """Return the content of JSON.
 

@@ -194,6 +194,7 @@ def comparison(script, arguments, tmp_path):
     return lambda *more: module.main([*arguments, "--arm", "none", "--arm", "hedgehog", *more])
 
 
+@pytest.mark.long
 def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkeypatch, capsys):
     report = comparison("--title", "A | title")
     assert [arm.label for arm in report.arms] == ["softmax", "none", "hedgehog"]
