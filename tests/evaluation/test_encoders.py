@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from command_line import attnswap  # noqa: F401 (a fixture)
 from encoders import CLS, MASK, SEP, WORDS, bert, sentences, words_tokenizer
 from tiny_models import tiny
 from transformers import (
