@@ -105,7 +105,7 @@ def _item(row: Any) -> Item:
 
 
 def _winogrande(row: dict[str, Any]) -> Item:
-    """Return an item of Winogrande, scored as lm-eval does: the options stand in the prompts, the rest is the choice."""
+    """Return an item of Winogrande, to be scored as by lm-eval: the options end the prompts, the rest is the choice."""
     sentence, answer = _text(row, "sentence"), _index(row, "answer")
     before, blank, after = sentence.partition(_BLANK)
     if not blank or _BLANK in after or not after.strip():
