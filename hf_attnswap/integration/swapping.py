@@ -17,7 +17,8 @@ from .finding import AttentionModule, inspect, swappable
 from .heads import heads_of
 from .parts import model_parts, part_of
 from .read_mask import ANY_MASK
-from .sources import reads_mask
+from .sharing import check_shared_keys
+from .sources import cuts_masks, reads_mask
 
 
 def swap(
@@ -70,11 +71,14 @@ def swap(
         for group, plan in plans.items()
         for index, choice in plan.items()
     ]
+    check_shared_keys(entries, {id(entry.module): new for entry, _, _, new in built})
     for entry, index, (_, kind), new in built:
         attach(entry.module, new, kind, index)
     # A model where other modules read the masks too goes on making those that they know.
     others_read_masks = any(
-        reads_mask(m.__class__) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
+        cuts_masks(m.__class__) if isinstance(m, PreTrainedModel) else reads_mask(m.__class__)
+        for m in model.modules()
+        if not isinstance(m, Attention)
     )
     saved = {}
     for part, part_config in model_parts(model).items():
@@ -157,6 +161,7 @@ _SCORE_TERMS = {
     "sinks": "learned sinks in its softmax",
     "attn_logit_softcapping": "a soft cap on its scores",
     "has_relative_attention_bias": "a bias on its scores",
+    "rel_logits_proj": "a bias on its scores",
 }
 
 
@@ -189,7 +194,8 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         # Its name differs between models: past_key_values, layer_past, ...
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
         if cache is not None:
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx)}
+            # Where layers share their weights, the call says which one it is.
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, kwargs.get("layer_idx", module.layer_idx))}
     return args, kwargs
 
 
