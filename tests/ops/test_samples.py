@@ -1,4 +1,4 @@
-"""What torch makes of a variant: gradients of each sample by torch.func, and one program for texts of any length."""
+"""What torch.func makes of a variant: gradients of each sample."""
 
 import pytest
 import torch
