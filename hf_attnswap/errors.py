@@ -38,5 +38,7 @@ def one_line_errors(program: str) -> Iterator[None]:
             traceback.print_exc()
         code = 2 if isinstance(error, UsageError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         line = "interrupted" if code == 130 else (str(error).strip() or repr(error)).splitlines()[0]
+        # A file that others wrote may hold what a terminal obeys.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
         print(f"{program}: {line}", file=sys.stderr)
         sys.exit(code)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..errors import UsageError
 from .options import (
@@ -20,6 +19,7 @@ from .options import (
     TrustRemoteCode,
     layers_of,
     show,
+    status,
     table_of,
     text_source,
 )
@@ -87,11 +87,11 @@ def diagnose(
     blocks = token_blocks(source, tokenizer, context_length, context_length * texts)
     mask = getattr(tokenizer, "mask_token_id", None)
     found, tables = [], []
-    with Console(stderr=True).status("looking") as status:
+    with status("looking") as say:
         for arm in arms or [None]:
             if arm is not None:
                 swap(loaded, arm.attention, layers=layers_of(layers), **arm.options)
-            looked = look(loaded, blocks, status.update, mask) | {"label": arm.label if arm else model}
+            looked = look(loaded, blocks, say, mask) | {"label": arm.label if arm else model}
             if arm is not None:
                 restore(loaded)
             found.append(looked)

@@ -5,7 +5,6 @@ from itertools import islice
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import UsageError
 from ..evaluation.tasks import help_text
@@ -22,6 +21,7 @@ from .options import (
     TextColumn,
     TrustRemoteCode,
     show,
+    status,
     table_of,
     text_source,
 )
@@ -91,9 +91,9 @@ def evaluate(
             "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
         },
     }  # fmt: skip
-    with Console(stderr=True).status("loading the model") as status:
-        against = _measure(control, None, status.update, is_control=True, **told) if control else None
-        ours = _measure(model, against, status.update, is_control=False, **told)
+    with status("loading the model") as say:
+        against = _measure(control, None, say, is_control=True, **told) if control else None
+        ours = _measure(model, against, say, is_control=False, **told)
     content, tables = _result(ours, against)
     show(as_json, content, *tables)
 

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(*("?" if v is None else str(v) if isinstance(v, int) else f"{v:.4f}" for v in row.values()))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # [brackets] are part of a name
 
 
 def measure(

@@ -24,7 +24,7 @@ class LayerGradients:
     """Hold the gradients of one layer and the shares of attention weights through which little or no gradient flows.
 
     Attributes:
-        layer: path of the attention module.
+        layer: path of the attention module; where layers share it, the rest is over all of its calls.
         query, key, value: norm of the gradient of the loss with respect to each input of the attention.
         layer_input: norm of the gradient with respect to the input of the model's block that holds the attention; None
             where the attention is in no block.
@@ -59,15 +59,15 @@ def gradient_flow(
         NotImplementedError: a variant has no attention weights.
     """
     norms: dict[str, dict[str, float]] = {name: {} for name in swapped_modules(model)}
-    shares: dict[str, tuple[float, float | None]] = {}
+    shares: dict[str, list[tuple[float, float | None]]] = {name: [] for name in norms}
     answer: Answer = softmax if with_softmax else own
 
     def look(name, attention, query, key, value, mask, scaling):
         query, key, value = (t.view_as(t) for t in (query, key, value))  # so that the hooks see this call alone
         for part, tensor in (("query", query), ("key", key), ("value", value)):
             tensor.register_hook(_into(norms[name], part))
-        shares[name] = dead_and_saturated(
-            SOFTMAX if with_softmax else attention, query.detach(), key.detach(), mask, scaling
+        shares[name].append(
+            dead_and_saturated(SOFTMAX if with_softmax else attention, query.detach(), key.detach(), mask, scaling)
         )
         return answer(name, attention, query, key, value, mask, scaling)
 
@@ -81,7 +81,10 @@ def gradient_flow(
         ).backward()
     return [
         LayerGradients(
-            name, *(found.get(part, 0.0) for part in ("query", "key", "value")), found.get("layer_input"), *shares[name]
+            name,
+            *(found.get(part, 0.0) for part in ("query", "key", "value")),
+            found.get("layer_input"),
+            *(None if None in share else sum(share) / len(share) for share in zip(*shares[name], strict=True)),
         )
         for name, found in norms.items()
     ]

@@ -106,7 +106,37 @@ def _class(config: PreTrainedConfig) -> Any:
     written_by_its_repository = getattr(config, "auto_map", None) or {}
     if saved_as is None and "AutoModelForCausalLM" in written_by_its_repository:
         return AutoModelForCausalLM
-    return saved_as or (AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel)
+    # The causal model of an encoder-decoder is its decoder alone.
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    return saved_as or (AutoModelForCausalLM if causal else AutoModel)
+
+
+def require_weights(folder: Path) -> None:
+    """Raise UsageError where the weights in the folder of a saved model are not those of its config.json.
+
+    That goes by names and shapes; no weight stays in memory. Quantised weights are left to what reads them, and of a
+    class that transformers does not have only the weights of its auto class are known.
+    """
+    with _one_line(f"{folder}: its weights cannot be read"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            return
+        cls = _class(config)
+        _, found = cls.from_pretrained(
+            folder, config=config, device_map="meta", dtype="auto", use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    wrong = {
+        key: f"has shape {tuple(shape)} in the weights, and {tuple(expected)} by config.json"
+        for key, shape, expected in found["mismatched_keys"]
+    }
+    if cls.__name__ in (config.architectures or ()):
+        wrong |= {key: "is not among the weights" for key in found["missing_keys"]}
+        wrong |= {key: "is among the weights, and config.json knows nothing of it" for key in found["unexpected_keys"]}
+    if wrong:
+        key = min(wrong)
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UsageError(f"{folder}: config.json and weights do not belong together: {key} {wrong[key]}{others}")
 
 
 def _processor(source: str, where: dict[str, Any]) -> Any:
@@ -137,6 +167,7 @@ def load_classifier(
     dtype = find_dtype(dtype) if isinstance(dtype, str) else dtype
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         source, where = _source(model_name_or_path)
+        where |= {"trust_remote_code": False}  # else transformers asks on the terminal
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         names = dict(enumerate(labels))
         config = AutoConfig.from_pretrained(
@@ -227,10 +258,12 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model of any kind without its weights (on the meta device), which is enough for `inspect`."""
+    """Build the model that `load_any` loads, without its weights (on the meta device): enough for `inspect`."""
     source, where = _source(model_name_or_path)
     with _one_line(f"cannot read the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        cls = _class(config)
         with torch.device("meta"):
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            if issubclass(cls, PreTrainedModel):
+                return cls._from_config(config)
+            return cls.from_config(config, trust_remote_code=trust_remote_code)

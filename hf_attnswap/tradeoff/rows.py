@@ -1,5 +1,6 @@
 """Turn what was measured into the arms of the report."""
 
+import dataclasses
 import math
 import statistics
 from typing import Any
@@ -27,20 +28,16 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
     result = results[arm.label]
     training = [stage_of(stage) for stage in arm.conversion.training] if arm.conversion else []
     alignment = types.Alignment(**result["alignment"]) if result["alignment"] else None
-    return types.Arm(
+    fields = dict(
         label=arm.label,
         attention=arm.attention,
         options=arm.options,
         **describe(arm.attention, result["swapped"], result["kept"]),
         swapped=[types.Group(**group) for group in result["swapped"]],
-        new_parameters=result["new_parameters"],
-        status=result["status"],
-        reason=result["reason"],
         alignment=alignment,
         training=training,
         training_tokens=sum(stage.size or 0 for stage in training) + (alignment.tokens if alignment else 0),
         conversion=arm.conversion.name if arm.conversion else None,
-        backends=result["backends"],
         checks=[
             types.Check(check["name"], check["passed"], _finite(check["worst"]), check["limit"])
             for check in result["checks"]
@@ -51,6 +48,9 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
         metrics=_metrics(arm.label, results),
         speed=[_speed(arm.label, int(length), rounds) for length, rounds in runs.items() if result["sound"]],
     )
+    # What was measured under the name of a field of the report is that field.
+    as_it_is = {field.name for field in dataclasses.fields(types.Arm)} - set(fields)
+    return types.Arm(**fields, **{name: value for name, value in result.items() if name in as_it_is})
 
 
 def stage_of(stage: dict[str, Any]) -> types.Stage:

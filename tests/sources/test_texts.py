@@ -135,7 +135,6 @@ def test_a_file_of_tokens_appears_whole(source, words, tmp_path, monkeypatch):
 @pytest.fixture
 def begun(words):
     """The same tokenizer, which puts 1 before every text."""
-    words.add_special_tokens({"bos_token": "w1"})
     words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
     return words
 
