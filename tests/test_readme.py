@@ -70,7 +70,8 @@ def test_the_commands_run_in_their_order(folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "page", ("README.md", "CONTRIBUTING.md", "docs/findings.md", "benchmarks/results/README.md", "model_cards/README.md")
+    "page",
+    ("README.md", "CONTRIBUTING.md", "docs/findings.md", "benchmarks/results/README.md", "model_cards/README.md"),
 )
 def test_links_lead_somewhere(page):
     path = Path(hf_attnswap.__file__).parents[1] / page

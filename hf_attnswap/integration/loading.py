@@ -26,8 +26,10 @@ def build_variants(model: PreTrainedModel) -> None:
         return
     if not saved[""]:
         raise UsageError(
-            f"attn_implementation is 'attnswap', but the config says {saved['']!r} of what is swapped: load the model "
-            "without it and call hf_attnswap.swap, or repair config.json"
+            f"attn_implementation is 'attnswap', but the config of {model.config.name_or_path or type(model).__name__} "
+            f"says {saved['']!r} of what is swapped. A trainer that loads a reference model by the name of one "
+            "swapped in memory (trl's DPOTrainer) needs ref_model=copy.deepcopy(model), or the swapped model "
+            "saved and loaded from its folder. Else leave attn_implementation out, and call hf_attnswap.swap"
         )
     saved = {part: entry for part, entry in saved.items() if entry}
     plans = {(part, kind): plan for part, entry in saved.items() for kind, plan in plans_from_dict(entry).items()}

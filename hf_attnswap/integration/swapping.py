@@ -71,12 +71,12 @@ def swap(
     entries = inspect(model)
     groups = swappable(model, entries, config.kinds)
     plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
-    check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
     built = [
         (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], *choice))
         for group, plan in plans.items()
         for index, choice in plan.items()
     ]
+    check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
     for entry, index, (_, kind), new in built:
         attach(entry.module, new, kind, index)
     # A model where other modules read the masks too goes on making those that they know.
