@@ -104,7 +104,7 @@ class StateLayer(CacheLayerMixin):
         Raises:
             ValueError: the module that calls keeps keys and values, or tokens of an earlier call were never taken in.
         """
-        if not self.awaited:
+        if self.seen and not self.awaited:
             raise ValueError(
                 f"the cache is made for the state of {self.filled_by or 'a swapped layer'}, and this layer of the "
                 "model keeps keys and values: start from a new cache"
