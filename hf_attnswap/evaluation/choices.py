@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ..errors import UsageError, on_one_line
 from ..sources.structured import as_text, parse_json, shown
 from .likelihood import encode_pair, log_likelihoods
 
@@ -92,7 +92,7 @@ def _item(row: Any) -> Item:
     for name, known in _NAMES.items():
         key = next((key for key in known if key in row), None)
         if key is None:
-            raise ValueError(f"it has no {name}; it has {', '.join(row)}")
+            raise ValueError(f"it has no {name}; it has {on_one_line(', '.join(row))}")
         keys[name] = key
     choices, answer = row[keys["choices"]], _index(row, keys["answer"])
     if not isinstance(choices, list):
@@ -105,7 +105,7 @@ def _item(row: Any) -> Item:
 
 
 def _winogrande(row: dict[str, Any]) -> Item:
-    """Return an item of Winogrande, scored as lm-eval does: the options stand in the prompts, the rest is the choice."""
+    """Return an item of Winogrande, to be scored as by lm-eval: the options end the prompts, the rest is the choice."""
     sentence, answer = _text(row, "sentence"), _index(row, "answer")
     before, blank, after = sentence.partition(_BLANK)
     if not blank or _BLANK in after or not after.strip():

@@ -93,7 +93,8 @@ def perplexity(
     blocks = cut(stream, context, start)[:max_blocks]
     if len(blocks) == 0 or context == given:
         raise UsageError(
-            f"the text gives {len(stream)} tokens, less than one block of {context}: give more text or a shorter context"
+            f"the text gives {len(stream)} tokens, less than one block of {context}: give more text or a shorter "
+            "context"
         )
     return block_perplexity(model, blocks, given, batch_size, progress)
 

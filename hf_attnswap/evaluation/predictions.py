@@ -45,9 +45,15 @@ def predicted(
     Raises:
         UsageError: the model predicts no tokens, or it is a masked model and there is no token for what is masked.
     """
+    require_predictions(model, mask_token_id)
+    return (blocks, None) if objective(model) == "next tokens" else masked(blocks, mask_token_id, seed)
+
+
+def require_predictions(model: PreTrainedModel, mask_token_id: int | None) -> None:
+    """Raise UsageError where the model predicts no tokens, or masked ones and there is no token for a mask."""
     predicts = objective(model)
     if predicts == "next tokens":
-        return blocks, None
+        return
     if predicts != "masked tokens":
         raise UsageError(
             f"{type(model).__name__} predicts no tokens, so there is no likelihood to look at: compare it with the "
@@ -55,4 +61,3 @@ def predicted(
         )
     if mask_token_id is None:
         raise UsageError(f"{type(model).__name__} predicts masked tokens, and its tokenizer has none for a mask")
-    return masked(blocks, mask_token_id, seed)

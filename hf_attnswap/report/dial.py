@@ -75,4 +75,4 @@ def _axes(axes: Axes, powers: Sequence[float], values: Sequence[Comparison]) -> 
 def _differing(shared: dict[str, Any], groups: Sequence[tuple[dict[str, Any], Any]]) -> str:
     """Return what sets one group apart from the other groups."""
     keys = [key for key in shared if any(other.get(key) != shared[key] for other, _ in groups)]
-    return ", ".join(f"{key}={literal(shared[key])}" for key in keys) or "the other"
+    return ", ".join(literal(f"{key}={shared[key]}") for key in keys) or "the other"

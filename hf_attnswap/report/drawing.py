@@ -51,7 +51,7 @@ class Picture:
 
 
 def literal(value: object) -> str:
-    """Return `value` as `plain` does, for words of a plot: matplotlib reads what stands between two $ as mathematics."""
+    """Return `value` as `plain` does, for plots: matplotlib reads what stands between two $ as mathematics."""
     return plain(value).replace("$", r"\$")
 
 

@@ -83,9 +83,30 @@ def read_yaml(path: str | Path) -> Any:
         _check(content)
     except RecursionError:
         raise UsageError(f"{path}: not readable as YAML: nested too deep") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:  # yaml lets many through
         raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     return content
+
+
+def line_of(node: yaml.Node | None, *keys: str | int) -> int | None:
+    """Return the line, from 1, on which what stands under these keys and indices begins; None where nothing does.
+
+    Args:
+        node: what `yaml.compose` makes of a file that `read_yaml` reads.
+    """
+    line = 1
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            found = next((pair for pair in node.value if pair[0].value == str(key)), None)
+            if found is None:
+                return None
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            return None
+    return line
 
 
 def _check(content: Any) -> None:

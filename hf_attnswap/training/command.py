@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import recipe, stages
+from . import conversion, recipe, stages
 from .options import Parser, add_options, parse
 from .run import start
 
@@ -20,6 +20,8 @@ output_dir:
   validation_log.jsonl one line per --validation_steps, where --validation_file is given
 """
 OUTPUT_OF_A_RECIPE = """\
+A run that was cut off goes on where it stopped when its command is given again.
+
 output_dir:
   recipe.yaml          the stages as they run
   1_align/, 2_distill/ ... the output of each stage; `model` in the last one is the conversion
@@ -70,7 +72,7 @@ def run_recipe(words: Sequence[str]) -> None:
         add_options(parser, stage, optional=True, without=recipe.SET_BY_THE_RUN)
     given = vars(parser.parse_args(list(words)))
     name, output_dir = given.pop("recipe"), given.pop("output_dir")
-    recipe.convert(recipe.read_recipe(name, recipe.options_of_arguments(given)), output_dir)
+    conversion.convert(recipe.read_recipe(name, recipe.options_of_arguments(given)), output_dir)
 
 
 def overview() -> str:

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import UsageError
+from ..integration.objectives import objective
 from ..sources.checksums import require_whole
 from ..sources.models import load_any
 
@@ -32,26 +33,22 @@ def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrai
     return getattr(processor, "tokenizer", processor)
 
 
-def reads_text(model: PreTrainedModel) -> bool:
-    """Return whether the model reads one text and nothing else, as decoders, encoders and their classifiers do."""
-    return model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
-
-
 def predicts_next_tokens(model: PreTrainedModel) -> bool:
     """Return whether the model gives the logits of the next token at every place of a text."""
-    return reads_text(model) and model.can_generate()
+    return objective(model) == "next tokens"
 
 
 def require_text(model: PreTrainedModel, name: str) -> None:
-    """Raise UsageError where a model cannot be trained inside its layers on a text alone.
+    """Raise UsageError where a model cannot be trained inside its layers on one text and nothing else.
 
     Args:
         name: what the user calls the model.
     """
-    if not reads_text(model):
-        reads = "one sequence and writes another" if model.config.is_encoder_decoder else model.main_input_name
+    found = objective(model)
+    if found not in ("next tokens", "masked tokens", "labels", "vectors"):
+        deals = {"another text": "makes another text of one"}.get(found, f"reads {found}")
         raise UsageError(
-            f"{name!r} is a {type(model).__name__}, which reads {reads}, and stages train on one text: align it with "
+            f"{name!r} is a {type(model).__name__}, which {deals}, and stages train on one text: align it with "
             f"hf_attnswap.training.align.aligning in a loop of your own, {_TRAINER}"
         )
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from accelerate.utils import LoggerType
 
 from ..config import parse_options
-from ..errors import UsageError
+from ..errors import Parser, UsageError
 
 Options = TypeVar("Options")
 
@@ -175,16 +175,6 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-class Parser(argparse.ArgumentParser):
-    """Parse arguments as argparse does, but raise each error as a UsageError, which programs print as one line."""
-
-    def __init__(self, **arguments: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
-
-    def error(self, message: str) -> None:
-        raise UsageError(message)
-
-
 def add_options(
     parser: argparse.ArgumentParser, options: type, *, optional: bool = False, without: Sequence[str] = ()
 ) -> None:
@@ -243,15 +233,21 @@ def words(given: dict[str, Any]) -> list[str]:
     result: list[str] = []
     for name, value in given.items():
         if name == "options":
-            for key, setting in value.items():
-                result += ["--option", f"{key}={str(setting).lower() if isinstance(setting, bool) else setting}"]
+            for key, setting in (value or {}).items():
+                setting = str(setting).lower() if isinstance(setting, bool) else setting
+                result += _word("option", f"{key}={setting}")
         elif value is True:
             result.append(f"--{name}")
         elif isinstance(value, list):
-            result += [f"--{name}", ",".join(map(str, value))]
+            result += _word(name, ",".join(map(str, value)))
         elif value is not None and value is not False:
-            result += [f"--{name}", str(value)]
+            result += _word(name, str(value))
     return result
+
+
+def _word(name: str, value: str) -> list[str]:
+    """A value that begins with - stands in one word with its name, or it would be taken for another option."""
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
 
 
 def command(stage: str, given: dict[str, Any]) -> str:

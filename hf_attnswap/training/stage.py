@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..integration.swapping import describe
 from ..launch import say
+from ..sources.blocks import start_tokens
 from ..sources.files import write_whole
 from .batches import batches, require_separate
 from .loading import load_to_train, require_next_tokens, tokenizer_of
@@ -103,11 +104,12 @@ class Stage(TextOptions):
         if self.separate_documents:
             require_separate(trained)
         steps, tokens = count_steps(self, accelerator)
+        given = max(1, len(start_tokens(tokenizer)))
 
         def validate(step: int) -> None:
             if step % self.validation_steps == 0 or step == steps:
                 log = self.output_dir / "validation_log.jsonl"
-                log_validation(accelerator, trained, validation, log, step, step * tokens)
+                log_validation(accelerator, trained, validation, log, step, step * tokens, given)
 
         with self.training(trained):
             losses = run_steps(

@@ -1,8 +1,12 @@
 """A state knows what it took in: another past, another variant or another kind of layer is refused, never ignored."""
 
+import functools
+
 import pytest
 import torch
-from swapped_models import LENGTH, STATEFUL, greedy, left_padded, logits, plain, positions, swapped
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from swapped_models import CLOSE, LENGTH, STATEFUL, greedy, left_padded, logits, plain, positions, swapped
 from tiny_models import tiny, tokens
 from transformers import DynamicCache
 
@@ -206,3 +210,66 @@ def test_generation_of_a_padded_batch_under_inference_mode(name):
     with torch.inference_mode():
         found = greedy(swapped(name), ids, mask).sequences
     assert torch.equal(found, greedy(swapped(name), ids, mask).sequences)
+
+
+@st.composite
+def histories(draw):
+    """What happens to a cache of two rows: pieces of text with their masks, and changes of the rows."""
+    steps = []
+    for _ in range(draw(st.integers(2, 5))):
+        what = draw(st.sampled_from(("text", "text", "text", "edit", "reorder", "repeat", "select", "crop")))
+        steps.append((what, draw(st.integers(1, 4)), draw(st.integers(0, 2**16))))
+    return steps
+
+
+@pytest.mark.parametrize("name", ("elu", "hedgehog+window"))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=histories())
+def test_whatever_happened_to_a_cache_its_logits_are_those_of_the_text_or_are_refused(name, steps):
+    model = _model(name)
+    ids = mask = read = torch.empty(2, 0, dtype=torch.long)  # the text, its mask, and the mask with which it was read
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    for what, size, seed in [("text", 3, 1), *steps, ("text", 2, 5)]:
+        random, rows = torch.Generator().manual_seed(seed), ids.shape[0]
+        if what == "text":
+            new = (torch.rand(rows, size, generator=random) < 0.8).long()
+            new[:, -1] = 1
+            ids = torch.cat([ids, torch.randint(3, 64, (rows, size), generator=random)], 1)
+            mask, before = torch.cat([mask, new], 1), mask
+            where = positions(mask)
+            try:
+                given_now = dict(attention_mask=mask, position_ids=where[:, -size:], past_key_values=cache)
+                found = logits(model, ids[:, -size:], **given_now)
+            except NotImplementedError:
+                assert not torch.equal(before, read)
+                return
+            assert torch.equal(before, read)
+            whole = logits(model, ids, attention_mask=mask, position_ids=where)[:, -size:]
+            torch.testing.assert_close(found[new.bool()], whole[new.bool()], **CLOSE)
+            read = mask.clone()
+        elif what == "edit":
+            mask = mask.clone()
+            place = int(torch.randint(mask.shape[1], (1,), generator=random))
+            mask[0, place] = 1 - mask[0, place]
+        elif what == "crop":
+            try:
+                cache.crop(-1)
+            except NotImplementedError:  # tokens of other rows than those that were recorded
+                return
+            ids, mask, read = (t[:, :-1] for t in (ids, mask, read))
+        else:
+            index = torch.randint(rows, (rows,), generator=random)
+            if what == "reorder":
+                cache.reorder_cache(index)
+            elif what == "repeat":
+                cache.batch_repeat_interleave(2)
+                index = torch.arange(rows).repeat_interleave(2)
+            else:
+                cache.batch_select_indices(index)
+            ids, mask, read = (t[index] for t in (ids, mask, read))
+
+
+@functools.cache
+def _model(name):
+    return swapped(name)

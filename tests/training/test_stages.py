@@ -15,7 +15,7 @@ from hf_attnswap import UsageError
 from hf_attnswap.evaluation import __main__ as evaluation
 from hf_attnswap.evaluation.perplexity import perplexity
 from hf_attnswap.sources.models import load
-from hf_attnswap.sources.texts import TextSource, token_blocks
+from hf_attnswap.sources.texts import TextSource, token_blocks, token_stream
 from hf_attnswap.training import loop, stage
 from hf_attnswap.training.align import calibrate
 from hf_attnswap.training.stages import align
@@ -338,11 +338,11 @@ def test_evaluate(train, checkpoint, text, tmp_path, capsys):
     found = json.loads(output.read_text())
     assert (found["model"], found["attention"], found["text"]) == (checkpoint, "softmax", text)
     model, tokenizer = load(checkpoint)
-    stream = token_blocks(TextSource(text), tokenizer, 300, 500).reshape(-1)
+    stream = token_stream(TextSource(text), tokenizer, 500)
     expected = perplexity(model, stream, 32)
     assert found["rows"][0] == {
         "context": 32, "perplexity": expected.perplexity, "nll": expected.mean,
-        "standard_error": expected.standard_error, "tokens": 9 * 31,
+        "standard_error": expected.standard_error, "tokens": 15 * 31,
     }  # fmt: skip
     assert (found["rows"][1]["standard_error"], found["rows"][1]["tokens"]) == (None, 299)
     table = capsys.readouterr().out

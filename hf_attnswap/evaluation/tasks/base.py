@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class Task:
     measures = ""
     text_tokens = 0
     separate_texts = 0
-    objectives: tuple[str, ...] = ("next tokens",)
+    objectives: ClassVar[tuple[str, ...]] = ("next tokens",)
 
     def answer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: TaskInputs) -> Any:
         """Return what `run` needs to know of the control, as JSON values.

@@ -67,8 +67,8 @@ def recalls(
 ) -> Recall:
     """Draw texts `k1 v1 k2 v2 ...`, followed by `queries` of the pairs again in another order.
 
-    A text has `2 (pairs + queries)` tokens after `start`. A model that copies by induction knows every value that is asked for (Arora
-    et al., "Zoology", 2023).
+    A text has `2 (pairs + queries)` tokens after `start`. A model that copies by induction knows every value that is
+    asked for (Arora et al., "Zoology", 2023).
 
     Args:
         vocabulary: the token ids to draw from, int64, at least `2 pairs`; all keys and values of a text are different.

@@ -51,8 +51,8 @@ _LIKENESS = "hf_attnswap.evaluation.likeness.likeness(model, original, inputs)"
 _ELSEWHERE = {
     "another text": f"writes another text than it reads: compare its logits by {_LIKENESS}",
     "images": f"reads images: compare it with the original by {_LIKENESS} on what its processor makes of images",
-    "speech": f"reads sound: compare it with the original by {_LIKENESS} on what its processor makes of sound, and what "
-    "it writes by hf_attnswap.evaluation.speech.word_errors(texts, texts_of_the_original)",
+    "speech": f"reads sound: compare it with the original by {_LIKENESS} on what its processor makes of sound, and "
+    "what it writes by hf_attnswap.evaluation.speech.word_errors(texts, texts_of_the_original)",
     "several inputs": f"reads several inputs at once: compare it with the original by {_LIKENESS}",
 }
 
@@ -67,6 +67,15 @@ def quality_task(model: PreTrainedModel) -> str | None:
     if predicts in _ELSEWHERE:
         raise UsageError(f"{type(model).__name__} {_ELSEWHERE[predicts]}")
     return _QUALITY.get(predicts)
+
+
+def apart(chosen: Sequence[str]) -> list[list[str]]:
+    """Return the chosen tasks in groups that can run apart: each by itself, but those of lm-eval together, at the end.
+
+    lm-eval reads its thousands of files each time.
+    """
+    others = [name for name in chosen if name not in names() and not name.endswith(".jsonl")]
+    return [[name] for name in chosen if name not in others] + ([others] if others else [])
 
 
 def separate_texts(chosen: Sequence[str], limit: int | None = None) -> int:
