@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
-		--length 256 --length 1024
+		--align_tokens 8192 --length 256 --length 1024
 
 report: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
@@ -20,7 +20,7 @@ report: $(VENV)/.demo
 		--train_length 256 --train_length 1024 --tasks needle,recall,writing --limit 20 --diagnose_tokens 128
 
 test: $(VENV)/.test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ output_dir:
   model/               the finished model with its tokenizer; it appears whole, at the end
   evaluation.json      accuracy on the validation file, and which of its texts were right
   alignment/           checkpoints and log of the alignment
-  checkpoints/step_N/  the newest checkpoint, for --resume_from_checkpoint; can be removed once model/ is there
+  checkpoints/step_N/  the two newest checkpoints, for --resume_from_checkpoint; can be removed once model/ is there
   training_log.jsonl   one line per step
 """
 EMPTY = -1  # fills a row behind its text; no token
@@ -115,8 +115,8 @@ def stage(args: Classify, accelerator: Accelerator) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    accelerator = start(args)
-    result = stage(args, accelerator)
+    with start(args) as accelerator:
+        result = stage(args, accelerator)
     accelerator.end_training()
     return result
 

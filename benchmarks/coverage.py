@@ -2,7 +2,10 @@
 
 Each type runs before and after, in a process of its own. It counts as covered only if every attention module ran the
 variant, `softmax` through the same seam gives the output of the unswapped model (so masks, biases and scales arrive
-whole), the variant changes the output, and `restore` brings the first output back bit for bit.
+whole), the variant changes the output, and `restore` brings the first output back bit for bit. Two more things are
+noted of each: whether a variant with parameters runs, and whether a text in two parts, the second with the cache that
+the first has left, gives what it gives at once. Features that released models switch on (shared keys and values,
+sliding windows, ...) are on. A type is wrong where one of these gives other numbers or an error that is no refusal.
 
     python benchmarks/coverage.py --output_dir coverage
     python benchmarks/coverage.py --output_dir coverage --attention elu --model_types llama,bert,t5,clip
@@ -17,7 +20,7 @@ import re
 import resource
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 from tiny_architectures import model_types, tiny_model
+from tiny_caches import second_part, text_of, whole_output
 from tiny_inputs import Run, forward, reach, senses
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
@@ -47,6 +51,7 @@ VERDICTS = {
 }
 TOLERANCE = 1e-3  # of the largest output: softmax in another order of operations stays far below, a lost mask does not
 MEMORY = 12 * 2**30
+PARAMETERS, STATEFUL = "rela", "elu"  # variants with parameters for each head, and with a state
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -171,6 +176,10 @@ def examine(model: PreTrainedModel, attention: str) -> dict[str, Any]:
                 wrong.append(f"softmax itself is refused: {next(iter(result['refused'].values()))}")
         for name in sorted(found.keys() - ran - reasons.keys() - failed):
             wrong.append(f"{name} was swapped and ran, but not the variant")
+        record["parameters"] = with_parameters(model, swappable, runs)
+        record["cache"] = with_cache(model, attention, swappable, runs)
+        for what, said in [("parameters", record["parameters"]), *record["cache"].items()]:
+            wrong += [f"{what}: {said.removeprefix('wrong: ')}"] if said.startswith("wrong: ") else []
     record["ran"] = len(ran)
     record["reasons"] = dict(collections.Counter(reasons.values()).most_common())
     if wrong:
@@ -243,6 +252,60 @@ def swapped_runs(
     }
 
 
+def attempt(model: PreTrainedModel, variant: str, kinds: Sequence[str], check: Callable[[], str]) -> str:
+    """What `check` says of a swapped model; or a refusal, or an error that is none, in words."""
+    try:
+        hf_attnswap.swap(model, variant, kinds=kinds)
+    except UsageError as error:
+        return f"refused: {one_line(error)}"
+    try:
+        return check()
+    except NotImplementedError as error:
+        return f"refused: {one_line(error)}"
+    except Exception as error:
+        return f"wrong: {one_line(error)}"
+    finally:
+        hf_attnswap.restore(model)
+
+
+def with_parameters(model: PreTrainedModel, kinds: Sequence[str], runs: Sequence[Run]) -> str:
+    """Whether a variant with parameters for each head runs, in words."""
+
+    def check() -> str:
+        for run in runs:
+            if not all(tensor.isfinite().all() for tensor in results(model, run).values()):
+                return "wrong: numbers that are not finite"
+        return "ran"
+
+    return attempt(model, PARAMETERS, kinds, check)
+
+
+def with_cache(model: PreTrainedModel, attention: str, kinds: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:
+    """For softmax, the variant and a stateful one: whether a cache gives what the text gives at once, in words.
+
+    Nothing where no run has a text, or the unswapped model itself does not go on with its cache.
+    """
+    found = next(((run, text) for run in runs if (text := text_of(model, run))), None)
+    if found is None:
+        return {}
+    run, text = found
+
+    def apart() -> float:
+        ours = second_part(model, run, text)
+        return difference({"": whole_output(forward(model, run), run, text)}, {"": ours}) if ours is not None else 1.0
+
+    try:
+        if not apart() < TOLERANCE:
+            return {}
+    except Exception:
+        return {}
+
+    def check() -> str:
+        return "equal" if (off := apart()) < TOLERANCE else f"wrong: the text in two parts differs by {off:.1e}"
+
+    return {f"cache, {name}": attempt(model, name, kinds, check) for name in ("softmax", attention, STATEFUL)}
+
+
 def results(model: PreTrainedModel, run: Run) -> dict[str, Tensor]:
     """The tensors of a forward, without the rows of padding, which nobody reads."""
     found, mask = tensors(forward(model, run)), run.inputs.get("attention_mask")
@@ -295,6 +358,21 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
+def noted(types: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many of the types that were examined take parameters and go on with a cache, and who refuses."""
+    lines = []
+    for what in ("parameters", "cache"):
+        said: dict[str, list[str]] = collections.defaultdict(list)
+        for record in types:
+            found = record.get(what, {})
+            for name, text in (found if isinstance(found, dict) else {what: found}).items():
+                said[f"{name}: {text.partition(':')[0]}"].append(record["model_type"])
+        for text, names in sorted(said.items()):
+            listed = "" if text.endswith(("ran", "equal")) else f" ({', '.join(names)})"
+            lines.append(f"- {text}: {len(names)}{listed}")
+    return lines
+
+
 def markdown(report: dict[str, Any]) -> str:
     types = report["types"]
     rows = {name: [r for r in types if r["family"] == name] for name in FAMILIES}
@@ -310,6 +388,7 @@ def markdown(report: dict[str, Any]) -> str:
     for name, own in [*rows.items(), ("all", types)]:
         counts = [sum(r["verdict"] == verdict for r in own) for verdict in VERDICTS]
         lines.append(f"| {name} | {len(own)} | " + " | ".join(map(str, counts)) + " |")
+    lines += ["", *noted(types)]
     lines += ["", "A family is " + family.__doc__.splitlines()[0][0].lower() + family.__doc__.splitlines()[0][1:], ""]
     for name, own in rows.items():
         covered = [r["model_type"] for r in own if r["verdict"] == "covered"]

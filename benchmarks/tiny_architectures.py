@@ -30,7 +30,6 @@ SIZES = [
     (r"(experts_per_tok|topk|top_k|moe_k|num_selected_experts|top_k_experts)$", 2),
     (r"(n_group|topk_group|n_shared_experts|first_k_dense_replace|num_shared_experts)$", 1),
     (r"experts$", 4),
-    (r"num_kv_shared_layers", 0),
     (r"layers?$|depths?$|num_blocks$|n_layer$", LAYERS),
     (r"sliding_window$|attention_window_size|attention_chunk_size", LENGTH // 2),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|context_length", 512),
@@ -44,7 +43,10 @@ SIZES = [
     (r"d_latents|upsample_initial_channel|base_channels|feature_size|conv_dim|groups$|(output|input)_size$", WIDTH),
 ]
 # Fields that some configs leave open and their models need.
-UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "num_experts_per_tok": 2, "prediction_length": 4}
+UNSET = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "num_experts_per_tok": 2, "prediction_length": 4,
+         "sliding_window": LENGTH // 2}  # fmt: skip
+# What is off in the defaults of some configs and on in released models.
+FEATURES = {"use_sliding_window": True, "max_window_layers": 1, "attention_k_eq_v": True}
 # Per layer, one entry of each kind is enough.
 LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types")
 RESNET = dict(
@@ -92,7 +94,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 2},
     "gemma3": {"mm_tokens_per_image": 4},
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
     "glm4v_moe_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "glm5_next_text": {"num_key_value_heads": HEADS, "index_kpool": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -169,8 +170,9 @@ def tiny_model(model_type: str, mappings: list[Any], seed: int = 0) -> PreTraine
 
 def small_fields(config_class: type[PreTrainedConfig], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments for a config class, sub-configs included, that make its model small."""
-    default = config_class(**copy.deepcopy(given))
     names = {field.name for field in dataclasses.fields(config_class)}
+    given = {name: on for name, on in FEATURES.items() if name in names} | given
+    default = config_class(**copy.deepcopy(given))
     small = dict(given)
     ids = itertools.count(VOCAB - 1, -1)
     for name in names | given.keys():
@@ -195,8 +197,15 @@ def small_fields(config_class: type[PreTrainedConfig], given: dict[str, Any]) ->
             if declared is not dataclasses.MISSING and smaller != declared:
                 small[name] = smaller
     small |= one_layer_of_each_kind(default, names) | stages(names, given)
+    if "num_kv_shared_layers" in names and "layer_types" in small:
+        small["num_kv_shared_layers"] = len(small["layer_types"])  # as many again, with the keys and values of these
+        small["layer_types"] = small["layer_types"] * 2
+        small["num_hidden_layers"] = len(small["layer_types"])
     if isinstance(small.get("embed_dim"), int) and is_list(read(default, "num_heads")):
         small["embed_dim"] = HEAD_DIM  # doubles from stage to stage, as the numbers of heads do
+    heads, width, share = (read(default, name) for name in ("num_attention_heads", "hidden_size", "head_dim"))
+    if "head_dim" in names and all(type(n) is int for n in (heads, width, share)) and heads * share > width:
+        small["head_dim"] = 2 * HEAD_DIM  # all heads together are wider than the model
     if "kv_lora_rank" in names and "num_key_value_heads" in small:
         small["num_key_value_heads"] = HEADS  # multi-head latent attention has keys and values for every head
     if "mrope_section" in getattr(config_class, "ignore_keys_at_rope_validation", ()):

@@ -1,13 +1,13 @@
 """Which attention goes where: what the user says, what is saved in config.json."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import attentions
 from .attentions.base import KINDS
-from .errors import UsageError
+from .errors import UsageError, shown
 
 NAME = "attnswap"
 # The name that stands in config.json: where this package is not imported, transformers' error quotes it.
@@ -16,7 +16,13 @@ GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
 # model, with experts or without.
 GUARDED = ("attn_implementation", "experts_implementation")
 
-FORMAT_VERSION = 2
+# Stands before the name of the class in config.json: programs that go by the name alone know no such model.
+ARCHITECTURE = "Attnswap"
+# The tensor of each swapped layer that is there even where a variant has no parameters: programs that take the weights
+# strictly stop at it.
+MARKER = "marker"
+
+FORMAT_VERSION = 3
 
 # For each layer index: a variant and all its options.
 Plan = dict[int, tuple[str, dict[str, Any]]]
@@ -42,11 +48,14 @@ class SwapConfig:
     kinds: Sequence[str] = ("causal", "bidirectional")
 
     def __post_init__(self):
-        if isinstance(self.kinds, str):
-            self.kinds = (self.kinds,)
+        if not isinstance(self.options, Mapping):
+            raise UsageError(f"options is {shown(self.options)}; expected a dict from option to value")
+        if not isinstance(self.kinds, Iterable):
+            raise UsageError(f"kinds is {shown(self.kinds)}; expected some of {', '.join(KINDS)}")
+        self.kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
         for kind in self.kinds:
             if kind not in KINDS:
-                raise UsageError(f"kinds has {kind!r}; expected some of {', '.join(KINDS)}")
+                raise UsageError(f"kinds has {shown(kind)}; expected some of {', '.join(KINDS)}")
         if not self.kinds:
             raise UsageError("kinds is empty; leave it out to swap all self-attention")
 
@@ -83,7 +92,7 @@ class SwapConfig:
                 plan[index] = (name, options)
         unused = set(self.options) - used
         if unused:
-            raise UsageError(f"option {sorted(unused)[0]!r} belongs to none of the attentions in layers")
+            raise UsageError(f"option {min(unused, key=str)!r} belongs to none of the attentions in layers")
         return plan
 
     def _choice(self, given: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -91,13 +100,13 @@ class SwapConfig:
             return given, self.options
         if not isinstance(given, Mapping):
             raise UsageError(
-                f"layers gives {given!r} for a layer; expected a name or a dict with attention and options"
+                f"layers gives {shown(given)} for a layer; expected a name or a dict with attention and options"
             )
         own = {n: v for n, v in given.items() if n != "attention"}
         name = given.get("attention", self.attention)
         unknown = set(own) - set(_get(name).options())
         if unknown:
-            raise UsageError(f"{name} has no option {sorted(unknown)[0]!r}")
+            raise UsageError(f"{name} has no option {min(unknown, key=str)!r}")
         return name, {**self.options, **own}
 
 
@@ -122,39 +131,58 @@ def plans_to_dict(plans: Mapping[str, Plan], kept: str) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "kept": kept, "swapped": groups or None}
 
 
-def plans_from_dict(saved: Any) -> dict[str, Plan]:
+def plans_from_dict(saved: Any, file: str = "config.json") -> dict[str, Plan]:
     """Read what config.json says, and return the plans by kind of attention.
 
+    Args:
+        file: the path of config.json, for errors.
+
     Raises:
-        UsageError: a newer format, or something that this package did not write.
+        UsageError: a newer format, or something that this package did not write, with its place and value.
     """
     version = saved.get("format_version") if isinstance(saved, Mapping) else None
     if type(version) is not int or version != FORMAT_VERSION:
-        newer = ": upgrade hf_attnswap" if type(version) is int and version > FORMAT_VERSION else ""
-        raise UsageError(f"attnswap in config.json has format_version {version!r}; expected {FORMAT_VERSION}{newer}")
+        advice = ""
+        if type(version) is int:
+            newer = version > FORMAT_VERSION
+            advice = ": upgrade hf_attnswap" if newer else ": an older hf_attnswap wrote it; convert the model again"
+        raise UsageError(f"{NAME} in {file} has format_version {shown(version)}; expected {FORMAT_VERSION}{advice}")
+
+    def require(holds: bool, place: str, value: Any, expected: str) -> None:
+        if not holds:
+            raise UsageError(f"{NAME} in {file} is damaged: {place} is {shown(value)}; expected {expected}")
+
+    kept, groups = saved.get("kept"), saved.get("swapped")
+    require(isinstance(kept, str), "kept", kept, "the name of an attention implementation")
+    whole = groups is None or isinstance(groups, list) and len(groups) > 0
+    require(whole, "swapped", groups, "a list of groups of layers, or null where no layer is swapped")
     plans: dict[str, Plan] = {}
-    try:
-        if not isinstance(saved["kept"], str):
-            raise ValueError(f"kept is {saved['kept']!r}")
-        if saved["swapped"] == []:
-            raise ValueError("no layer is swapped")
-        for group in saved["swapped"] or ():
-            kind = group["kind"]
-            if kind not in KINDS:
-                raise ValueError(f"kind is {kind!r}")
-            cls = _get(group["attention"])
-            options = cls.check_options(group["options"])
-            for index in group["layers"]:
-                if type(index) is not int:
-                    raise ValueError(f"layer is {index!r}")
-                if index in plans.setdefault(kind, {}):
-                    raise ValueError(f"{kind} layer {index} is there twice")
-                plans[kind][index] = (group["attention"], options)
-    except UsageError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"attnswap in config.json is damaged: {error} in {saved!r}") from None
+    for number, group in enumerate(groups or ()):
+        place = f"swapped[{number}]"
+        require(isinstance(group, Mapping), place, group, "an object")
+        name, given, kind, layers = (group.get(key) for key in ("attention", "options", "kind", "layers"))
+        require(isinstance(name, str), f"{place}.attention", name, "the name of a variant")
+        require(isinstance(given, Mapping), f"{place}.options", given, "an object")
+        require(kind in KINDS, f"{place}.kind", kind, f"one of {', '.join(KINDS)}")
+        require(isinstance(layers, list) and len(layers) > 0, f"{place}.layers", layers, "a list of indices")
+        try:
+            options = attentions.get(name).check_options(given)
+        except ValueError as error:
+            raise UsageError(f"{NAME} in {file} is damaged: {place}: {error}") from None
+        plan = plans.setdefault(kind, {})
+        for index in layers:
+            require(type(index) is int and index >= 0, f"an index in {place}.layers", index, "a whole number")
+            require(index not in plan, f"{place}.layers", layers, f"no {kind} layer twice, as {index} is")
+            plan[index] = (name, options)
     return plans
+
+
+def known_architectures(config: Mapping[str, Any]) -> list[Any]:
+    """Return the names of classes of transformers that a config.json holds, as they are without `ARCHITECTURE`."""
+    names = config.get("architectures")
+    if NAME not in config or not isinstance(names, list):
+        return names if isinstance(names, list) else []
+    return [name.removeprefix(ARCHITECTURE) if isinstance(name, str) else name for name in names]
 
 
 def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> list[int]:
@@ -170,10 +198,12 @@ def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> 
         try:
             chosen = indices[slice(*(int(part) if part.strip() else None for part in layers.split(":")))]
         except (ValueError, TypeError):
-            raise UsageError(f"layers is {layers!r}; expected a slice such as '1::2'") from None
+            raise UsageError(f"layers is {shown(layers)}; expected a slice such as '1::2'") from None
         if not chosen:
-            raise UsageError(f"layers {layers!r} selects none of the {len(indices)} layers")
+            raise UsageError(f"layers {shown(layers)} selects none of the {len(indices)} layers")
         return chosen
+    if not isinstance(layers, Iterable | int):
+        raise UsageError(f"layers is {shown(layers)}; expected indices or a slice such as '1::2'")
     chosen = []
     for layer in [layers] if isinstance(layers, int | str) else layers:
         try:
@@ -181,22 +211,23 @@ def select(layers: None | Sequence[int] | str | int, indices: Sequence[int]) -> 
                 raise TypeError
             index = int(layer)
         except (TypeError, ValueError):
-            raise UsageError(f"layers has {layer!r}; expected an index or a slice such as '1::2'") from None
-        index = index + len(indices) if index < 0 else index
-        if index not in indices:
-            raise UsageError(f"layers has {layer}, but the model's attention layers are {_span(indices)}")
-        chosen.append(index)
+            raise UsageError(f"layers has {shown(layer)}; expected an index or a slice such as '1::2'") from None
+        if (index + len(indices) if index < 0 else index) not in indices:
+            raise UsageError(f"layers has {shown(index)}, but the model's attention layers are {_span(indices)}")
+        chosen.append(index + len(indices) if index < 0 else index)
     if not chosen:
         raise UsageError("layers is empty; leave it out to swap all layers")
     return chosen
 
 
 def _span(indices: list[int]) -> str:
-    contiguous = indices == list(range(indices[0], indices[-1] + 1))
+    contiguous = bool(indices) and indices == list(range(indices[0], indices[-1] + 1))
     return f"{indices[0]} to {indices[-1]}" if contiguous else ", ".join(map(str, indices))
 
 
-def _get(name: str) -> type[attentions.Attention]:
+def _get(name: Any) -> type[attentions.Attention]:
+    if not isinstance(name, str):
+        raise UsageError(f"attention is {shown(name)}; expected a name, see `attnswap ls`")
     try:
         return attentions.get(name)
     except ValueError as error:
@@ -215,9 +246,9 @@ def parse_options(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise UsageError(f"option {assignment!r} has no value; expected name=value")
+            raise UsageError(f"option {shown(assignment)} has no value; expected name=value")
         try:
             options[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # of too many digits, or nested too deeply
             options[name] = value
     return options

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -13,6 +14,15 @@ class UsageError(ValueError):
     An unknown name, an unfit option, a model or a file that is not what it should be.
     Its message is one sentence with the value, the place and what to do.
     """
+
+
+def shown(value: Any) -> str:
+    """Return `value` as an error quotes it: on one line, and cut where that gets long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextmanager
@@ -28,5 +38,7 @@ def one_line_errors(program: str) -> Iterator[None]:
             traceback.print_exc()
         code = 2 if isinstance(error, UsageError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         line = "interrupted" if code == 130 else (str(error).strip() or repr(error)).splitlines()[0]
+        # A file that others wrote may hold what a terminal obeys.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
         print(f"{program}: {line}", file=sys.stderr)
         sys.exit(code)

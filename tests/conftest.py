@@ -11,6 +11,7 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(tempfile.gettempdir()) / f"attnswap_t
 
 import pytest
 import torch
+from command_line import attnswap  # noqa: F401 (a fixture of all tests)
 from device_under_test import DEVICE, FILES, OnDevice
 from transformers import AutoModelForCausalLM, LlamaConfig
 

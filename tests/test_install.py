@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ import hf_attnswap
 
 ROOT = Path(hf_attnswap.__file__).parents[1]
 COMES_WITH = {"markupsafe": "jinja2", "pydantic-core": "pydantic"}  # each a part of the other
+# Run with -S: the package that is under test is installed too, and must not be found in place of the one made here.
 FIND = """
 import importlib.util, site, sys
+sys.path.append(sys.argv[2])
 site.addsitedir(sys.argv[1])
 print(importlib.util.find_spec("hf_attnswap").origin)
 """
@@ -36,9 +39,9 @@ def test_the_folder_of_the_clone_does_not_hide_the_package(tmp_path):
     wheel = subprocess.run(build, cwd=clone, check=True, capture_output=True, text=True).stdout.split()[-1]
     zipfile.ZipFile(site / wheel).extractall(site)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(
-        [sys.executable, "-c", FIND, str(site)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    libraries = str(Path(importlib.util.find_spec("editables").origin).parents[1])
+    find = [sys.executable, "-S", "-c", FIND, str(site), libraries]
+    run = subprocess.run(find, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.stdout.strip() == str(clone / "hf_attnswap" / "__init__.py"), run.stderr
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
@@ -83,6 +84,15 @@ class Option:
         return value
 
 
+class State(dict[str, Tensor]):
+    """Hold what a layer remembers while it is called: hooks that move what a module is given move it in place."""
+
+    def to(self, device: torch.device, **how: Any) -> "State":
+        """Move every tensor to `device`, and return the same object."""
+        self.update({name: tensor.to(device, **how) for name, tensor in self.items()})
+        return self
+
+
 class Attention(nn.Module):
     """Hold the parameters of a variant on one swapped attention module; the base class of all variants.
 
@@ -98,6 +108,7 @@ class Attention(nn.Module):
         stateful: keeps a state of constant size in place of keys and values when generating.
         kinds: the kinds of attention that the variant can stand in for, of `KINDS`.
         kind, place: of the module on which the variant stands: one of `KINDS`, and its layer in words.
+        described: the variant on a module with its options, in words.
         ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where the fast form is one call of torch.
         any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The other variants take causal
             and bidirectional masks with padding, and packed texts.
@@ -120,6 +131,7 @@ class Attention(nn.Module):
     ops: ClassVar[tuple[str, ...]] = ()
     kind: str = "causal"
     place: str = "attention"
+    described: str = ""
     _answer: "Answer | None" = None
 
     def __init__(self, heads: Heads, **options: Any):
@@ -218,7 +230,12 @@ class Attention(nn.Module):
         """
         if self._answer is not None:
             return self._answer(self, query, key, value, mask, scaling)
-        return self(query, key, value, mask, scaling, state)
+        if state is None:
+            return self(query, key, value, mask, scaling)
+        kept = State(state)
+        out = self(query, key, value, mask, scaling, kept)
+        state.update(kept)
+        return out
 
     def calibrate(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         """Set parameters from what the layer sees, before training. Most variants need none.

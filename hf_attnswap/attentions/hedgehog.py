@@ -26,8 +26,8 @@ class HedgehogMap(nn.Module):
         """Set W to the identity."""
         nn.init.zeros_(self.delta)
 
-    def feature_map(self) -> FeatureMap:
-        """Return the map as it stands, for an op."""
+    def forward(self) -> FeatureMap:
+        """Return the map as it stands, for an op; by a call, which brings offloaded weights in."""
         return FeatureMap("hedgehog", hedgehog_features, tensors={"delta": self.delta}, beside=hedgehog_beside_softmax)
 
 
@@ -71,7 +71,7 @@ class Hedgehog(LinearAttention):
         self.key_map = HedgehogMap(heads.num_key_value_heads, heads.head_dim)
 
     def feature_map_of_queries(self):
-        return self.query_map.feature_map()
+        return self.query_map()
 
     def feature_map_of_keys(self):
-        return self.key_map.feature_map()
+        return self.key_map()

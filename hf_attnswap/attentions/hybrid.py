@@ -45,6 +45,10 @@ class Hybrid(Attention):
     def reset_parameters(self):
         nn.init.zeros_(self.log_mix)
 
+    def __reduce__(self):
+        # Its class has no name in a module by which pickle could find it.
+        return bare_hybrid, (self.linear_class,), self.__dict__
+
     def maps_and_mix(self):
         """Return the feature maps of queries and of keys, and the log of the mix per head."""
         return self.linear.feature_map_of_queries(), self.linear.feature_map_of_keys(), self.log_mix
@@ -100,6 +104,12 @@ def hybrid_of(linear: type[LinearAttention]) -> type[Hybrid]:
             "source": f"Zhang 2024 (LoLCATs); {linear.source}",
         },
     )
+
+
+def bare_hybrid(linear: type[LinearAttention]) -> Hybrid:
+    """Return an `X+window` without its content, which pickle and copy fill in."""
+    cls = hybrid_of(linear)
+    return cls.__new__(cls)
 
 
 derive("+window", lambda cls: hybrid_of(cls) if issubclass(cls, LinearAttention) and cls.hybrid else None)

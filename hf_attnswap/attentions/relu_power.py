@@ -59,8 +59,8 @@ def relu_power(scores, count, peak, p, shift):
     # In place where no gradient needs what is overwritten.
     learning = torch.is_grad_enabled()
     if shift == "max":
-        a = scores - (peak - 1) if learning else scores.sub_(peak - 1)
-        a = a.relu_()
+        # The 1 comes last: beside a large score it would be rounded away, and with it the whole row.
+        a = (scores - peak if learning else scores.sub_(peak)).add_(1).relu_()
     else:  # the largest is 1 with the other shift; a factor of the row cancels
         largest = (1 + peak).detach().clamp(min=torch.finfo(scores.dtype).tiny)
         a = torch.relu(1 + scores) / largest

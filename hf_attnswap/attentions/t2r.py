@@ -26,8 +26,8 @@ class T2RMap(nn.Module):
         nn.init.zeros_(self.delta)
         nn.init.zeros_(self.bias)
 
-    def feature_map(self) -> FeatureMap:
-        """Return the map as it stands, for an op."""
+    def forward(self) -> FeatureMap:
+        """Return the map as it stands, for an op; by a call, which brings offloaded weights in."""
         return FeatureMap("t2r", t2r_features, tensors={"delta": self.delta, "bias": self.bias})
 
 
@@ -52,7 +52,7 @@ class T2R(LinearAttention):
         self.key_map = T2RMap(heads.num_key_value_heads, heads.head_dim)
 
     def feature_map_of_queries(self):
-        return self.query_map.feature_map()
+        return self.query_map()
 
     def feature_map_of_keys(self):
-        return self.key_map.feature_map()
+        return self.key_map()

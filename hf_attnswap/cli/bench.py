@@ -3,11 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError
-from .options import Device, Dtype, Json, Model, show
+from .options import Device, Dtype, Json, Model, show, status
 
 
 def bench(
@@ -49,10 +48,8 @@ def bench(
     lengths = lengths or [512, 1024, 2048, 4096]
     told_of = {"batch_size": batch_size, "dtype": kind, "device": where}
     kernel = sdpa_kernel(random_inputs(heads, min(lengths), **told_of))
-    with Console(stderr=True).status("measuring") as status:
-        rows = measure(
-            variants, heads, lengths, rounds=rounds, progress=lambda n: status.update(f"{n} tokens: done"), **told_of
-        )
+    with status("measuring") as say:
+        rows = measure(variants, heads, lengths, rounds=rounds, progress=lambda n: say(f"{n} tokens: done"), **told_of)
     grown = scaling(rows)
     table = Table(
         title=f"times as fast as SDPA ({kernel}), median (lowest to highest of {rounds} rounds)\n{heads}, batch "

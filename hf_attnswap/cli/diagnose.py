@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..errors import UsageError
 from .options import (
@@ -20,6 +19,7 @@ from .options import (
     TrustRemoteCode,
     layers_of,
     show,
+    status,
     table_of,
     text_source,
 )
@@ -69,6 +69,7 @@ def diagnose(
     from ..evaluation.damage import least_damaged
     from ..evaluation.diagnose import diagnose as look
     from ..evaluation.diagnose import summary_rows
+    from ..integration.objectives import require_positions
     from ..integration.swapping import restore, swap, swapped_modules
     from ..sources.files import write_whole
     from ..sources.models import load
@@ -82,13 +83,15 @@ def diagnose(
         raise UsageError(
             f"{model!r} is already swapped: leave out --attention" if arms else "name what to look at: --attention"
         )
+    require_positions(loaded, context_length, "--context_length")
     blocks = token_blocks(source, tokenizer, context_length, context_length * texts)
+    mask = getattr(tokenizer, "mask_token_id", None)
     found, tables = [], []
-    with Console(stderr=True).status("looking") as status:
+    with status("looking") as say:
         for arm in arms or [None]:
             if arm is not None:
                 swap(loaded, arm.attention, layers=layers_of(layers), **arm.options)
-            looked = look(loaded, blocks, status.update) | {"label": arm.label if arm else model}
+            looked = look(loaded, blocks, say, mask) | {"label": arm.label if arm else model}
             if arm is not None:
                 restore(loaded)
             found.append(looked)

@@ -1,10 +1,10 @@
 """Hold the command that measures quality: perplexity, tasks, and the difference to another model on the same items."""
 
 import math
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import UsageError
 from ..evaluation.tasks import help_text
@@ -21,6 +21,7 @@ from .options import (
     TextColumn,
     TrustRemoteCode,
     show,
+    status,
     table_of,
     text_source,
 )
@@ -67,6 +68,8 @@ def evaluate(
     """Perplexity and tasks of a model, swapped or not, with standard errors; differences to a control are paired.
 
     A task may ask the control too: with `--tasks writing` both write on from the text, and how long they agree is said.
+    Masked models have accuracy and pseudo-perplexity of masked tokens in place of perplexity; classifiers and encoders
+    the agreement and the cosine with the control.
 
     Example: attnswap evaluate relu16 --control HuggingFaceTB/SmolLM2-135M --validation_file book.txt --tasks needle
     """
@@ -88,9 +91,9 @@ def evaluate(
             "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle,
         },
     }  # fmt: skip
-    with Console(stderr=True).status("loading the model") as status:
-        against = _measure(control, None, status.update, is_control=True, **told) if control else None
-        ours = _measure(model, against, status.update, is_control=False, **told)
+    with status("loading the model") as say:
+        against = _measure(control, None, say, is_control=True, **told) if control else None
+        ours = _measure(model, against, say, is_control=False, **told)
     content, tables = _result(ours, against)
     show(as_json, content, *tables)
 
@@ -101,28 +104,44 @@ def _measure(
 ) -> dict:  # fmt: skip
     """Return all that is measured of one model; `against` is what this function returned for the control."""
     from ..evaluation.perplexity import count_units, perplexity, sliding_perplexity
-    from ..evaluation.tasks import TaskInputs, answers_of, run_tasks
+    from ..evaluation.tasks import TaskInputs, answers_of, check_tasks, quality_task, run_tasks, separate_texts
+    from ..integration.objectives import objective, require_positions
     from ..integration.swapping import describe
+    from ..sources.blocks import cut, start_tokens
     from ..sources.models import load
-    from ..sources.texts import token_blocks
+    from ..sources.texts import token_stream
 
     model, tokenizer = load(name, **loading)
+    task = quality_task(model)
+    names = names or ([] if task is None else [task])
+    check_tasks(names, source is not None, objective(model))
+    require_positions(model, max(contexts), "--context_length")
+    if task and stride:
+        raise UsageError(f"--stride is for perplexity, which {type(model).__name__} has not: leave it out")
     found: dict[str, Any] = {"model": name, "attention": describe(model), "perplexity": []}
     found["trained"] = getattr(model.config, "max_position_embeddings", None)
+    texts: list[str] = []
     if source:
-        tokens = token_blocks(source, tokenizer, max(contexts), max(max_eval_tokens, *contexts))
-        if against and against["tokens"].tolist() != tokens.tolist():
+        most, start = max(max_eval_tokens, *contexts), start_tokens(tokenizer)
+        tokens = token_stream(source, tokenizer, most)
+        if not (separate_texts(names) or len(cut(tokens, max(contexts), start))):
+            raise UsageError(
+                f"text {source.name!r} gives {len(tokens)} tokens, less than one block of {max(contexts)}: "
+                "give more text or a shorter context"
+            )
+        found["tokens"] = [*start, *tokens.tolist()]
+        if against and against["tokens"] != found["tokens"]:
             raise UsageError(f"{name!r} and {against['model']!r} have different tokenizers, so nothing can be paired")
-        found["tokens"] = tokens
-        for context in contexts:
+        texts = list(islice(source.rows(), separate_texts(names, limit)))
+        for context in contexts if task is None else []:
             progress(f"{name}: perplexity at context {context}")
             if stride:
-                measured = sliding_perplexity(model, tokens, context, stride)
+                measured = sliding_perplexity(model, tokens, context, stride, start=start)
             else:
-                measured = perplexity(model, tokens, context)
-            units = count_units(tokenizer, tokens, context, len(measured.nll), stride)
+                measured = perplexity(model, tokens, context, most // context, start=start)
+            units = count_units(tokenizer, tokens, context, len(measured.nll), stride, start)
             found["perplexity"].append((measured, units))
-    inputs = TaskInputs(contexts, limit, batch_size, seed, found.get("tokens"))
+    inputs = TaskInputs(contexts, limit, batch_size, seed, tokens if source else None, texts)
     answers = against and against["answers"]
     if is_control:
         progress(f"{name}: answers to the tasks")

@@ -32,11 +32,12 @@ def inspect_model(model: Model, as_json: Json = False, trust_remote_code: TrustR
 
     found = inspect(architecture(model, trust_remote_code))
     table = Table(title=model)
-    for column in ("module", "class", "part", "kind", "layer", "runs", "can be swapped"):
+    for column in ("module", "class", "part", "kind", "layer", "sees", "runs", "can be swapped"):
         table.add_column(column, overflow="fold")
     for m in found:
         can = f"no: {m.reason}" if m.reason else "yes"
-        table.add_row(m.name, m.class_name, m.part, m.kind, str(m.layer), m.swapped or "softmax", can)
+        row = (m.name, m.class_name, m.part, m.kind, str(m.layer), str(m.reach), m.swapped or "softmax", can)
+        table.add_row(*row)
     show(
         as_json,
         [m.as_dict() for m in found],

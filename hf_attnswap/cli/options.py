@@ -1,13 +1,14 @@
 """Share between commands their arguments, the choice of a text, and how results are printed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import UsageError
 
@@ -46,7 +47,15 @@ def show(as_json: bool, content: Any, *renderables: Any) -> None:
     if as_json:
         print(json.dumps(content, indent=1))
     else:
-        Console().print(*renderables)
+        # What stands in [brackets] or between :colons: is part of a name.
+        Console(markup=False, emoji=False).print(*renderables)
+
+
+@contextmanager
+def status(line: str) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is going on while the context is open; yield the function that changes the line."""
+    with Console(stderr=True).status(Text(line)) as shown:
+        yield lambda line: shown.update(Text(line))
 
 
 def text_source(file, dataset_name, dataset_config_name, split, column):
@@ -68,11 +77,11 @@ def table_of(title: str, rows: Sequence[dict[str, Any]], **columns: str) -> Tabl
     Args:
         columns: title (underscores for spaces) to key.
     """
-    table = Table(title=escape(title))
+    table = Table(title=title)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right", overflow="fold")  # no digit is lost
     for row in rows:
-        table.add_row(*(escape(_cell(row.get(key))) for key in columns.values()))
+        table.add_row(*(_cell(row.get(key)) for key in columns.values()))
     return table
 
 

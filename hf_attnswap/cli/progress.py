@@ -30,7 +30,9 @@ class RunBar:
                 TimeRemainingColumn(),
             )
             # Steps may take a minute each: the rest is estimated from the last ten.
-            self.bars = Bars(TextColumn("{task.description}"), *columns, console=console, speed_estimate_period=600)
+            self.bars = Bars(
+                TextColumn("{task.description}", markup=False), *columns, console=console, speed_estimate_period=600
+            )
             self.task = self.bars.add_task("loading the model", total=None)
 
     def __enter__(self) -> "RunBar":

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError
@@ -57,20 +56,26 @@ def push(
 
     Example: attnswap push converted user/smollm2-hedgehog --private --dry_run
     """
+    from huggingface_hub import get_token
+
     from ..publish import push as publish
 
     operations = publish.prepare(folder, repo_id, base_model=base_model, licence=licence)
     files = {operation.path_in_repo: operation.upload_info.size for operation in operations}
+    left = publish.not_sent(folder, operations)
+    said = [f"left out, as no part of a conversion: {', '.join(left)}"] if left else []
     table = Table(title=f"to {repo_id}" + (f", revision {revision}" if revision else ""))
     table.add_column("file", overflow="fold")
     table.add_column("bytes", justify="right")
     for name, size in files.items():
-        table.add_row(escape(name), f"{size:,}")
-    if dry_run:
-        show(as_json, {"repo_id": repo_id, "files": files, "url": None}, table)
-        return
-    url = publish.push(operations, repo_id, private=private or None, revision=revision, create_pr=create_pr)
-    show(as_json, {"repo_id": repo_id, "files": files, "url": url}, table, url)
+        table.add_row(name, f"{size:,}")
+    url = None
+    if not dry_run:
+        url = publish.push(operations, repo_id, private=private or None, revision=revision, create_pr=create_pr)
+    elif get_token() is None:
+        said.append("to push it, a Hub token is missing: run `hf auth login`, or set HF_TOKEN")
+    said += [url] if url else []
+    show(as_json, {"repo_id": repo_id, "files": files, "left_out": left, "url": url}, table, *said)
 
 
 def run(

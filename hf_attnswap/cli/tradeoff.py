@@ -89,12 +89,12 @@ def tradeoff(
     """
     from .. import report
     from ..sources.models import load
-    from ..tradeoff import DEFAULT_ARMS, Arm, Settings, measure, with_controls
+    from ..tradeoff import DEFAULT_ARMS, Settings, measure, with_controls
     from ..training.align import DEFAULT_LEARNING_RATE
     from .progress import RunBar
 
     arms = arms or DEFAULT_ARMS
-    labels = with_controls(arms) if controls else [Arm.parse(arm).label for arm in arms]
+    labels = with_controls(arms) if controls else arms
     settings = Settings(
         arms=tuple(labels), context_lengths=tuple(context_lengths or [512]), max_eval_tokens=max_eval_tokens,
         lengths=tuple(lengths or [512, 1536]), rounds=rounds, decode_tokens=decode_tokens, align_tokens=align_tokens,

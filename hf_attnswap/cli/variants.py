@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError
@@ -44,8 +43,7 @@ def _description(cls: type) -> dict[str, Any]:
         "formula": cls.formula,
         "cost": cls.cost,
         "cost_class": cls.cost_class,
-        "backend": backends_of(cls.ops[0])[0] if cls.ops else "torch",
-        "ops": list(cls.ops),
+        "backends": {op: backends_of(op) for op in cls.ops},
         "kinds": list(cls.kinds),
         "masks": "any" if cls.any_mask else "padding, packed",
         "state": "constant" if cls.stateful else "keys, values",
@@ -64,16 +62,17 @@ def _overview(variants: list[dict[str, Any]]) -> Table:
     for variant in variants:
         table.add_row(
             variant["name"],
-            escape(variant["cost"]),
+            variant["cost"],
             variant["masks"].partition(",")[0],
             "fixed" if variant["state"] == "constant" else "grows",
             "yes" if variant["parameters"] else "-",
-            "control" if variant["control"] else escape(variant["source"]),
+            "control" if variant["control"] else variant["source"],
         )
     table.expand = True
     table.caption = (
-        "masks: any includes a bias, a soft cap and sinks; padding includes packed texts. cache: whether what a layer "
-        "keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME tells all about one."
+        "masks: any includes sliding windows, a bias, a soft cap and sinks; padding includes packed texts. cache: "
+        "whether what a layer keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME "
+        "tells all about one."
     )
     table.caption_justify = "left"
     return table
@@ -92,12 +91,15 @@ def _details(variant: dict[str, Any]) -> Table:
         "cost": variant["cost"],
         "source": variant["source"],
         "attention": ", ".join(variant["kinds"]),
-        "masks": "any, a bias, a soft cap and sinks too" if variant["masks"] == "any" else variant["masks"],
+        "masks": "any, with sliding windows, a bias and sinks" if variant["masks"] == "any" else variant["masks"],
         "cache": "a state of constant size" if variant["state"] == "constant" else variant["state"],
         "options": "\n".join(options) or "none",
         "parameters": ", ".join(variant["parameters"]) or "none",
-        "runs": ", ".join(variant["ops"]) + f" with {variant['backend']}" if variant["ops"] else "one call of torch",
+        "runs": ", ".join(
+            f"{op} (the first that can serve a call: {', '.join(forms)})" for op, forms in variant["backends"].items()
+        )
+        or "one call of torch",
     }
     for what, value in rows.items():
-        table.add_row(what, escape(value))
+        table.add_row(what, value)
     return table

@@ -17,13 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..errors import one_line_errors
+from ..errors import UsageError, one_line_errors
+from ..integration.objectives import require_positions
 from ..integration.swapping import describe
 from ..launch import build_accelerator, unit_bar
+from ..sources.blocks import cut, start_tokens
 from ..sources.files import write_whole
 from ..sources.models import load
-from ..sources.texts import TextSource, token_blocks
+from ..sources.texts import TextSource, token_stream
 from .processes import blocks_of_process, shared_perplexity
+from .tasks import quality_task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = build_accelerator()
     contexts = args.context_length or [512]
     model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
+    task = quality_task(model)
+    if task is not None:
+        raise UsageError(f"{type(model).__name__} predicts no next tokens: measure it by `attnswap evaluate` ({task})")
+    require_positions(model, max(contexts), "--context_length")
     model = accelerator.prepare_model(model, evaluation_mode=True)
     source = TextSource(
         args.validation_file or args.dataset_name,
@@ -53,8 +60,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         config_name=args.dataset_config_name,
         column=args.text_column,
     )
-    tokens = token_blocks(source, tokenizer, max(contexts), max(args.max_eval_tokens, *contexts)).reshape(-1)
-    rows = [measure(accelerator, model, tokens, context) for context in contexts]
+    most, start = max(args.max_eval_tokens, *contexts), start_tokens(tokenizer)
+    stream = token_stream(source, tokenizer, most)
+    if not len(cut(stream, max(contexts), start)):
+        raise UsageError(
+            f"text {source.name!r} gives {len(stream)} tokens, less than one block of {max(contexts)}: "
+            "give more text or a shorter context"
+        )
+    rows = [measure(accelerator, model, cut(stream, context, start)[: most // context], start) for context in contexts]
     if not accelerator.is_main_process:
         return
     if args.output_file:
@@ -65,25 +78,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.add_column(column.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(*("?" if v is None else str(v) if isinstance(v, int) else f"{v:.4f}" for v in row.values()))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # [brackets] are part of a name
 
 
-def measure(accelerator: Accelerator, model: nn.Module, tokens: Tensor, context: int) -> dict[str, float | int | None]:
+def measure(
+    accelerator: Accelerator, model: nn.Module, blocks: Tensor, start: Sequence[int] = ()
+) -> dict[str, float | int | None]:
     """Return the row of the table for one context length, computed by all processes together.
 
     Args:
-        tokens: int64 `[N]`, the text as one stream.
-        context: tokens per block.
+        blocks: int64 `[N, context]`.
+        start: what each of them begins with, see `sources.blocks.start_tokens`.
 
     Returns:
         `context`, `perplexity`, `nll` (nats per token), `standard_error` (of `nll`; None for a single block) and
         `tokens` (the number of tokens predicted).
     """
-    blocks = tokens[: len(tokens) // context * context].view(-1, context)
+    context = blocks.shape[1]
     share = len(blocks_of_process(accelerator, len(blocks)))
     with unit_bar(accelerator, share * context) as bar:
         bar.set_description(f"context {context}", refresh=False)
-        result = shared_perplexity(accelerator, model, blocks, progress=lambda n: bar.update(n * context))
+        result = shared_perplexity(accelerator, model, blocks, lambda n: bar.update(n * context), max(1, len(start)))
     return {
         "context": context,
         "perplexity": result.perplexity,

@@ -5,12 +5,13 @@ Each line holds one item, in one of these forms:
     {"prompt": "The sky is", "choices": ["blue", "a fish"], "answer": 0}
     {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps."}
     {"context": "She looked at the", "continuation": "sky"}
+    {"sentence": "The cup fell since _ was wet.", "option1": "it", "option2": "he", "answer": "1"}
 
 The names of ARC, HellaSwag and PIQA are read as well: `query`, `ctx` or `question` for `prompt`, `endings` for
-`choices`, and `gold` or `label` for `answer`.
+`choices`, and `gold` or `label` for `answer`. The last form is that of Winogrande: what stands after the blank is
+scored after each of the options.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..sources.structured import as_text, parse_json, shown
 from .likelihood import encode_pair, log_likelihoods
 
 _NAMES = {
@@ -27,6 +29,7 @@ _NAMES = {
     "choices": ("choices", "endings"),
     "answer": ("answer", "gold", "label"),
 }
+_BLANK = "_"
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,20 @@ class Item:
     """Hold one question: which of `choices` follows `prompt`?
 
     Attributes:
-        prompt: the text before each choice; empty for a minimal pair.
+        prompt: the text before each choice, empty for a minimal pair; or one text for each choice.
         choices: the continuations; a single one asks whether the model would write that continuation word for word.
         answer: index of the right choice.
     """
 
-    prompt: str
+    prompt: str | tuple[str, ...]
     choices: tuple[str, ...]
     answer: int
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return each choice after its prompt."""
+        prompts = (self.prompt,) * len(self.choices) if isinstance(self.prompt, str) else self.prompt
+        return list(zip(prompts, self.choices, strict=True))
 
 
 def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
@@ -54,39 +63,77 @@ def read_items(path: str | Path, limit: int | None = None) -> list[Item]:
     if not path.is_file():
         raise UsageError(f"task file {str(path)!r} does not exist")
     items: list[Item] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(items) >= limit:
                 break
             if not line.strip():
                 continue
             try:
-                items.append(_item(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or repr(error)
-                raise UsageError(f"{str(path)!r}, line {number}, is no item: {reason}") from error
+                items.append(_item(parse_json(line)))
+            except ValueError as error:
+                raise UsageError(f"{str(path)!r}, line {number}, is no item: {error}") from None
     if not items:
         raise UsageError(f"task file {str(path)!r} is empty")
     return items
 
 
-def _item(row: dict[str, Any]) -> Item:
+def _item(row: Any) -> Item:
+    """Return the item of a line; ValueError with key, value and what was expected."""
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {shown(row)}; expected an object")
     if "sentence_good" in row:
-        return Item("", (row["sentence_good"], row["sentence_bad"]), 0)
+        return Item("", (_text(row, "sentence_good"), _text(row, "sentence_bad")), 0)
     if "continuation" in row:
-        return Item(row["context"], (row["continuation"],), 0)
-    given = {}
+        return Item(_text(row, "context", empty=True), (_text(row, "continuation"),), 0)
+    if "option1" in row:
+        return _winogrande(row)
+    keys = {}
     for name, known in _NAMES.items():
         key = next((key for key in known if key in row), None)
         if key is None:
             raise ValueError(f"it has no {name}; it has {', '.join(row)}")
-        given[name] = row[key]
-    choices, answer = tuple(given["choices"]), int(given["answer"])
+        keys[name] = key
+    choices, answer = row[keys["choices"]], _index(row, keys["answer"])
+    if not isinstance(choices, list):
+        raise ValueError(f"{keys['choices']} is {shown(choices)}; expected a list of texts")
     if len(choices) < 2 or not all(isinstance(c, str) and c for c in choices) or not 0 <= answer < len(choices):
-        raise ValueError(
-            f"{len(choices)} choices with answer {given['answer']!r}; expected texts, and the index of one"
-        )
-    return Item(given["prompt"], choices, answer)
+        raise ValueError(f"{len(choices)} choices with answer {answer!r}; expected texts, and the index of one")
+    for choice in choices:
+        as_text(choice)
+    return Item(_text(row, keys["prompt"], empty=True), tuple(choices), answer)
+
+
+def _winogrande(row: dict[str, Any]) -> Item:
+    """Return an item of Winogrande, to be scored as by lm-eval: the options end the prompts, the rest is the choice."""
+    sentence, answer = _text(row, "sentence"), _index(row, "answer")
+    before, blank, after = sentence.partition(_BLANK)
+    if not blank or _BLANK in after or not after.strip():
+        raise ValueError(f"sentence is {shown(sentence)}; expected one {_BLANK} for the option, and words after it")
+    if answer not in (1, 2):
+        raise ValueError(f"answer is {shown(row['answer'])}; expected 1 or 2, the number of the option")
+    prompts = tuple(before + _text(row, option) for option in ("option1", "option2"))
+    return Item(prompts, (after.strip(),) * 2, answer - 1)
+
+
+def _text(row: dict[str, Any], key: str, empty: bool = False) -> str:
+    try:
+        value = as_text(row.get(key))
+    except ValueError as error:
+        raise ValueError(f"{key} is {error}") from None
+    if not value and not empty:
+        raise ValueError(f"{key} is empty; expected a text")
+    return value
+
+
+def _index(row: dict[str, Any], key: str) -> int:
+    """Return a whole number, which some files write as a text."""
+    value = row.get(key)
+    if type(value) is str and value.isdecimal():
+        value = int(value[:9])
+    if type(value) is not int:
+        raise ValueError(f"{key} is {shown(value)}; expected a whole number")
+    return value
 
 
 @dataclass(frozen=True)
@@ -96,7 +143,8 @@ class Scores:
     Attributes:
         acc: 1.0 where the choice with the highest log-likelihood is the answer, else 0.0. For single choices, 1.0 where
             each token of the choice is the most likely one.
-        acc_norm: as `acc`, by log-likelihood per character of the choice, as in lm-eval; empty for single choices.
+        acc_norm: as `acc`, by log-likelihood per character of the choice, as in lm-eval; empty for single choices, and
+            where the choices of every item are one text after different prompts.
         log_likelihood: log-likelihood of single choices, in nats; empty for several choices.
     """
 
@@ -128,7 +176,7 @@ def score_choices(
     single = len(items[0].choices) == 1
     if any((len(item.choices) == 1) != single for item in items):
         raise UsageError("some items have a single choice and others have several: put them in two files")
-    requests = [encode_pair(tokenizer, item.prompt, f" {choice}") for item in items for choice in item.choices]
+    requests = [encode_pair(tokenizer, prompt, f" {choice}") for item in items for prompt, choice in item.pairs]
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(r.prompt) + len(r.target) for r in requests)
     if limit and longest > limit + 1:
@@ -143,4 +191,5 @@ def score_choices(
         per_character = [x / len(choice) for x, choice in zip(values, item.choices, strict=True)]
         acc.append(float(values.index(max(values)) == item.answer))
         acc_norm.append(float(per_character.index(max(per_character)) == item.answer))
-    return Scores(acc, acc_norm, [])
+    differ = any(len(set(item.choices)) > 1 for item in items)
+    return Scores(acc, acc_norm if differ else [], [])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..integration.observing import answering, own, softmax
 from ..integration.swapping import swapped_modules
+from .predictions import NOTHING, next_token_labels
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class LayerDamage:
 
     Attributes:
         layer: path of the attention module; None for the reference, which runs softmax in all layers.
-        kl: KL(original || model with this layer swapped) of the next token in nats, the mean over tokens; 0 for the
-            reference.
+        kl: KL(original || model with this layer swapped) of the predicted tokens in nats, the mean over tokens; 0 for
+            the reference.
         kl_error: standard error of `kl`, from the spread between texts; NaN for a single text.
         nll: mean negative log-likelihood of the texts, nats per token.
     """
@@ -38,7 +39,10 @@ class LayerDamage:
 
 @torch.no_grad()
 def layer_damage(
-    model: nn.Module, blocks: Tensor, progress: Callable[[str], None] = lambda line: None
+    model: nn.Module,
+    blocks: Tensor,
+    progress: Callable[[str], None] = lambda line: None,
+    labels: Tensor | None = None,
 ) -> list[LayerDamage]:
     """Return the damage of every swapped layer of a language model, after the reference with softmax in all of them.
 
@@ -47,10 +51,13 @@ def layer_damage(
     Args:
         blocks: texts, int64 `[N, n]`.
         progress: called with a line of text before each forward pass of a layer.
+        labels: what is predicted where, int64 `[N, n]`, `NOTHING` elsewhere; next tokens everywhere by default.
 
     Raises:
         UsageError: the model is not swapped.
     """
+    places = torch.ones_like(blocks, dtype=torch.bool) if labels is None else labels != NOTHING
+    labels = next_token_labels(blocks) if labels is None else labels
     layers = list(swapped_modules(model))
     device = next(model.parameters()).device
     kl = torch.zeros(len(layers), len(blocks), dtype=torch.float64)
@@ -63,19 +70,21 @@ def layer_damage(
     with answering(model, answer):
         for text, block in enumerate(blocks.to(device)):
 
-            def log_probabilities(block: Tensor = block) -> Tensor:
-                return model(input_ids=block[None], use_cache=False).logits[0].float().log_softmax(-1)
+            def log_probabilities(block: Tensor = block, here: Tensor = places[text]) -> Tensor:
+                logits = model(input_ids=block[None], use_cache=False).logits[0]
+                return logits[here.to(logits.device)].float().log_softmax(-1)
 
+            told = labels[text][places[text]].to(device)
             chosen = None
             original = log_probabilities()
-            nll[0, text] = nn.functional.nll_loss(original[:-1], block[1:]).item()
+            nll[0, text] = nn.functional.nll_loss(original, told, ignore_index=NOTHING).item()
             for index, chosen in enumerate(layers):  # noqa: B007 (`answer` reads it)
                 progress(f"damage of layer {index + 1} of {len(layers)}, text {text + 1} of {len(blocks)}")
                 found = log_probabilities()
                 kl[index, text] = (
                     nn.functional.kl_div(found, original, reduction="none", log_target=True).sum(-1).mean()
                 )
-                nll[index + 1, text] = nn.functional.nll_loss(found[:-1], block[1:]).item()
+                nll[index + 1, text] = nn.functional.nll_loss(found, told, ignore_index=NOTHING).item()
     error = kl.std(1) / math.sqrt(len(blocks)) if len(blocks) > 1 else torch.full((len(layers),), math.nan)
     means, likelihoods = kl.mean(1).tolist(), nll.mean(1).tolist()
     rows = zip(layers, means, error.tolist(), likelihoods[1:], strict=True)

@@ -5,43 +5,54 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..integration.finding import inspect
 from ..integration.swapping import describe
 from .damage import by_damage, layer_damage
 from .distribution import distribution_facts
 from .gradients import LayerGradients, gradient_flow
+from .predictions import predicted
 
 
-def diagnose(model: nn.Module, blocks: Tensor, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def diagnose(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    progress: Callable[[str], None] = lambda line: None,
+    mask_token_id: int | None = None,
+) -> dict[str, Any]:
     """Return what the swapped layers of a language model do, each beside the softmax that the layer replaces.
 
-    Gradients and distributions are measured on the first text, the damage of each layer on all texts.
+    Gradients and distributions are measured on the first text, the damage of each layer on all texts. A masked model
+    reads the texts with 15 % of their tokens masked, and predicts these.
 
     Args:
         blocks: texts, int64 `[N, n]`.
         progress: called with a line of text for each part of the work.
+        mask_token_id: what stands for a masked token, for masked models.
 
     Returns:
         A dict of JSON values, None where a number is not finite:
 
         - `attention`, `context` (n) and `tokens` (N n)
-        - `perplexity`: of the model with softmax in all layers
+        - `perplexity`: of the model with softmax in all layers, over what it predicts
         - `gradient_at_first_layer`: norm of the gradient at the input of the first swapped layer, divided by the norm
           with softmax; gradients vanish far below 1 and explode far above 1
         - `layers`: one dict per swapped layer
         - `layers_by_damage`: the numbers of the layers, least damage first (see `damage.least_damaged`)
 
     Raises:
-        UsageError: the model is not swapped.
+        UsageError: the model is not swapped, or predicts no tokens.
         NotImplementedError: a variant has no attention weights.
     """
+    blocks, labels = predicted(model, blocks, mask_token_id)
+    first = None if labels is None else labels[:1]
     progress("gradients")
-    ours, control = (gradient_flow(model, blocks[:1], with_softmax) for with_softmax in (False, True))
+    ours, control = (gradient_flow(model, blocks[:1], with_softmax, first) for with_softmax in (False, True))
     progress("distributions")
     facts = distribution_facts(model, blocks[:1])
-    reference, *damage = layer_damage(model, blocks, progress)
+    reference, *damage = layer_damage(model, blocks, progress, labels)
     index = {module.name: module.layer for module in inspect(model)}
     layers = [
         {

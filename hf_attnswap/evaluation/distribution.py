@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attentions import Attention
 from ..integration.observing import SOFTMAX, allowed_keys, answering
+from ..integration.swapping import swapped_modules
 from ..masks import Mask
 from .perplexity import octaves
 
@@ -66,6 +67,8 @@ _OTHER = ("layer", "output_scale")
 def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
     """Return the facts of the weights of every swapped layer of `model`, in the order of the layers.
 
+    Of a module that several layers share, they are the means over its calls.
+
     Args:
         input_ids: int64 `[B, n]`. Memory: O(n^2) per layer.
 
@@ -73,7 +76,7 @@ def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
         UsageError: the model is not swapped.
         NotImplementedError: a variant has no attention weights.
     """
-    found = []
+    found: dict[str, list[LayerFacts]] = {name: [] for name in swapped_modules(model)}
 
     def look(name: str, attention: Attention, query, key, value, mask: Mask, scaling: float) -> Tensor:
         teacher = SOFTMAX(query, key, value, mask, scaling)
@@ -84,7 +87,7 @@ def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
         rows = theirs["rows"]
         distance = (share - theirs.pop("share")).abs().sum(-1) / 2
         student = attention(query, key, value, mask, scaling)
-        found.append(
+        found[name].append(
             LayerFacts(
                 layer=name,
                 **{fact: _over_rows(ours[fact], rows) for fact in FACTS if fact in ours},
@@ -100,7 +103,21 @@ def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
 
     with answering(model, look):
         model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
-    return found
+    return [_mean(calls) for calls in found.values() if calls]
+
+
+def _mean(calls: list[LayerFacts]) -> LayerFacts:
+    """Return the mean over the calls of one module, of which there are several where layers share it."""
+    means = {
+        name: torch.stack([getattr(call, name) for call in calls]).mean(0)
+        for name in LayerFacts.__dataclass_fields__
+        if name not in _OTHER
+    }
+    scale = tuple(
+        (first, last, sum(call.output_scale[i][2] for call in calls) / len(calls))
+        for i, (first, last, _) in enumerate(calls[0].output_scale)
+    )
+    return LayerFacts(calls[0].layer, **means, output_scale=scale)
 
 
 def weight_facts(weights: Tensor, mask: Mask) -> dict[str, Tensor]:

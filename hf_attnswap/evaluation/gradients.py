@@ -14,6 +14,7 @@ from ..integration.swapping import swapped_modules
 from ..masks import Mask
 from ..ops.scores.reference import score_weights
 from ..ops.spec import Activation
+from .predictions import NOTHING, next_token_labels
 
 FLAT = 0.01  # a weight that changes by less than this part of itself per unit of its score is saturated
 
@@ -23,7 +24,7 @@ class LayerGradients:
     """Hold the gradients of one layer and the shares of attention weights through which little or no gradient flows.
 
     Attributes:
-        layer: path of the attention module.
+        layer: path of the attention module; where layers share it, the rest is over all of its calls.
         query, key, value: norm of the gradient of the loss with respect to each input of the attention.
         layer_input: norm of the gradient with respect to the input of the model's block that holds the attention; None
             where the attention is in no block.
@@ -41,42 +42,49 @@ class LayerGradients:
     saturated: float | None
 
 
-def gradient_flow(model: nn.Module, input_ids: Tensor, with_softmax: bool = False) -> list[LayerGradients]:
+def gradient_flow(
+    model: nn.Module, input_ids: Tensor, with_softmax: bool = False, labels: Tensor | None = None
+) -> list[LayerGradients]:
     """Return the gradients of every swapped layer in one backward pass of the language-modelling loss, in layer order.
 
     Cost: one forward and one backward pass, and O(n^2) memory per layer for the weights.
 
     Args:
-        input_ids: int64 `[B, n]`; also the labels.
+        input_ids: int64 `[B, n]`.
         with_softmax: run softmax in the swapped layers, for comparison.
+        labels: what is predicted at each place, int64 `[B, n]`; the next tokens by default.
 
     Raises:
         UsageError: the model is not swapped.
         NotImplementedError: a variant has no attention weights.
     """
     norms: dict[str, dict[str, float]] = {name: {} for name in swapped_modules(model)}
-    shares: dict[str, tuple[float, float | None]] = {}
+    shares: dict[str, list[tuple[float, float | None]]] = {name: [] for name in norms}
     answer: Answer = softmax if with_softmax else own
 
     def look(name, attention, query, key, value, mask, scaling):
         query, key, value = (t.view_as(t) for t in (query, key, value))  # so that the hooks see this call alone
         for part, tensor in (("query", query), ("key", key), ("value", value)):
             tensor.register_hook(_into(norms[name], part))
-        shares[name] = dead_and_saturated(
-            SOFTMAX if with_softmax else attention, query.detach(), key.detach(), mask, scaling
+        shares[name].append(
+            dead_and_saturated(SOFTMAX if with_softmax else attention, query.detach(), key.detach(), mask, scaling)
         )
         return answer(name, attention, query, key, value, mask, scaling)
 
     with answering(model, look), _layer_inputs(model, norms), _frozen(model), torch.enable_grad():
         embedded = model.get_input_embeddings()(input_ids.to(next(model.parameters()).device))
         embedded = embedded.detach().requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        labels = next_token_labels(input_ids) if labels is None else labels
         nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), input_ids[:, 1:].flatten().to(logits.device)
+            logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=NOTHING
         ).backward()
     return [
         LayerGradients(
-            name, *(found.get(part, 0.0) for part in ("query", "key", "value")), found.get("layer_input"), *shares[name]
+            name,
+            *(found.get(part, 0.0) for part in ("query", "key", "value")),
+            found.get("layer_input"),
+            *(None if None in share else sum(share) / len(share) for share in zip(*shares[name], strict=True)),
         )
         for name, found in norms.items()
     ]

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import UsageError
+from ..sources.blocks import start_tokens
+
 
 @dataclass(frozen=True)
 class Request:
@@ -38,27 +41,30 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
     """Return the token ids of a prompt and its target, split as lm-eval splits them.
 
     Spaces at the end of the prompt belong to the target, and the target is what prompt and target together have more
-    than the prompt. An empty prompt becomes the token that starts a text, or, in tokenizers without a start token, the
-    token that ends one.
+    than the prompt. The prompt begins as the tokenizer begins a text. An empty prompt becomes the token that starts a
+    text, or, in tokenizers without a start token, the token that ends one.
 
     Raises:
-        ValueError: the target adds no tokens, or the prompt is empty and the tokenizer has neither token.
+        UsageError: the target adds no tokens, or the prompt is empty and the tokenizer has neither token.
     """
     spaces = len(prompt) - len(prompt.rstrip())
     if spaces:
         prompt, target = prompt[:-spaces], prompt[-spaces:] + target
-    if prompt:
-        whole, start = tokenizer(prompt + target).input_ids, tokenizer(prompt).input_ids
-    else:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is None:
-            raise ValueError("the tokenizer has no token that starts or ends a text, so nothing can stand first")
-        start = [first]
-        own = tokenizer(target, add_special_tokens=False).input_ids
-        whole = own if own[:1] == start else start + own
-    if len(whole) <= len(start):
-        raise ValueError(f"the target {target!r} has no tokens of its own after {prompt!r}")
-    return Request(tuple(whole[: len(start)]), tuple(whole[len(start) :]))
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    first, whole = start_tokens(tokenizer), encode(prompt + target)
+    if not prompt and not first:
+        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if token is None:
+            raise UsageError("the tokenizer has no token that starts or ends a text, so nothing can stand first")
+        first = [token]
+        whole = whole[1:] if whole[:1] == first else whole
+    known = encode(prompt) if prompt else []
+    if len(whole) <= len(known):
+        raise UsageError(f"the target {target!r} has no tokens of its own after {prompt!r}")
+    return Request((*first, *whole[: len(known)]), tuple(whole[len(known) :]))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Measure perplexity per token, word and byte, by context length and position, with errors and paired ratios."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import UsageError
+from ..sources.blocks import cut
 from ..statistics import Estimate, paired_bootstrap
 
 
@@ -19,20 +21,22 @@ class Perplexity:
     Attributes:
         context: tokens of a block or window; a prediction has at most `context - 1` tokens before it.
         nll: mean nll of each sample, nats per token.
-        stride: tokens that each window predicts; None for separate blocks, which predict `context - 1` tokens each.
+        stride: tokens that each window predicts; None for separate blocks, which predict all but their first tokens.
         by_position: mean nll by position in the context: (first position, last position, nll); empty for sliding
             windows.
+        given: tokens at the start of a block that are not predicted: the first one, or those that begin every text.
     """
 
     context: int
     nll: tuple[float, ...]
     stride: int | None = None
     by_position: tuple[tuple[int, int, float], ...] = field(default=(), compare=False)
+    given: int = 1
 
     @property
     def tokens(self) -> int:
         """Return the number of tokens predicted."""
-        return len(self.nll) * (self.stride or self.context - 1)
+        return len(self.nll) * (self.stride or self.context - self.given)
 
     @property
     def mean(self) -> float:
@@ -67,6 +71,7 @@ def perplexity(
     max_blocks: int | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
+    start: Sequence[int] = (),
 ) -> Perplexity:
     """Measure the perplexity of `model` on a stream of tokens, cut into blocks that are read independently.
 
@@ -74,26 +79,50 @@ def perplexity(
 
     Args:
         tokens: int64, any shape; read as one stream.
-        context: tokens per block.
+        context: tokens per block, those of `start` included.
         max_blocks: how many blocks are used, from the first on; None for all.
         batch_size: blocks per forward pass.
         progress: called with the number of blocks read since the last call.
+        start: what begins every block and is not predicted (`sources.blocks.start_tokens`); where it is empty, the
+            first token of each block is not predicted.
 
     Raises:
-        ValueError: there are fewer tokens than one block has.
+        UsageError: there are fewer tokens than one block has.
     """
-    stream = tokens.reshape(-1)
-    blocks = stream[: len(stream) // context * context].view(-1, context)[:max_blocks]
-    if len(blocks) == 0:
-        raise ValueError(f"perplexity at context {context} needs at least that many tokens, got {len(stream)}")
-    means: list[float] = []
-    total = torch.zeros(context - 1, dtype=torch.float64)
-    for nll in _token_nll(model, blocks, context - 1, batch_size, progress):
+    stream, given = tokens.reshape(-1), max(1, len(start))
+    blocks = cut(stream, context, start)[:max_blocks]
+    if len(blocks) == 0 or context == given:
+        raise UsageError(
+            f"the text gives {len(stream)} tokens, less than one block of {context}: give more text or a shorter "
+            "context"
+        )
+    return block_perplexity(model, blocks, given, batch_size, progress)
+
+
+@torch.no_grad()
+def block_perplexity(
+    model: nn.Module, blocks: Tensor, given: int = 1, batch_size: int = 1, progress: Progress | None = None
+) -> Perplexity:
+    """Measure the perplexity of `model` on blocks of tokens, as `perplexity` does.
+
+    Args:
+        blocks: int64 `[N, context]`.
+        given: tokens at the start of each block that are not predicted.
+        batch_size: blocks per forward pass.
+        progress: called with the number of blocks read since the last call.
+    """
+    context, means = blocks.shape[1], []
+    total = torch.zeros(context - given, dtype=torch.float64)
+    for nll in _token_nll(model, blocks, context - given, batch_size, progress):
         means += nll.mean(1).tolist()
         total += nll.double().sum(0)
-    mean = total / len(blocks)
-    by_position = tuple((first, last, mean[first - 1 : last].mean().item()) for first, last in octaves(context - 1))
-    return Perplexity(context, tuple(means), by_position=by_position)
+    mean = (total / len(blocks)).tolist()
+    positions = [(max(first, given), last) for first, last in octaves(context - 1) if last >= given]
+    by_position = tuple(
+        (first, last, math.fsum(mean[first - given : last - given + 1]) / (last - first + 1))
+        for first, last in positions
+    )
+    return Perplexity(context, tuple(means), by_position=by_position, given=given)
 
 
 @torch.no_grad()
@@ -105,6 +134,7 @@ def sliding_perplexity(
     max_windows: int | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
+    start: Sequence[int] = (),
 ) -> Perplexity:
     """Measure the perplexity of `model` with sliding windows, which give every prediction a long context.
 
@@ -114,26 +144,29 @@ def sliding_perplexity(
 
     Args:
         tokens: int64, any shape; read as one stream.
+        context: tokens per window, those of `start` included.
         max_windows: how many windows are used, from the first on; None for all.
         batch_size: windows per forward pass.
         progress: called with the number of windows read since the last call.
+        start: what begins every window and is not predicted, as in `perplexity`.
 
     Raises:
-        ValueError: `stride` is not between 1 and `context - 1`, or there are fewer than `stride + 1` tokens.
+        UsageError: `stride` is not between 1 and what a window predicts at most, or the text is shorter than that.
     """
-    if not 1 <= stride < context:
-        raise ValueError(f"stride is {stride}; expected 1 to {context - 1}, less than the context")
-    stream = tokens.reshape(-1)
-    ends = range(stride + 1, len(stream) + 1, stride)[:max_windows]
+    given = max(1, len(start))
+    if not 1 <= stride <= context - given:
+        raise UsageError(f"stride is {stride}; expected 1 to {context - given}, less than the context")
+    stream, own, first = tokens.reshape(-1), context - len(start), stride + given - len(start)
+    ends = range(first, len(stream) + 1, stride)[:max_windows]
     if not ends:
-        raise ValueError(f"a stride of {stride} needs at least {stride + 1} tokens, got {len(stream)}")
+        raise UsageError(f"a stride of {stride} needs at least {first} tokens, there are {len(stream)}")
     means: list[float] = []
-    growing = [stream[:end][None] for end in ends if end < context]
-    moving = [stream[end - context : end] for end in ends if end >= context]
-    for windows in (*growing, *([torch.stack(moving)] if moving else [])):
+    growing = [cut(stream[:end], len(start) + end, start) for end in ends if end < own]
+    moving = [cut(stream[end - own : end], context, start) for end in ends if end >= own]
+    for windows in (*growing, *([torch.cat(moving)] if moving else [])):
         for nll in _token_nll(model, windows, stride, batch_size, progress):
             means += nll.mean(1).tolist()
-    return Perplexity(context, tuple(means), stride)
+    return Perplexity(context, tuple(means), stride, given=given)
 
 
 def _token_nll(model, blocks: Tensor, predicted: int, batch_size: int, progress) -> Iterator[Tensor]:
@@ -168,28 +201,38 @@ class Units:
 
 
 def count_units(
-    tokenizer: PreTrainedTokenizerBase, tokens: Tensor, context: int, samples: int, stride: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    context: int,
+    samples: int,
+    stride: int | None = None,
+    start: Sequence[int] = (),
 ) -> Units:
     """Return the words and UTF-8 bytes of the text that a `Perplexity` of `samples` samples predicts.
 
-    Where `tokens` begins with a token that starts a text, the space that some tokenizers write after that token counts.
+    Where `start` or the text begins with a token that starts a text, the space that some tokenizers write after that
+    token counts.
 
     Args:
         tokens: int64, any shape; read as one stream.
         context: tokens per block.
         samples: number of blocks, or of windows where `stride` is given.
         stride: tokens that each window predicts; None for separate blocks.
+        start: what begins every block, as in `perplexity`.
     """
-    stream = tokens.reshape(-1)
+    stream, given = tokens.reshape(-1), max(1, len(start))
 
     def text(ids: Tensor) -> str:
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    blocks = stream[: samples * context].split(context)
-    pieces = blocks if stride is None else [stream[: samples * stride + 1]]
-    # Less the first token: a tokenizer may write a piece differently where a text starts.
-    size = sum(_bytes(text(piece)) - _bytes(text(piece[:1])) for piece in pieces)
-    return Units(sum(len(text(piece[1:]).split()) for piece in pieces), size)
+    if stride is None:
+        pieces = cut(stream, context, start)[:samples]
+    else:
+        predicted = samples * stride + given - len(start)
+        pieces = cut(stream[:predicted], predicted + len(start), start)
+    # Less what is given: a tokenizer may write a piece differently where a text starts.
+    size = sum(_bytes(text(piece)) - _bytes(text(piece[:given])) for piece in pieces)
+    return Units(sum(len(text(piece[given:]).split()) for piece in pieces), size)
 
 
 def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Estimate:
@@ -198,7 +241,7 @@ def compare(ours: Perplexity, control: Perplexity, seed: int = 0) -> Estimate:
     Raises:
         ValueError: the two were not measured on the same samples.
     """
-    if (ours.context, ours.stride, len(ours.nll)) != (control.context, control.stride, len(control.nll)):
+    if any(getattr(ours, key) != getattr(control, key) for key in ("context", "stride", "given", "tokens")):
         raise ValueError("a ratio of perplexities needs the same blocks for both")
     return paired_bootstrap(ours.nll, control.nll, seed=seed)
 

@@ -6,11 +6,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .perplexity import Perplexity, perplexity
+from .perplexity import Perplexity, block_perplexity
 
 
 def shared_perplexity(
-    accelerator: Accelerator, model: nn.Module, blocks: Tensor, progress: Callable[[int], None] | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    blocks: Tensor,
+    progress: Callable[[int], None] | None = None,
+    given: int = 1,
 ) -> Perplexity:
     """Return the perplexity of blocks of tokens that are shared out among the processes.
 
@@ -20,11 +24,12 @@ def shared_perplexity(
     Args:
         blocks: int64 `[N, n]`; each block is a context.
         progress: called with the number of blocks that this process has measured since the last call.
+        given: tokens at the start of each block that are not predicted.
     """
     share, context = blocks_of_process(accelerator, len(blocks)), blocks.shape[1]
-    nll = perplexity(model, blocks[share], context, progress=progress).nll
+    nll = block_perplexity(model, blocks[share], given, progress=progress).nll
     by_block = dict(gather_object(list(zip(share, nll, strict=True))))
-    return Perplexity(context, tuple(by_block[block] for block in range(len(blocks))))
+    return Perplexity(context, tuple(by_block[block] for block in range(len(blocks))), given=given)
 
 
 def blocks_of_process(accelerator: Accelerator, count: int) -> list[int]:

@@ -10,8 +10,8 @@ from transformers.utils.output_capturing import _active_collector
 
 from ..attentions import Attention, Heads
 from ..attentions.softmax import Softmax
-from ..config import NAME
-from ..masks import Mask, Packed, unpack_rows
+from ..config import MARKER, NAME
+from ..masks import Mask, Packed, unpack_rows, values_are_hidden
 from .read_mask import ANY_MASK, read_mask
 from .sharing import uses_keys_of_another
 
@@ -58,8 +58,11 @@ def attnswap_attention(
 
     Raises:
         NotImplementedError: a mask or keyword that the variant cannot honour, with the layer.
-        RuntimeError: the config says that this layer is swapped and the module carries no variant.
+        RuntimeError: the config says that this layer is swapped and the module carries no variant; or the texts are
+            sharded over processes.
+        ValueError: a mask that does not fit query and key.
     """
+    _check_whole_texts()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention: Attention | None = getattr(module, NAME, None)
     layer = kwargs.pop("attnswap_state", None)
@@ -75,7 +78,7 @@ def attnswap_attention(
             "config (attention_dropout, attention_probs_dropout_prob, attn_pdrop, ...) to 0 before it is loaded"
         )
     if layer is not None and uses_keys_of_another(module):
-        layer.seen += key.shape[2]  # which no `update` tells it
+        layer.update(key, value)  # which the module leaves out
     _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key, value)
     device = query.device.type
@@ -94,8 +97,9 @@ def attnswap_attention(
                 mask = replace(mask, query_length=key.shape[2])
             out = attend(attention, query, key, value, mask, scaling, layer)[:, :, -rows:]
             weights = _weights(attention, query, key, mask, scaling, layer)[:, :, -rows:] if _wanted(kwargs) else None
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{where}: {error}") from error
+    except (NotImplementedError, ValueError) as error:
+        kind = NotImplementedError if isinstance(error, NotImplementedError) else ValueError
+        raise kind(f"{where}: {error}") from error
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -107,21 +111,15 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
     """
     stateful = attention.stateful and layer is not None
     if stateful:
-        if layer.served == layer.seen:
-            raise NotImplementedError("its module calls its attention twice per token, and the state takes each once")
-        if layer.packed:
-            raise NotImplementedError("the cache holds packed texts, which cannot be continued: start from a new cache")
-        layer.packed = isinstance(mask, Packed)
         before = layer.served
 
         def replay(state: dict[str, Tensor], tokens: int) -> None:
             seen = before + tokens
             valid = None if mask.valid is None else mask.valid[:, :seen]
             new = (t[:, :, :tokens] for t in (query, key, value))
-            attention(*new, Mask(tokens, seen, valid), scaling, state)
+            attention.answer(*new, Mask(tokens, seen, valid), scaling, state)
 
-        layer.record(replay)
-        layer.served = layer.seen
+        layer.take_in(attention, mask, replay)
     if isinstance(mask, Packed):
 
         def one(query, key, value, valid):
@@ -164,6 +162,15 @@ def _check_keywords(where: str, kwargs: dict) -> None:
         raise NotImplementedError(f"{where}: the model passes {name} ({reason}), which would be lost")
 
 
+def _check_whole_texts() -> None:
+    """Raise RuntimeError under context parallelism: torch then puts a function of its own in the place of SDPA."""
+    if not values_are_hidden() and F.scaled_dot_product_attention.__module__.startswith("torch.distributed"):
+        raise RuntimeError(
+            "the model has swapped attention, and each process holds a part of every text (context parallelism), which "
+            "torch knows for softmax alone: train with data parallelism (cp_size=1), or call hf_attnswap.restore(model)"
+        )
+
+
 def _check_window(where: str, attention: Attention, sliding_window: int | None, length: int) -> None:
     # In a mask for one new token, a window over the past looks like padding in it.
     if sliding_window is not None and length > sliding_window and not attention.any_mask:
@@ -178,7 +185,7 @@ def _check_heads(where: str, attention: Attention, query: Tensor, key: Tensor, v
     # Tuples, because a Heads takes longer to make than all other checks of a step together.
     expected = heads.num_attention_heads, heads.num_key_value_heads, heads.head_dim, heads.value_dim
     found = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-    if found != expected and attention.state_dict():
+    if found != expected and attention.state_dict().keys() - {MARKER}:
         raise NotImplementedError(
             f"{where}: its parameters were made for {heads}, but it is called with {Heads(*found)}"
         )

@@ -1,8 +1,9 @@
 """The cache layer of a swapped attention: a state of constant size in place of keys and values."""
 
 import functools
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from transformers.cache_utils import (
 )
 
 from .. import attentions
+from ..attentions import Attention
 from ..config import NAME
+from ..masks import Mask, Packed, values_are_hidden
 
 Replay = Callable[[dict[str, Tensor], int], object]
 
@@ -31,11 +34,42 @@ class Past(NamedTuple):
     replay: Replay
 
 
+ANOTHER_PAST = (
+    "attention_mask hides earlier tokens that the state of the layer has taken in, or shows some that it has not, "
+    "and a state cannot follow: start from a new cache, or use a variant on the scores, which keeps keys and values"
+)
+
+
+class _OnceForAllLayers:
+    """Call a function of two tensors once, for all layers that ask for the same two one after the other."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any]):
+        self.function = function
+        self.last: tuple[Callable, Callable, Any] = (lambda: None, lambda: None, None)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Any:
+        last = self.last
+        if last[0]() is not a or last[1]() is not b:
+            last = self.last = weakref.ref(a), weakref.ref(b), self.function(a, b)
+        return last[2]
+
+
+_same_rows = _OnceForAllLayers(lambda valid, taken: torch.equal(valid[:, : taken.shape[1]], taken.to(valid.device)))
+_reordered = _OnceForAllLayers(lambda taken, beam_idx: taken.index_select(0, beam_idx.to(taken.device)))
+
+
 class StateLayer(CacheLayerMixin):
     """Hold what a stateful variant remembers: tensors with the batch first, under names that the variant chooses.
 
     `update` counts the tokens and hands back only the new keys and values; the variant fills `state`. The mask that
     transformers makes from `get_mask_sizes` covers all tokens seen, as for a layer that keeps them.
+
+    A state cannot forget: a mask that says something else of earlier tokens than `taken` is refused.
+
+    Attributes:
+        taken: which of the tokens the variant took in, bool `[B, served]`, shared by the layers; None for all.
+        filled_by: the variant and its options, in words.
+        fixed_size: whether masks may have more columns than there are tokens, as the cache around has one size.
     """
 
     _layer_type = "attnswap"  # the name under which transformers finds this class for a layer of the config
@@ -44,12 +78,16 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self):
+    def __init__(self, fixed_size: bool = False):
         super().__init__()
         self.state: dict[str, Tensor] = {}
         self.seen = 0
         self.served = 0  # tokens that the variant has taken in, of those seen
-        self.packed = False  # several texts in one row went through; their states are gone
+        self.taken: Tensor | None = None
+        self.filled_by = ""
+        self.awaited = False  # the next keys come from the module of a stateful variant
+        self.closed = ""  # what went through and left no state, in words
+        self.fixed_size = fixed_size
         self.record_past = False
         self.past: list[Past] = []
 
@@ -61,7 +99,18 @@ class StateLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Count the new tokens, and return their keys and values as they came."""
+        """Count the new tokens, and return their keys and values as they came.
+
+        Raises:
+            ValueError: the module that calls keeps keys and values, or tokens of an earlier call were never taken in.
+        """
+        if not self.awaited:
+            raise ValueError(
+                f"the cache is made for the state of {self.filled_by or 'a swapped layer'}, and this layer of the "
+                "model keeps keys and values: start from a new cache"
+            )
+        if self.served != self.seen:
+            raise ValueError("an earlier call with this cache failed half-way: start from a new cache")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
@@ -86,17 +135,20 @@ class StateLayer(CacheLayerMixin):
     def _apply(self, change) -> None:
         self.state = {name: change(t) for name, t in self.state.items()}
 
-    def _select(self, change) -> None:
+    def _select(self, change, change_taken=None) -> None:
         self._apply(change)
+        if self.taken is not None:
+            self.taken = (change_taken or change)(self.taken)
         self.past = []  # of other rows
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self.seen, self.served, self.packed, self.past = {}, 0, 0, False, []
+        self.state, self.seen, self.served, self.past = {}, 0, 0, []
+        self.taken, self.filled_by, self.awaited, self.closed = None, "", False, ""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows that beam search goes on with, `[B]`."""
-        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._select(lambda t: t.index_select(0, beam_idx.to(t.device)), lambda t: _reordered(t, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch `repeats` times."""
@@ -118,14 +170,65 @@ class StateLayer(CacheLayerMixin):
         """Remember, from now on and until the next `crop`, what is needed to take tokens back."""
         self.record_past = True
 
-    def record(self, replay: Replay) -> None:
-        """Keep the state as it is before new tokens change it, where the past is recorded.
+    def expect(self, layer: int, variant: str) -> None:
+        """Be ready for the keys of the module of this layer, whose variant and its options are given in words.
+
+        Raises:
+            ValueError: the state is that of another variant.
+        """
+        if self.seen and self.filled_by != variant:
+            raise ValueError(
+                f"the cache holds {self.seen} tokens as the state of {self.filled_by} for layer {layer}, which runs "
+                f"{variant}: start from a new cache"
+            )
+        self.filled_by, self.awaited = variant, True
+
+    def take_in(self, attention: Attention, mask: Mask | Packed, replay: Replay) -> None:
+        """Note that the variant takes in all tokens seen, and what is needed to take them back, where that is recorded.
 
         Args:
-            replay: takes in the first n of them again, into a state as it was.
+            attention: the variant.
+            mask: what the call says of all tokens.
+            replay: takes in the first n of the new tokens again, into a state as it was.
+
+        Raises:
+            NotImplementedError: the mask says something of earlier tokens that the state cannot follow.
         """
-        if self.record_past:
+        if self.served == self.seen:
+            raise NotImplementedError("its module calls its attention twice per token, and the state takes each once")
+        if self.closed:
+            raise NotImplementedError(
+                f"the cache holds {self.closed}, which cannot be continued: start from a new cache"
+            )
+        one_state = isinstance(mask, Mask) and (mask.causal or attention.any_mask)
+        if not one_state:
+            self.closed = "packed texts" if isinstance(mask, Packed) else "a text that was read in both directions"
+            if self.served:
+                raise NotImplementedError(f"{self.closed} cannot continue a past: start from a new cache")
+        elif not attention.any_mask:
+            self._check_past(mask.valid)
+            self.taken = mask.valid
+        if self.record_past and one_state:
             self.past.append(Past(self.served, dict(self.state), replay))
+        self.served, self.awaited = self.seen, False
+
+    def _check_past(self, valid: Tensor | None) -> None:
+        """Raise NotImplementedError where `valid`, bool `[B, seen]`, is not about the past what `taken` is."""
+        taken = self.taken
+        if not self.served or valid is None and taken is None:
+            return
+        if valid is not None and taken is not None and not values_are_hidden():
+            same = _same_rows(valid, taken)
+        else:
+            differs = False if valid is None else ~valid[:, : self.served]
+            differs = differs ^ (False if taken is None else ~taken)
+            if values_are_hidden():
+                if torch.compiler.is_compiling():
+                    torch._assert_async(~differs.any(), ANOTHER_PAST)
+                return
+            same = not differs.any()
+        if not same:
+            raise NotImplementedError(ANOTHER_PAST)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last `-tokens_to_remove` tokens back, or, given a positive number, all but that many.
@@ -135,7 +238,7 @@ class StateLayer(CacheLayerMixin):
         Raises:
             NotImplementedError: tokens from before the recording, or before the last `crop`.
         """
-        stay = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(self.seen, tokens_to_remove)
+        stay = max(0, self.seen + tokens_to_remove) if tokens_to_remove <= 0 else min(self.seen, tokens_to_remove)
         if stay < self.seen:
             past = next((past for past in reversed(self.past) if past.seen <= stay), None)
             if past is None:
@@ -147,6 +250,7 @@ class StateLayer(CacheLayerMixin):
             if stay > past.seen:
                 past.replay(self.state, stay - past.seen)
             self.seen = self.served = stay
+            self.taken = None if self.taken is None else self.taken[:, :stay]
         self.past = []
 
 
@@ -183,12 +287,16 @@ class StateAndConvolutionLayer(StateLayer, LinearAttentionAndFullAttentionLayer)
         StateLayer.crop(self, tokens_to_remove)
 
 
-def state_layer(cache: Cache | None, layer: int) -> StateLayer | None:
+def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | None:
     """Return the `StateLayer` of this layer in the cache that a model passes to its attention, put there at first use.
+
+    Args:
+        variant: what the layer runs, with its options, in words.
 
     Raises:
         NotImplementedError: a kind of cache whose layers have a fixed size.
-        ValueError: the cache already holds keys and values that softmax attention put there.
+        ValueError: the cache already holds keys and values that softmax attention put there, or the state of another
+            variant.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
@@ -198,6 +306,7 @@ def state_layer(cache: Cache | None, layer: int) -> StateLayer | None:
         cache.layers.append(cache.layer_class_to_replicate())
     found = cache.layers[layer]
     if isinstance(found, StateLayer):
+        found.expect(layer, variant)
         return found
     beside = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
     if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer, *beside):
@@ -210,9 +319,10 @@ def state_layer(cache: Cache | None, layer: int) -> StateLayer | None:
             f"the cache holds {found.get_seq_length()} tokens of softmax for layer {layer}, which is swapped: "
             "start from a new cache"
         )
-    new = StateAndConvolutionLayer.instead_of(found) if isinstance(found, beside) else StateLayer()
-    cache.layers[layer] = new
-    return new
+    found = StateAndConvolutionLayer.instead_of(found) if isinstance(found, beside) else StateLayer()
+    cache.layers[layer] = found
+    found.expect(layer, variant)
+    return found
 
 
 def cache_nbytes(cache: Cache) -> int:
@@ -228,7 +338,7 @@ def cache_nbytes(cache: Cache) -> int:
 
 def in_static_cache(max_cache_len: int, **kwargs) -> StateLayer:
     """Return the layer of a static cache: a state has one size anyway."""
-    return StateLayer()
+    return StateLayer(fixed_size=True)
 
 
 def with_state_layers(original):
@@ -244,9 +354,10 @@ def with_state_layers(original):
         for group in (getattr(config, NAME, None) or {}).get("swapped") or ():
             if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
                 for index in group["layers"]:
+                    kind = types[index] if index < len(types) else None  # of a model that exits early
                     # Of a layer that uses the keys of another, transformers has a dummy. Others keep more than keys and
                     # values.
-                    if types[index] in ("full_attention", "sliding_attention", "dummy"):
+                    if kind in ("full_attention", "sliding_attention", "dummy"):
                         types[index], arguments[index] = StateLayer._layer_type, {}
         return types, arguments
 

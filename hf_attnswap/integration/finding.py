@@ -14,6 +14,7 @@ from ..config import NAME
 from ..errors import UsageError
 from .heads import heads_of
 from .parts import model_parts, part_of
+from .reach import Reach, reach_of
 from .sources import calls_it_causal, dispatches
 
 
@@ -27,6 +28,7 @@ class AttentionModule:
         part: the sub-config that describes it, such as "vision_config"; "" for the model's own.
         swapped: name of the variant that it runs, None for softmax.
         reason: why no variant can stand in for its softmax; None where one can.
+        reach: how far it sees: a sliding window, a chunk, or all.
         module: the module itself.
     """
 
@@ -37,11 +39,14 @@ class AttentionModule:
     part: str
     swapped: str | None
     reason: str | None
+    reach: Reach
     module: nn.Module = field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the module, as plain data."""
-        return {name: value for name, value in vars(self).items() if name != "module"}
+        return {name: value for name, value in vars(self).items() if name not in ("module", "reach")} | (
+            self.reach._asdict()
+        )
 
 
 def inspect(model: PreTrainedModel) -> list[AttentionModule]:
@@ -65,6 +70,7 @@ def inspect(model: PreTrainedModel) -> list[AttentionModule]:
             part=part,
             swapped=getattr(getattr(module, NAME, None), "name", None),
             reason=reason,
+            reach=reach_of(module, kind),
             module=module,
         )
         for (name, module, part, kind, reason), index in zip(entries, indices, strict=True)

@@ -1,24 +1,26 @@
-"""Every change that this package makes to transformers: one list, applied once, when the package is imported.
+"""Every change that this package makes to transformers and peft, applied once, when the package is imported.
 
 Each entry replaces one attribute by a wrapper that calls the original. What a wrapper does stands in the room that it
 serves; this file says what is wrapped and why.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, cache_utils
-from transformers.integrations import accelerate as accelerate_integration
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..attentions import Attention
-from ..config import GUARD, NAME
-from . import cache, loading
+from ..config import ARCHITECTURE, GUARD, NAME, known_architectures
+from . import adapters, cache, loading
 from .attention import attnswap_attention
+from .late import when_imported
 from .mask_function import attnswap_mask
-from .swapping import swapped_modules
+
+log = logging.getLogger(__name__)
 
 Wrapper = Callable[[Any], Any]
 
@@ -45,10 +47,31 @@ def patches(save_pretrained: Wrapper, push_to_hub: Wrapper) -> list[Patch]:
         Patch(model, "_finalize_model_loading", _check_weights, "weights that do not fit config.json are refused"),
         Patch(model, "_check_and_adjust_attn_implementation", _keep_guard, "no choice keeps the conversion"),
         Patch(PreTrainedConfig, "_experts_implementation", _read_guard, "the guard in config.json is no experts' name"),
-        Patch(accelerate_integration, "dispatch_model", _load_whole, "offloaded weights of a variant come in together"),
+        Patch(PreTrainedConfig, "to_diff_dict", _write_architectures, "config.json has architectures of its own"),
+        Patch(PreTrainedConfig, "_dict_from_json_file", _read_architectures, "which are read as transformers' classes"),
+        Patch(PreTrainedConfig, "_attn_implementation", _keep_variants, "programs set eager where they want weights"),
         Patch(cache_utils, "get_layer_types_and_kwargs", cache.with_state_layers, "caches begin with state layers"),
+        Patch(model, "save_pretrained", _save_the_plan, "the files say what is swapped, those of an adapter as well"),
         Patch(model, "save_pretrained", save_pretrained, "the argument portable=True"),
         Patch(model, "push_to_hub", push_to_hub, "a swapped model is pushed with its card"),
+    ]
+
+
+def peft_patches() -> list[Patch]:
+    """Return every patch of peft, which this imports."""
+    import peft
+    from peft.tuners.tuners_utils import BaseTuner
+
+    config, tensors = peft.config.PeftConfigMixin, "get_peft_model_state_dict"
+    why = "the files of an adapter hold the variants' tensors"
+    return [
+        Patch(peft.PeftModel, "save_pretrained", adapters.with_plan, "an adapter says what is swapped in its base"),
+        Patch(config, "to_dict", adapters.with_guard, "peft alone does not load such an adapter"),
+        Patch(config, "from_json_file", adapters.without_guard, "which this package lets it do"),
+        Patch(config, "from_peft_type", adapters.keep_plan, "the plan of an adapter reaches its base"),
+        Patch(BaseTuner, "inject_adapter", adapters.swap_first, "which is swapped before the adapter is put on it"),
+        Patch(peft, tensors, adapters.with_variants, why),
+        Patch(peft.peft_model, tensors, adapters.with_variants, why),
     ]
 
 
@@ -60,7 +83,12 @@ def install(save_pretrained: Wrapper, push_to_hub: Wrapper) -> None:
         AttentionInterface.register(name, attnswap_attention)
         AttentionMaskInterface.register(name, attnswap_mask)
     cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = cache.in_static_cache
-    for patch in patches(save_pretrained, push_to_hub):
+    _apply(patches(save_pretrained, push_to_hub))
+    when_imported("peft", lambda: _apply(peft_patches()))
+
+
+def _apply(chosen: list[Patch]) -> None:
+    for patch in chosen:
         setattr(patch.owner, patch.attribute, patch.wrap(getattr(patch.owner, patch.attribute)))
 
 
@@ -118,11 +146,44 @@ def _read_guard(original: property) -> property:
     return property(original.fget, set_experts)
 
 
-def _load_whole(original):
+def _save_the_plan(original):
     @functools.wraps(original)
-    def dispatch_model(model, *args, preload_module_classes=None, **kwargs):
-        # Offloaded weights come in with a call of their own module, and a variant calls its maps by other methods.
-        own = {type(variant).__name__ for variant in swapped_modules(model).values()}
-        return original(model, *args, preload_module_classes=[*(preload_module_classes or ()), *own], **kwargs)
+    def save_pretrained(self, *args, **kwargs):
+        adapted = self._hf_peft_config_loaded
+        with adapters.telling(self, self.peft_config) if adapted else loading.telling_what_stands(self):
+            return original(self, *args, **kwargs)
 
-    return dispatch_model
+    return save_pretrained
+
+
+def _write_architectures(original):
+    @functools.wraps(original)
+    def to_diff_dict(self):
+        written = original(self)
+        if written.get(NAME) is not None and written.get("architectures"):
+            written["architectures"] = [f"{ARCHITECTURE}{name}" for name in written["architectures"]]
+        return written
+
+    return to_diff_dict
+
+
+def _read_architectures(original):
+    @functools.wraps(original)
+    def dict_from_json_file(cls, json_file):
+        read = original.__func__(cls, json_file)
+        if isinstance(read, dict) and NAME in read and read.get("architectures"):
+            read["architectures"] = known_architectures(read)
+        return read
+
+    return classmethod(dict_from_json_file)
+
+
+def _keep_variants(original: property) -> property:
+    def set_implementation(config, value):
+        # Eager attention is what gives weights; swapped layers give theirs.
+        if value == "eager" and getattr(config, "_attn_implementation_internal", None) == NAME:
+            log.warning("attn_implementation='eager' leaves swapped layers as they are; they return their weights too")
+        else:
+            original.fset(config, value)
+
+    return property(original.fget, set_implementation)

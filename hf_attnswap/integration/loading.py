@@ -1,14 +1,18 @@
 """A saved conversion comes back whole: variants are built from config.json, and weights that do not fit are refused."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, modeling_utils
 
 from ..attentions import Attention
-from ..config import GUARD, NAME, plans_from_dict, select
+from ..config import GUARD, NAME, Plan, plans_from_dict, plans_to_dict, select
 from ..errors import UsageError
 from .finding import AttentionModule, Group, counted, inspect
-from .parts import model_parts
+from .parts import model_parts, parts_of
 from .sharing import check_shared_keys
 from .swapping import attach, build_variant, detach, mark_swapped, swapped_modules
 
@@ -24,8 +28,10 @@ def build_variants(model: PreTrainedModel) -> None:
         return
     if not saved[""]:
         raise UsageError(
-            f"attn_implementation is 'attnswap', but the config says {saved['']!r} of what is swapped: load the model "
-            "without it and call hf_attnswap.swap, or repair config.json"
+            f"attn_implementation is 'attnswap', but the config of {model.config.name_or_path or type(model).__name__} "
+            f"says {saved['']!r} of what is swapped. A trainer that loads a reference model by the name of one "
+            "swapped in memory (trl's DPOTrainer) needs ref_model=copy.deepcopy(model), or the swapped model "
+            "saved and loaded from its folder. Else leave attn_implementation out, and call hf_attnswap.swap"
         )
     saved = {part: entry for part, entry in saved.items() if entry}
     plans = {(part, kind): plan for part, entry in saved.items() for kind, plan in plans_from_dict(entry).items()}
@@ -54,6 +60,53 @@ def build_variants(model: PreTrainedModel) -> None:
                 attach(entry.module, variants[id(entry.module)], group[1], index)
     check_shared_keys(modules, variants)
     mark_swapped(model, saved, modules)
+
+
+@contextmanager
+def telling_what_stands(model: PreTrainedModel) -> Iterator[None]:
+    """Let the config tell what stands in the model while it is saved: layers may have been taken out since the swap.
+
+    Raises:
+        UsageError: a model that is built from its config has other layers, so that it could not be loaded.
+    """
+    configs = model_parts(model)
+    saved = {part: entry for part, config in configs.items() if (entry := getattr(config, NAME, None))}
+    plans = {part: plans_from_dict(entry) for part, entry in saved.items()}
+    variants = swapped_modules(model)
+    if len(variants) == sum(len(plan) for kinds in plans.values() for plan in kinds.values()):
+        places = [(variant.layer, model.get_submodule(path)) for path, variant in variants.items()]
+        if all(getattr(module, "layer_idx", None) in (layer, None) for layer, module in places):
+            yield
+            return
+    entries = inspect(model)
+    standing: dict[str, dict[str, Plan]] = {part: {} for part in saved}
+    for entry in entries:
+        if entry.name in variants:
+            variant = variants[entry.name]
+            plan = standing[entry.part].setdefault(entry.kind, {})
+            plan[entry.layer] = variant.name, variant.option_values()
+    told = {part: saved[part] | plans_to_dict(found, saved[part]["kept"]) for part, found in standing.items()}
+    config = copy.deepcopy(model.config)
+    for part, part_config in parts_of(config).items():
+        if part in told:
+            setattr(part_config, NAME, told[part])
+    try:
+        with torch.device("meta"):
+            built = {entry.name: entry.swapped for entry in inspect(type(model)(config))}
+    except Exception:  # what a model says of a config that does not fit it
+        built = {}
+    if built != {entry.name: entry.swapped for entry in entries}:
+        raise UsageError(
+            f"layers were taken out of the {type(model).__name__} after its swap, and its config tells of others: set "
+            "the number of layers in the config, and layer_idx of each attention module to its place, then save"
+        )
+    for part, entry in told.items():
+        setattr(configs[part], NAME, entry)
+    try:
+        yield
+    finally:
+        for part, entry in saved.items():
+            setattr(configs[part], NAME, entry)
 
 
 def check_variants(model: PreTrainedModel, load_config: modeling_utils.LoadStateDictConfig, info: Any) -> None:

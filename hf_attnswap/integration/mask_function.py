@@ -1,5 +1,6 @@
 """The mask function: what transformers calls, by its name, to make the masks of a swapped model."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,41 @@ from ..config import NAME
 from ..masks import Packed, find_segments, from_segments, values_are_hidden
 
 
+def _of_known_shape(make: Callable) -> Callable:
+    """Wrap the mask function: refuse a mask that does not fit the keys, and make masks whose changes are counted.
+
+    A tensor of inference mode has no version, so that every layer would look at its entries again.
+    """
+
+    @functools.wraps(make)
+    def checked(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
+        if values_are_hidden():
+            return make(*args, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None:
+            _check_shape(attention_mask, *args, **kwargs)
+        if not torch.is_inference_mode_enabled():
+            return make(*args, attention_mask=attention_mask, **kwargs)
+        with torch.inference_mode(False):
+            attention_mask = None if attention_mask is None else attention_mask.clone()
+            return make(*args, attention_mask=attention_mask, **kwargs)
+
+    return checked
+
+
+def _check_shape(
+    attention_mask: Tensor, batch_size: int, q_length: int, kv_length: int, q_offset=0, kv_offset=0, *args, **kwargs
+) -> None:
+    """Raise ValueError where the mask of a call is not `[B, S]`; a cache of a fixed size has more than S columns."""
+    keys, shape = kv_offset + kv_length, tuple(attention_mask.shape)
+    fits = len(shape) == 2 and shape[0] == batch_size
+    if fits and isinstance(keys, int):
+        fixed_size = not isinstance(q_offset, int) or keys > q_offset + q_length
+        fits = shape[1] <= keys if fixed_size else shape[1] == keys
+    if not fits:
+        raise ValueError(f"attention_mask has shape {shape}; expected ({batch_size}, {keys}), an entry for each key")
+
+
+@_of_known_shape
 def attnswap_mask(
     batch_size: int,
     q_length: int,

@@ -6,7 +6,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 def model_parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
     """Return the config of a model under "", and the configs of its parts under their paths in it."""
-    found = {"": model.config}
+    return parts_of(model.config)
+
+
+def parts_of(config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
+    """Return a config under "", and its sub-configs under their paths in it."""
+    found = {"": config}
 
     def walk(prefix: str, config: PreTrainedConfig) -> None:
         for name in config.sub_configs:
@@ -15,7 +20,7 @@ def model_parts(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
                 found[f"{prefix}{name}"] = sub
                 walk(f"{prefix}{name}.", sub)
 
-    walk("", model.config)
+    walk("", config)
     return found
 
 

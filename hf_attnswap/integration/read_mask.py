@@ -19,6 +19,7 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
 
     Raises:
         NotImplementedError: the variant cannot honour that.
+        ValueError: attention_mask does not fit query and key.
     """
     # Without a mask SDPA goes by is_causal, and eager attention lets every row attend to everything.
     causal = kwargs.get("is_causal")
@@ -28,8 +29,11 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
         causal = getattr(module, "is_causal", True)
     if attention.kind == "causal" and query.shape[2] == 1:
         causal = True  # of one row a mask does not tell, nor does the module of a decoder that goes by its mask alone
-    seen = layer.seen if attention.stateful and layer is not None else key.shape[2]
-    mask = parse(attention_mask, query.shape[2], seen, bool(causal))
+    with_state = attention.stateful and layer is not None
+    seen = layer.seen if with_state else key.shape[2]
+    _check_rows(attention_mask, query)
+    mask = parse(attention_mask, query.shape[2], seen, bool(causal), longer=with_state and layer.fixed_size)
+    mask = _for_every_row(mask, query.shape[0])
     if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):
         if attention_mask is not None:
             raise NotImplementedError("cu_seq_lens_q packs several texts, and attention_mask says nothing of them")
@@ -58,6 +62,26 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     if kind not in attention.kinds:
         raise NotImplementedError(f"it is for {' and '.join(attention.kinds)} attention, and this mask is {kind}")
     return mask
+
+
+def _check_rows(attention_mask: Tensor | None, query: Tensor) -> None:
+    """Raise ValueError where a mask is neither for all rows, and all heads, nor for each of these."""
+    if attention_mask is not None:
+        fits = attention_mask.shape[0] in (1, query.shape[0])
+        if not fits or attention_mask.dim() == 4 and attention_mask.shape[1] not in (1, query.shape[1]):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, and there are {query.shape[0]} rows of "
+                f"{query.shape[1]} heads; expected one for all, or one each"
+            )
+
+
+def _for_every_row(mask: Mask | Packed, batch: int) -> Mask | Packed:
+    """Return a mask whose padding and texts are given for each row of the batch."""
+    one = mask.segments if isinstance(mask, Packed) else mask.valid
+    if one is None or one.shape[0] == batch:
+        return mask
+    given = one.expand(batch, -1)
+    return replace(mask, segments=given) if isinstance(mask, Packed) else replace(mask, valid=given)
 
 
 def _from_lengths(ends_q: Tensor, ends_k: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Packed:

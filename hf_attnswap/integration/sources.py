@@ -27,6 +27,12 @@ def calls_it_causal(cls: type[nn.Module]) -> bool:
 
 
 @functools.cache
+def mentions(cls: type[nn.Module], word: str) -> bool:
+    """Return whether a word stands in the source of a class."""
+    return word in _source(cls)
+
+
+@functools.cache
 def reads_mask(cls: type[nn.Module]) -> bool:
     """Return whether a class does more with a mask than hand it on."""
     if not cls.__module__.startswith("transformers.models.") and "transformers_modules" not in cls.__module__:

@@ -5,20 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from .. import attentions
 from ..attentions import Attention, Heads
-from ..config import GUARD, GUARDED, NAME, SwapConfig, plans_to_dict
+from ..config import GUARD, GUARDED, MARKER, NAME, SwapConfig, plans_to_dict
 from ..errors import UsageError
 from .cache import state_layer
 from .finding import AttentionModule, inspect, swappable
 from .heads import heads_of
 from .parts import model_parts, part_of
+from .reach import check_reach
 from .read_mask import ANY_MASK
 from .sharing import check_shared_keys
 from .sources import cuts_masks, reads_mask
+
+# What transformers asks a model before a text is sharded over processes, whose states would never be exchanged.
+SHARDED = "_supports_context_parallel"
 
 
 def swap(
@@ -44,7 +49,8 @@ def swap(
 
     Raises:
         UsageError: an unknown variant, option, layer or kind; a model already swapped; attention that cannot be
-            swapped, with the reason. The model is then as it was.
+            swapped, with the reason; layers with a sliding window or chunks that the variant cannot honour, where
+            others are without and nobody chose. The model is then as it was.
     """
     if isinstance(attention, SwapConfig):
         if layers is not None or options or kinds is not SwapConfig.kinds:
@@ -71,6 +77,7 @@ def swap(
         for group, plan in plans.items()
         for index, choice in plan.items()
     ]
+    check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
     check_shared_keys(entries, {id(entry.module): new for entry, _, _, new in built})
     for entry, index, (_, kind), new in built:
         attach(entry.module, new, kind, index)
@@ -89,7 +96,7 @@ def swap(
     origin = model.config.name_or_path
     if origin and not Path(origin).exists():
         saved[""]["base"] = origin
-    _own_configs(model)
+    own_configs(model)
     mark_swapped(model, saved, entries)
     return model
 
@@ -113,6 +120,8 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
             config.__dict__.pop(guarded, None)
         if saved is not None:
             config._attn_implementation_internal = saved["kept"]
+    for module in model.modules():
+        module.__dict__.pop(SHARDED, None)
     return model
 
 
@@ -132,6 +141,7 @@ def swapped_modules(model: nn.Module) -> dict[str, Attention]:
     }
 
 
+@torch.inference_mode(False)  # parameters that are made inside it can never train
 def build_variant(
     model: PreTrainedModel, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]
 ) -> Attention:
@@ -153,6 +163,12 @@ def build_variant(
     # Quantised weights are integers: then the dtype is that of the rest of the model.
     dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), model.dtype)
     device = weights[0].device if weights else model.device
+    if device.type != "meta" and any(tensor.is_meta for tensor in new.state_dict().values()):
+        new.to_empty(device=device)  # made where modules are made without weights, for a model that has some
+        for part in new.modules():
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+    new.register_buffer(MARKER, torch.ones(1, dtype=torch.uint8))
     return new.to(device=device, dtype=dtype).train(module.training)
 
 
@@ -169,6 +185,8 @@ def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
     """Put a variant on an attention module, and see to it that every call brings the state of its layer."""
     new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
     new.layer = index
+    options = new.extra_repr()
+    new.described = f"{new.name} with {options}" if options else new.name
     module.add_module(NAME, new)
     module._attnswap_hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
@@ -195,11 +213,12 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
         if cache is not None:
             # Where layers share their weights, the call says which one it is.
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, kwargs.get("layer_idx", module.layer_idx))}
+            layer = kwargs.get("layer_idx", module.layer_idx)
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, layer, attention.described)}
     return args, kwargs
 
 
-def _own_configs(model: PreTrainedModel) -> None:
+def own_configs(model: PreTrainedModel) -> None:
     """Give a model configs of its own, which other models that were built from the same object do not share."""
     copies: dict[int, Any] = {}
     for module in model.modules():
@@ -225,6 +244,9 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]], entri
         config._attn_implementation_internal = NAME if saved[part]["swapped"] else saved[part]["kept"]
     for guarded in GUARDED:
         setattr(model.config, guarded, GUARD)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            setattr(module, SHARDED, False)
     for entry in entries:
         if not hasattr(entry.module, NAME):
             entry.module._attnswap_kept = True

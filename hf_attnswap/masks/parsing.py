@@ -23,7 +23,13 @@ def values_are_hidden() -> bool:
 _parsed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def parse(attention_mask: Tensor | None, query_length: int, key_length: int, causal: bool = True) -> Mask | Packed:
+def parse(
+    attention_mask: Tensor | None,
+    query_length: int,
+    key_length: int,
+    causal: bool = True,
+    longer: bool = False,
+) -> Mask | Packed:
     """Bring a mask that a model passes to its attention to the form that variants take.
 
     Args:
@@ -31,20 +37,26 @@ def parse(attention_mask: Tensor | None, query_length: int, key_length: int, cau
             int `[B, S]` (causal, packed segments); bool `[B, 1, 1, S]` (bidirectional, padding); bool or additive float
             `[B, 1 or H, T, S]`.
         causal: what holds where the mask leaves it open: where it is None or has one row for one query.
+        longer: whether the mask may have more columns than S, of which the first S are read: those of a cache that has
+            one size from the start.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask of another shape, or with NaN.
     """
     if attention_mask is None:
         return Mask(query_length, key_length, causal=causal)
-    if attention_mask.dim() not in (2, 4):
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected 2 or 4 dimensions")
+    shape = tuple(attention_mask.shape)
+    if len(shape) not in (2, 4):
+        raise ValueError(f"attention_mask has shape {shape}; expected 2 or 4 dimensions")
+    if shape[-1] < key_length or shape[-1] > key_length and not longer:
+        raise ValueError(f"attention_mask has shape {shape}, and there are {key_length} keys; expected one column each")
+    if len(shape) == 4 and shape[2] not in (1, query_length):
+        raise ValueError(f"attention_mask has shape {shape}, and there are {query_length} queries; expected a row each")
     causal = causal and query_length == 1
-    if values_are_hidden():
+    if values_are_hidden() or not _changes_are_counted(attention_mask):
         return _parse(attention_mask, query_length, key_length, causal)
     # All layers of one forward pass receive the same tensor: look at its entries once.
-    version = 0 if attention_mask.is_inference() else attention_mask._version
-    call = (version, query_length, key_length, causal)
+    call = (attention_mask._version, query_length, key_length, causal)
     known, parsed = _parsed.get(attention_mask, (None, None))
     if known != call:
         parsed = _parse(attention_mask, query_length, key_length, causal)
@@ -52,12 +64,21 @@ def parse(attention_mask: Tensor | None, query_length: int, key_length: int, cau
     return parsed
 
 
+def _changes_are_counted(tensor: Tensor) -> bool:
+    """Return whether the version of a tensor tells that it was changed in place.
+
+    Tensors of inference mode have no version, and who owns the memory of a foreign tensor (numpy) changes it unseen.
+    """
+    return not tensor.is_inference() and tensor.untyped_storage().resizable()
+
+
 def _parse(attention_mask: Tensor, query_length: int, key_length: int, causal: bool) -> Mask | Packed:
     attention_mask = attention_mask[..., :key_length]
     if attention_mask.dim() == 2:
         if attention_mask.dtype != torch.bool:
             return Packed(attention_mask)
-        return Mask(query_length, key_length, valid=None if _all(attention_mask) else attention_mask)
+        # A copy: caches remember it, and the caller may write on.
+        return Mask(query_length, key_length, valid=None if _all(attention_mask) else attention_mask.clone())
     dense, bias = split(attention_mask)
     parsed = _parse_matrix(dense.expand(-1, -1, query_length, -1), causal)
     if bias is None:

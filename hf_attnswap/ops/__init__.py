@@ -17,9 +17,6 @@ feature map as an `Activation` or a `FeatureMap` (`spec.py`).
 import importlib
 import pkgutil
 
-from . import backends
-
 for _entry in pkgutil.iter_modules(__path__):
     if _entry.ispkg:
         importlib.import_module(f"{__name__}.{_entry.name}")
-backends.read_environment()

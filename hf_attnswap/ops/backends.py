@@ -10,7 +10,7 @@ A form is a file in the folder of its op, named after its backend. A form has
 
 Native forms are tried first, then `torch`, then `reference`. An op without a form for a backend, or without one for
 the device of the call, says nothing; a form that is passed over for another reason is logged once at INFO.
-HF_ATTNSWAP_BACKEND, read when the package is imported, forces a backend: `torch` for all ops that have such a form,
+HF_ATTNSWAP_BACKEND, read when the first op is called, forces a backend: `torch` for all ops that have such a form,
 `scores=torch,linear=reference` for some. A forced form that cannot serve a call refuses that call.
 """
 
@@ -42,9 +42,12 @@ _logging = threading.Lock()
 
 
 class _Here(threading.local):
-    """Hold the settings of one thread: forced backends by op (or `_ALL`), and the dictionary that `watch` fills."""
+    """Hold the settings of one thread: forced backends by op (or `_ALL`), and the dictionary that `watch` fills.
 
-    forced: Mapping[str, str] = {}
+    The class holds what HF_ATTNSWAP_BACKEND forces in every thread; None until it is read.
+    """
+
+    forced: Mapping[str, str] | None = None
     ran: dict[str, set[str]] | None = None
 
 
@@ -142,7 +145,7 @@ class Op:
 
     def _choose(self, arguments: tuple) -> Form:
         """Return the forced form, or else the first one that can serve the arguments."""
-        forced = _here.forced
+        forced = _forced()
         if forced:
             form = self.forms.get(forced.get(self.name) or forced.get(_ALL))
             if form is not None:
@@ -196,18 +199,19 @@ def _parse(text: str | None) -> dict[str, str]:
     return forced
 
 
-def read_environment() -> None:
-    """Force the backends that HF_ATTNSWAP_BACKEND names, in every thread; called once, when the package is imported.
-
-    Raises:
-        UsageError: the variable names an op or a backend that does not exist.
-    """
-    _Here.forced = _parse(os.environ.get(VARIABLE))
+def _forced() -> Mapping[str, str]:
+    if _here.forced is None:
+        _Here.forced = _parse(os.environ.get(VARIABLE))
+    return _here.forced or {}
 
 
 def forced() -> dict[str, str]:
-    """Return the backends that are forced in this thread, by name of the op or by "all ops"."""
-    return dict(_here.forced)
+    """Return the backends that are forced in this thread, by name of the op or by "all ops".
+
+    Raises:
+        UsageError: HF_ATTNSWAP_BACKEND names an op or a backend that does not exist.
+    """
+    return dict(_forced())
 
 
 def backends_of(op: str) -> list[str]:
@@ -215,8 +219,9 @@ def backends_of(op: str) -> list[str]:
 
     Raises:
         KeyError: an op that does not exist.
+        UsageError: HF_ATTNSWAP_BACKEND names an op or a backend that does not exist.
     """
-    first = _here.forced.get(op) or _here.forced.get(_ALL)
+    first = _forced().get(op) or _forced().get(_ALL)
     return sorted(OPS[op].forms, key=lambda backend: backend != first)
 
 
@@ -231,7 +236,7 @@ def backend(text: str | None) -> Iterator[None]:
     Raises:
         UsageError: an op or a backend that does not exist, or an op that is named twice.
     """
-    before, _here.forced = _here.forced, _parse(text)
+    before, _here.forced = _forced(), _parse(text)
     try:
         yield
     finally:

@@ -32,10 +32,11 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class WindowState:
-    """Hold what a window layer remembers: the first m keys and values, then the last w (right-aligned), and a count.
+    """Hold what a window layer remembers: the first m keys and values, then the last (right-aligned), and a count.
 
     Attributes:
-        key: `[B, Hkv, m + w, D]`; value: `[B, Hkv, m + w, Dv]`. Slots that no token has reached do not count.
+        key: `[B, Hkv, m + r, D]`; value: `[B, Hkv, m + r, Dv]`, for the last r tokens, padding included: w, or fewer as
+            long as fewer have come. Slots that no valid token has reached do not count.
         count: int `[B]`, how many valid tokens came before.
     """
 
@@ -57,12 +58,12 @@ class HybridState(NamedTuple):
 
 
 class Context:
-    """Hold the new tokens of a call behind the w remembered ones, with padding moved to the end.
+    """Hold the new tokens of a call behind the remembered ones, with padding moved to the end.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`.
         valid: bool `[B, T]`, False at padding; None where there is none.
-        window, sinks: w and m.
+        window, sinks: w and m, w no less than the tokens that the state holds beside the sinks.
         state: what the last call remembered; None at the start of a text.
 
     Attributes:
@@ -73,6 +74,7 @@ class Context:
         given: T. length: the number of aligned tokens, T or more. window, sinks: w and m.
         open: whether T is open; then `length` is a number of whole chunks.
         chunk: rows per chunk of the banded products, `min(64, w)` but at least 16.
+        valid: bool `[B, length]`; None without padding.
         order: int `[B, T]`, the place in the call of each aligned token; None without padding.
         lengths: int `[B]`, valid tokens of each text; None without padding.
         count: int `[B]`, valid tokens before this call; None at the start of a text.
@@ -96,7 +98,7 @@ class Context:
             valid = query.new_ones(query.shape[0], self.given, dtype=torch.bool) if valid is None else valid
             valid = F.pad(valid, (0, more))
             query, key, value = (F.pad(t, (0, 0, 0, more)) for t in (query, key, value))
-        self.length = query.shape[2]
+        self.length, self.valid = query.shape[2], valid
         self.order = None if valid is None else torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
         self.lengths = None if valid is None else valid.sum(1)
         if self.order is not None:
@@ -111,11 +113,13 @@ class Context:
         if old is None:
             sinks = F.pad(new[:, :, : self.sinks], (0, 0, 0, max(0, self.sinks - new.shape[2])))
             return sinks, F.pad(new, (0, 0, self.window, 0))
+        recent = old[:, :, self.sinks :].to(new.dtype)
+        recent = F.pad(recent, (0, 0, self.window - recent.shape[2], 0))
         slot = torch.arange(self.sinks, device=new.device)
         source = (slot[None, :] - self.count[:, None]).clamp(0, new.shape[2] - 1)
         known = (slot[None, :] < self.count[:, None])[:, None, :, None]
         sinks = torch.where(known, old[:, :, : self.sinks], _gather(new, source))
-        return sinks, torch.cat([old[:, :, self.sinks :].to(new.dtype), new], dim=2)
+        return sinks, torch.cat([recent, new], dim=2)
 
     def position(self, slots: slice) -> Tensor:
         """Return the position in its text of each slot of `key`, int `[1 or B, s]`, negative where a slot is empty."""
@@ -146,8 +150,12 @@ class Context:
         ]
 
     def unalign(self, rows: Tensor) -> Tensor:
-        """Return `[B, H, T, D]` in the order of the call, padding in its place again."""
-        return rows if self.order is None else _gather(rows, torch.argsort(self.order, dim=1)[:, : self.given])
+        """Return `[B, H, T, D]` in the order of the call, padding in its place again; rows that see nothing are 0."""
+        if self.order is None:
+            return rows
+        seen = self.valid.cumsum(1) if self.count is None else self.valid.cumsum(1) + self.count[:, None]
+        rows = _gather(rows, torch.argsort(self.order, dim=1)).masked_fill((seen == 0)[:, None, :, None], 0)
+        return rows[:, :, : self.given]
 
     def leaving(self) -> Tensor:
         """Return whether slot u leaves the window as row u enters, bool `[1 or B, T]`.
@@ -221,16 +229,19 @@ class Step:
     """Hold one new token after a state, without padding: a `Context` of few kernels, for generation without a gradient.
 
     Attributes:
-        key, value: `[B, Hkv, m + w, *]`, the slots of the state with the new token at the end.
+        key, value: `[B, Hkv, m + r, *]`, the slots of the state with the new token at the end; one slot more than the
+            state has where the window is larger than the text.
+        grows: whether there is such a slot, so that no token leaves the window.
         full: True where all slots are known to be taken (looked up on a CPU only), so that no score has to be masked.
-        allowed: bool `[B, 1, 1, m + w]`, the slots that count; set only where `full` is False.
+        allowed: bool `[B, 1, 1, m + r]`, the slots that count; set only where `full` is False.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, sinks: int, state: WindowState):
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, state: WindowState):
         self.query, self.sinks, self.old = query, sinks, state
-        slots = state.key.shape[2]
+        self.grows = state.key.shape[2] < sinks + window
+        slots = state.key.shape[2] + self.grows
         # Where all slots are taken there is less to do; elsewhere than on the CPU it would take long to look.
-        self.full = not in_large_kernels(query) and bool((state.count >= slots).all())
+        self.full = not in_large_kernels(query) and not self.grows and bool((state.count >= slots).all())
         if not self.full:
             slot = torch.arange(slots, device=query.device)
             count = state.count[:, None]
@@ -244,7 +255,7 @@ class Step:
         if not self.full:
             slot = torch.arange(self.sinks, device=new.device)
             sinks = torch.where((slot == self.old.count[:, None])[:, None, :, None], new, sinks)
-        return torch.cat([sinks, old[:, :, self.sinks + 1 :], new], dim=2)
+        return torch.cat([sinks, old[:, :, self.sinks + (not self.grows) :], new], dim=2)
 
     def leaving(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the token that leaves the window, and whether one leaves.
@@ -254,7 +265,7 @@ class Step:
             tensor where a token leaves in every row.
         """
         slot = slice(self.sinks, self.sinks + 1)
-        leaves = None if self.full else self.old.count[:, None] >= self.key.shape[2]
+        leaves = None if self.full else (self.old.count[:, None] >= self.key.shape[2]) & (not self.grows)
         return self.old.key[:, :, slot], self.old.value[:, :, slot], leaves
 
     def state(self) -> WindowState:
@@ -284,9 +295,24 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
         window, sinks: w and m.
         state: what the last call remembered; None at the start of a text.
     """
+    if torch.compiler.is_compiling():  # one program for all lengths
+        state = state and _whole(state, window, sinks)
     if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled():
-        return Step(query, key, value, sinks, state)
+        return Step(query, key, value, window, sinks, state)
+    if not torch.compiler.is_compiling():
+        # A row sees no more than the tokens that have come, and a window may be wider.
+        window = min(window, query.shape[2] + (0 if state is None else state.key.shape[2] - sinks))
     return Context(query, key, value, valid, window, sinks, state)
+
+
+def _whole(state: WindowState, window: int, sinks: int) -> WindowState:
+    """Return the state with a slot for every token of the window; those that are added hold no token."""
+
+    def grown(slots: Tensor) -> Tensor:
+        recent = F.pad(slots[:, :, sinks:], (0, 0, window + sinks - slots.shape[2], 0))
+        return torch.cat([slots[:, :, :sinks], recent], dim=2)
+
+    return WindowState(grown(state.key), grown(state.value), state.count)
 
 
 def _exponentials(s: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Write the model card of a conversion from its config.json and its report.json, and from nothing else."""
 
 import json
+import re
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -10,16 +11,30 @@ from jinja2 import Environment, PackageLoader
 
 from .. import attentions
 from ..attentions.base import KINDS
-from ..config import NAME, plans_from_dict
+from ..config import NAME, known_architectures, plans_from_dict
 from ..errors import UsageError
 from ..report.facts import swapped_layers
 from ..report.table import Table, escape, markdown
-from ..report.text import count, listing
+from ..report.text import count, listing, plain
 from ..report.types import Arm, Report
 from . import classified, measured
+from .origin import require_repo_id
+
+
+def _words(value: object) -> str:
+    """Return `value` as Markdown shows it literally, on one line."""
+    return escape(plain(value))
+
+
+def _fenced(code: str, language: str) -> str:
+    """Return `code` as a block of Markdown that nothing inside can end, without control characters."""
+    code = "".join(c for c in code if c.isprintable() or c in "\n\t")
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+|$", code)))
+    return f"{fence}{language}\n{code}\n{fence}"
+
 
 _TEMPLATES = Environment(loader=PackageLoader("hf_attnswap.publish"), keep_trailing_newline=True)
-_TEMPLATES.filters |= {"markdown": markdown, "md": escape}
+_TEMPLATES.filters |= {"markdown": markdown, "md": _words, "fenced": _fenced}
 
 _TASKS = {
     "ForCausalLM": "text-generation",
@@ -53,8 +68,10 @@ def render(
         tags: more tags for the Hub's search.
 
     Raises:
-        UsageError: `config` is not that of a conversion, or `report` did not measure this one.
+        UsageError: `config` is not that of a conversion, `report` did not measure this one, or `repo_id` is no name of
+            a repository.
     """
+    require_repo_id(repo_id)
     groups = swapped_groups(config)
     names = list(dict.fromkeys(group["attention"] for group in groups))
     layers, all_layers = sum(len(group["layers"]) for group in groups), _layers(config, report)
@@ -74,7 +91,7 @@ def render(
     text = _TEMPLATES.get_template("card.md.j2").render(
         metadata=metadata.to_yaml(),
         name=name,
-        base=f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a pretrained model",
+        base=f"[{_words(base_model)}](https://huggingface.co/{base_model})" if base_model else "a pretrained model",
         layers=count(layers),
         names=listing([f"`{each}`" for each in names]),
         swapped=_swapped(groups),
@@ -112,18 +129,14 @@ def swapped_groups(config: dict[str, Any]) -> list[dict[str, Any]]:
         UsageError: nothing is swapped.
     """
     found: list[dict[str, Any]] = []
-
-    def walk(part: str, entry: Any) -> None:
-        if not isinstance(entry, dict):
-            return
+    parts: list[tuple[str, dict[str, Any]]] = [("", config)]
+    while parts:
+        part, entry = parts.pop(0)
         if entry.get(NAME):
             plans_from_dict(entry[NAME])  # says what is damaged
-            found.extend({"kind": "causal", "part": part} | group for group in entry[NAME]["swapped"] or ())
-        for key, value in entry.items():
-            if key != NAME:
-                walk(f"{part} {key}".strip(), value)
-
-    walk("", config)
+            found.extend({"part": plain(part)} | group for group in entry[NAME]["swapped"] or ())
+        inside = [(key, value) for key, value in entry.items() if key != NAME and isinstance(value, dict)]
+        parts = [(f"{part} {key}".strip(), value) for key, value in inside] + parts
     if not found:
         raise UsageError("config.json is not that of a conversion: nothing is swapped in it")
     return found
@@ -185,7 +198,8 @@ def _span(layers: list[int]) -> str:
 
 def _layers(config: dict[str, Any], report: Report | None) -> int:
     """Return how many attention layers the model has, as far as config and report say."""
-    return report.model.attention_layers if report else config.get("num_hidden_layers", 0)
+    layers = report.model.attention_layers if report else config.get("num_hidden_layers")
+    return layers if isinstance(layers, int) else 0
 
 
 def _limits(groups: list[dict[str, Any]], partial: bool) -> list[str]:
@@ -215,7 +229,7 @@ def _limits(groups: list[dict[str, Any]], partial: bool) -> list[str]:
 
 
 def _use(config: dict[str, Any], repo_id: str) -> str:
-    task, architecture = _task(config), (config.get("architectures") or ["AutoModel"])[0]
+    task, architecture = _task(config), _architecture(config) or "AutoModel"
     name, call = architecture, f'model = {architecture}.from_pretrained("{repo_id}")'
     example = {"text-generation": '"Once upon a time"', "text-classification": '"It is a pleasure to watch."'}
     if task in example:
@@ -226,5 +240,12 @@ def _use(config: dict[str, Any], repo_id: str) -> str:
 
 
 def _task(config: dict[str, Any]) -> str | None:
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = _architecture(config) or ""
     return next((task for suffix, task in _TASKS.items() if architecture.endswith(suffix)), None)
+
+
+def _architecture(config: dict[str, Any]) -> str | None:
+    """Return the name of the class that a config names; None where that is no name of a class."""
+    named = known_architectures(config)
+    first = named[0] if named else None
+    return first if isinstance(first, str) and first.isidentifier() else None

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..attentions import LinearAttention
 from ..attentions.hybrid import Hybrid, hybrid_of
-from ..config import GUARD
+from ..config import GUARD, known_architectures
 from ..errors import UsageError
 from ..integration.swapping import swapped_modules
 from ..sources.files import write_whole
@@ -43,21 +43,25 @@ def add(folder: str | Path) -> Path:
         UsageError: another kind of model, or a variant that is not defined by its scores alone.
     """
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    path = write_whole(folder / FILE, text_of(folder).encode())
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (architecture,) = known_architectures(saved)
+    saved["auto_map"] = {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.Swapped{architecture}"}
+    write_whole(folder / "config.json", f"{json.dumps(saved, indent=2, sort_keys=True)}\n".encode())
+    return path
+
+
+def text_of(folder: Path) -> str:
+    """Return what `add` writes for the conversion in `folder`; errors as there."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = (config.architectures or [""])[0]
     if config.model_type not in FAMILIES or not architecture.endswith("ForCausalLM"):
         raise UsageError(
             f"{architecture or config.model_type} cannot be portable: only language models of {', '.join(FAMILIES)} can"
         )
-    cls = getattr(transformers, architecture)
     with torch.device("meta"):
-        model = cls(config)
-    text = _source(model, architecture)
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    saved["auto_map"] = {"AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.Swapped{architecture}"}
-    path = write_whole(folder / FILE, text.encode())
-    write_whole(folder / "config.json", f"{json.dumps(saved, indent=2, sort_keys=True)}\n".encode())
-    return path
+        model = getattr(transformers, architecture)(config)
+    return _source(model, architecture)
 
 
 def with_portable(original):

@@ -1,6 +1,7 @@
 """Push a conversion to the Hub: weights, config, tokenizer, report and card, in one commit that can be repeated."""
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from transformers import PreTrainedModel
 
 from ..config import NAME
@@ -24,10 +18,12 @@ from ..errors import UsageError
 from ..integration.swapping import swapped_modules
 from ..report import read as read_report
 from ..sources.conversions import find
+from ..sources.models import require_weights
 from . import card
-from .origin import find_origin, read_config
+from .contents import files_of, left_out, require_finite
+from .origin import find_origin, read_config, require_repo_id
 
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -39,7 +35,9 @@ def prepare(
     tags: list[str] | None = None,
     token: str | None = None,
 ) -> list[CommitOperationAdd]:
-    """Return what a push of `folder` would upload: all files but hidden ones, and a card where no README.md is there.
+    """Return what a push of `folder` would upload: the files of the conversion, and a card where no README.md is there.
+
+    Nothing else that lies in the folder goes; `not_sent` says what.
 
     Args:
         folder: what `save_pretrained` or a training recipe left. The card is written from a report.json beside the
@@ -50,20 +48,18 @@ def prepare(
         tags: more tags of a new card. token: of the Hub.
 
     Raises:
-        UsageError: a folder that does not hold a whole conversion, or a card that cannot be written.
+        UsageError: a folder that does not hold a whole conversion with finite weights, a link in place of a file, code
+            that a push does not send, or a card that cannot be written.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is not the name of a repository: {str(error).splitlines()[0]}") from None
+    require_repo_id(repo_id)
     folder = find(folder).folder
     config = read_config(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    pickled = next((path.name for path in files if path.suffix in _PICKLED), None)
-    if pickled:
-        raise UsageError(f"{folder} has {pickled}, which may hold pickled data: take it out, or save as safetensors")
-    _check_weights(folder)
+    card.swapped_groups(config)  # says that nothing is
+    files = files_of(folder)
+    for path in files:
+        if path.suffix == ".safetensors":
+            require_finite(path)
+    require_weights(folder)
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     if not (folder / "README.md").is_file():
         report = read_report(folder / "report.json") if (folder / "report.json").is_file() else None
@@ -71,6 +67,11 @@ def prepare(
         text = card.render(config, repo_id, report=report, base_model=base_model, licence=licence, tags=tags or ())
         operations.append(CommitOperationAdd("README.md", text.encode()))
     return operations
+
+
+def not_sent(folder: str | Path, operations: list[CommitOperationAdd]) -> list[str]:
+    """Return the names of what lies in the folder of a conversion and is not among what `prepare` returned."""
+    return left_out(find(folder).folder, [operation.path_in_repo for operation in operations])
 
 
 def push(
@@ -165,20 +166,6 @@ def _require_conversion(api: HfApi, repo_id: str) -> None:
         raise UsageError(f"{repo_id} is taken: it exists and is no conversion by hf_attnswap; choose another name")
 
 
-def _check_weights(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{index} is damaged: {error!r}") from None
-    else:
-        needed = {"model.safetensors"}
-    missing = sorted(name for name in needed if not (folder / name).is_file())
-    if missing:
-        raise UsageError(f"{folder} has no {missing[0]}: its weights are not whole")
-
-
 def with_card(original):
     """Wrap `PreTrainedModel.push_to_hub`: a swapped model goes through `push_model`, with this package's card."""
 
@@ -222,4 +209,6 @@ def push_model(
         if report is not None:
             shutil.copyfile(report, Path(folder, "report.json"))
         operations = prepare(folder, repo_id, base_model=base_model, licence=licence, tags=tags, token=token)
+        if left := not_sent(folder, operations):
+            log.warning("left out of %s, as no part of a conversion: %s", repo_id, ", ".join(left))
         return push(operations, repo_id, token=token, **to)

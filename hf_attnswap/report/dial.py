@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import facts
-from .drawing import CLIP, GRID, INK, Picture, bounds, fix_ticks, ticks
+from .drawing import CLIP, GRID, INK, Picture, bounds, fix_ticks, literal, ticks
 from .text import count, listing, plain, times
 from .types import Comparison, Report
 
@@ -75,4 +75,4 @@ def _axes(axes: Axes, powers: Sequence[float], values: Sequence[Comparison]) -> 
 def _differing(shared: dict[str, Any], groups: Sequence[tuple[dict[str, Any], Any]]) -> str:
     """Return what sets one group apart from the other groups."""
     keys = [key for key in shared if any(other.get(key) != shared[key] for other, _ in groups)]
-    return ", ".join(f"{key}={plain(shared[key])}" for key in keys) or "the other"
+    return ", ".join(literal(f"{key}={shared[key]}") for key in keys) or "the other"

@@ -12,6 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from .text import plain
 from .types import Comparison
 
 DPI = 150
@@ -47,6 +48,11 @@ class Picture:
         with matplotlib.rc_context({"svg.hashsalt": "hf_attnswap"}):  # else its ids are random
             self.figure.savefig(stream, format=kind, dpi=DPI, facecolor="white", **options)
         return stream.getvalue()
+
+
+def literal(value: object) -> str:
+    """Return `value` as `plain` does, for plots: matplotlib reads what stands between two $ as mathematics."""
+    return plain(value).replace("$", r"\$")
 
 
 def bounds(value: Comparison) -> tuple[float, float]:

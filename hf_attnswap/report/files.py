@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from ..sources.files import write_whole
+from ..sources.structured import read_json, shown
 from .types import Report
 
 NAME, VERSION = "hf_attnswap.report", 1
@@ -19,12 +20,9 @@ def read(path: str | Path) -> Report:
 
     Raises:
         ValueError: the file holds no valid report; one sentence with file, place, value and what was expected.
+        OSError: the file cannot be read.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    return parse(content, str(path))
+    return parse(read_json(path), str(path))
 
 
 def parse(content: Any, name: str = "report.json") -> Report:
@@ -37,14 +35,14 @@ def parse(content: Any, name: str = "report.json") -> Report:
         ValueError: as `read`.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: the whole is {_shown(content)}; expected an object")
+        raise ValueError(f"{name}: the whole is {shown(content)}; expected an object")
     if content.get("schema") != NAME:
-        raise ValueError(f"{name}: schema is {_shown(content.get('schema'))}; expected {NAME!r}")
+        raise ValueError(f"{name}: schema is {shown(content.get('schema'))}; expected {NAME!r}")
     version = content.get("version")
     if version != VERSION or isinstance(version, bool):
         newer = isinstance(version, int) and not isinstance(version, bool) and version > VERSION
         advice = "; a newer hf_attnswap wrote this file: upgrade hf_attnswap to read it" if newer else ""
-        raise ValueError(f"{name}: version is {_shown(version)}; expected {VERSION}{advice}")
+        raise ValueError(f"{name}: version is {shown(version)}; expected {VERSION}{advice}")
     try:
         return _REPORT.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -79,12 +77,7 @@ def _sentence(error: ValidationError) -> str:
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{place} is missing; expected a value"
-    return f"{place or 'the whole'} is {_shown(problem['input'])}; expected {expected}"
-
-
-def _shown(value: Any) -> str:
-    shown = "null" if value is None else repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return f"{place or 'the whole'} is {shown(problem['input'])}; expected {expected}"
 
 
 def _rounded(value: Any) -> Any:

@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from . import facts
-from .drawing import GRID, INK, Picture
+from .drawing import GRID, INK, Picture, literal
 from .positions import COLOURS, LINES
-from .text import count, listing, plain
+from .text import count, listing
 from .types import Layer, Report
 
 
@@ -28,7 +28,7 @@ def layers(report: Report) -> Picture:
             points = [(place, y) for place, y in points if y and y > 0]
             if points:
                 style = LINES[index // len(COLOURS) % len(LINES)]
-                label = plain(arm.label)
+                label = literal(arm.label)
                 panel.plot(*zip(*points, strict=True), style, color=COLOURS[index % len(COLOURS)], label=label)
         panel.set_yscale("log")
         panel.set_ylabel(name, fontsize=9)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from . import facts
-from .drawing import GRID, INK, Picture, fix_ticks
+from .drawing import GRID, INK, Picture, fix_ticks, literal
 from .text import count, listing, plain
 from .types import Arm, Range, Report
 
@@ -33,7 +33,7 @@ def positions(report: Report) -> Picture:
             color=INK if own else COLOURS[index % len(COLOURS)],
             linewidth=2.2 if own else 1.3,
             marker="." if arm.control else None,
-            label=plain(arm.label),
+            label=literal(arm.label),
         )
     axes.set_xscale("log", base=2)
     highest = max(point.nll for arm in drawn for point in _points(arm, context))

@@ -13,7 +13,8 @@ def summary(report: Report) -> list[str]:
     """Return paragraphs on quality, speed, cost class, `none`, the hybrids, and what was not measured."""
     doing = _DOING | ({"train_speedup": "Training step"} if facts.with_training(report) else {})
     measured = {key for key in doing for arm in report.arms if facts.speedups(arm, key)}
-    expected = {"prefill_speedup", "decode_speedup"} if report.kind == "tradeoff" else set()
+    reads_alone = "forward_speedup" in measured or report.kind != "tradeoff"
+    expected = set() if reads_alone else {"prefill_speedup", "decode_speedup"}
     speed = [_speed(report, key, name) for key, name in doing.items() if key in measured | expected]
     quality = [_quality(report)] if facts.contexts(report) or not facts.metrics(report) else []
     attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_noise(report), *_hybrids(report)]

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from .text import plain
 from .types import Arm
 
 Row = TypeVar("Row")
@@ -99,6 +100,6 @@ def escape(words: str) -> str:
 
 def markdown(table: Table) -> str:
     """Return the table in GitHub's Markdown, its notes below; the title is left to the page."""
-    lines = [" | ".join(escape(cell) for cell in row) for row in [table.header, *table.rows]]
+    lines = [" | ".join(escape(plain(cell)) for cell in row) for row in [table.header, *table.rows]]
     lines.insert(1, " | ".join("---" for _ in table.header))
     return "\n\n".join(["\n".join(f"| {line} |" for line in lines), *map(escape, table.notes)])

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from ..statistics import Spread
 from . import beside, facts
-from .drawing import CLIP, GRID, INK, Picture, bounds, ticks
+from .drawing import CLIP, GRID, INK, Picture, bounds, literal, ticks
 from .table import MARK
 from .text import count, listing, plain, times
 from .types import Arm, Comparison, Report
@@ -130,7 +130,7 @@ def _labels(axes: Axes, arms: Sequence[Arm], values: Sequence[Comparison], heigh
     for arm, value, height in zip(arms, values, heights, strict=True):
         label = plain(arm.label)
         label = label if len(label) <= 25 else f"{label[:24]}…"
-        entries.append((f"{label} {times(value.value)}", height, _CLASSES[arm.cost_class][0]))
+        entries.append((f"{literal(label)} {times(value.value)}", height, _CLASSES[arm.cost_class][0]))
     entries.sort(key=lambda entry: entry[1])
     low, high = (log10(limit) for limit in axes.get_ylim())
     places = [(log10(height) - low) / (high - low) for _, height, _ in entries]

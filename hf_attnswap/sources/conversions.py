@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config import NAME, plans_from_dict
 from ..errors import UsageError
+from .structured import read_object, read_yaml
 
 # What the run of a recipe leaves, and in the folder of each stage its log and what it did.
 RECIPE, LOG, RECORD = "recipe.yaml", "training_log.jsonl", "stage.json"
@@ -47,16 +46,14 @@ def find(path: str | Path) -> Conversion:
         training = tuple(_trained(path / name) for name in stages)
         folder = path / stages[-1] / "model"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        saved = config.get(NAME)
-    except FileNotFoundError:
+        config = read_object(folder / "config.json")
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{folder} has no config.json: name a saved model, or the output folder of a training recipe"
         ) from None
-    except (AttributeError, ValueError) as error:
-        raise UsageError(f"{folder}/config.json is damaged: {error}") from None
+    saved = config.get(NAME)
     if saved is not None:
-        plans_from_dict(saved)  # says what is damaged
+        plans_from_dict(saved, str(folder / "config.json"))  # says what is damaged
     swapped = tuple((saved or {}).get("swapped") or ())
     layers = sorted(index for group in swapped for index in group["layers"])
     whole = len(layers) in (0, config.get("num_hidden_layers"))
@@ -74,12 +71,12 @@ def _slice(layers: list[int]) -> str | list[int]:
 def _stages(path: Path) -> list[str]:
     """Return the folder of every stage; UsageError where the run has not ended."""
     try:
-        recipe = yaml.safe_load((path / RECIPE).read_text(encoding="utf-8"))
-        stages = [f"{number}_{given['stage']}" for number, given in enumerate(recipe["stages"], start=1)]
-    except (KeyError, TypeError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path / RECIPE} is not what the run of a recipe writes: {' '.join(str(error).split())}"
-        ) from None
+        names = [given["stage"] for given in read_yaml(path / RECIPE)["stages"]]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("each of its stages needs a name")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path / RECIPE} is not what the run of a recipe writes: {error}") from None
+    stages = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
     for name in stages:
         if not (path / name / "model").is_dir():
             raise UsageError(
@@ -91,7 +88,7 @@ def _stages(path: Path) -> list[str]:
 def _trained(folder: Path) -> dict[str, Any]:
     """Return what a stage did, from its record and its log."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_object(folder / RECORD)
         log = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
         given, first, last = record["options"], log[0], log[-1]
         return {
@@ -110,5 +107,5 @@ def _trained(folder: Path) -> dict[str, Any]:
                 if key not in MODELS
             },
         }
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"{folder} holds no record of a stage, {RECORD} and {LOG}: {error!r}") from None

@@ -1,6 +1,7 @@
 """Files and folders that appear whole under their name, or not at all."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import UsageError
+from .lock import LOCK
 
 
 def write_whole(path: str | Path, data: bytes) -> Path:
@@ -24,10 +26,11 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     Whatever fails before the rename leaves the file that was there before, and no temporary file.
     """
     path = Path(path)
+    temporary = _beside(path)
     # Not tempfile: its files are readable by their owner only, and a report is meant to be passed on.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    stream = temporary.open("xb")  # x: never through a link that someone has put there
     try:
-        with temporary.open("wb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -46,8 +49,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     require_empty(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = _beside(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -58,9 +60,19 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _beside(path: Path) -> Path:
+    """Return a path beside `path` that nobody can foresee, and so nobody can have taken."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def require_empty(path: Path) -> None:
     """Raise UsageError where `path` is a file, or a folder with something in it."""
     if path.is_file():
         raise UsageError(f"output folder {str(path)!r} is a file")
-    if path.is_dir() and any(path.iterdir()):
+    if holds_something(path):
         raise UsageError(f"output folder {str(path)!r} is not empty: name another one, or empty it")
+
+
+def holds_something(folder: Path) -> bool:
+    """Return whether `folder` is there and has something in it beside the lock of a process."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,7 +33,7 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a language model in eval mode, and its tokenizer.
+    """Return a model of text in eval mode, of the class that it was saved with, and its tokenizer.
 
     A GGUF file is dequantised and loses its quantised mark, so that it can be saved and trained as any model. Weights
     that are pickled rather than safetensors are read with `allow_pickle` alone.
@@ -48,7 +49,10 @@ def load(
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         weights = {} if "gguf_file" in where else _weights(allow_pickle)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **weights, **where)
+        cls = AutoModelForCausalLM
+        if "gguf_file" not in where:
+            cls = _class(AutoConfig.from_pretrained(source, **where))
+        model = cls.from_pretrained(source, dtype=dtype, **weights, **where)
     if "gguf_file" in where:
         _forget_quantisation(model)
         model.config.name_or_path = gguf_source(model_name_or_path) or model.config.name_or_path
@@ -92,10 +96,47 @@ def load_any(
         find_dtype(dtype)
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, **where)
-        saved_as = getattr(transformers, (config.architectures or [""])[0], None)
-        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
-        model = (saved_as or auto_class).from_pretrained(source, dtype=dtype, **_weights(allow_pickle), **where)
+        model = _class(config).from_pretrained(source, dtype=dtype, **_weights(allow_pickle), **where)
     return model.eval(), _processor(source, where)
+
+
+def _class(config: PreTrainedConfig) -> Any:
+    """Return the class that a model was saved with, or else the auto class for its config."""
+    saved_as = getattr(transformers, (config.architectures or [""])[0], None)
+    written_by_its_repository = getattr(config, "auto_map", None) or {}
+    if saved_as is None and "AutoModelForCausalLM" in written_by_its_repository:
+        return AutoModelForCausalLM
+    # The causal model of an encoder-decoder is its decoder alone.
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    return saved_as or (AutoModelForCausalLM if causal else AutoModel)
+
+
+def require_weights(folder: Path) -> None:
+    """Raise UsageError where the weights in the folder of a saved model are not those of its config.json.
+
+    That goes by names and shapes; no weight stays in memory. Quantised weights are left to what reads them, and of a
+    class that transformers does not have only the weights of its auto class are known.
+    """
+    with _one_line(f"{folder}: its weights cannot be read"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None):
+            return
+        cls = _class(config)
+        _, found = cls.from_pretrained(
+            folder, config=config, device_map="meta", dtype="auto", use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    wrong = {
+        key: f"has shape {tuple(shape)} in the weights, and {tuple(expected)} by config.json"
+        for key, shape, expected in found["mismatched_keys"]
+    }
+    if cls.__name__ in (config.architectures or ()):
+        wrong |= {key: "is not among the weights" for key in found["missing_keys"]}
+        wrong |= {key: "is among the weights, and config.json knows nothing of it" for key in found["unexpected_keys"]}
+    if wrong:
+        key = min(wrong)
+        others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UsageError(f"{folder}: config.json and weights do not belong together: {key} {wrong[key]}{others}")
 
 
 def _processor(source: str, where: dict[str, Any]) -> Any:
@@ -126,6 +167,7 @@ def load_classifier(
     dtype = find_dtype(dtype) if isinstance(dtype, str) else dtype
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
         source, where = _source(model_name_or_path)
+        where |= {"trust_remote_code": False}  # else transformers asks on the terminal
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         names = dict(enumerate(labels))
         config = AutoConfig.from_pretrained(
@@ -216,10 +258,12 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 
 def architecture(model_name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model of any kind without its weights (on the meta device), which is enough for `inspect`."""
+    """Build the model that `load_any` loads, without its weights (on the meta device): enough for `inspect`."""
     source, where = _source(model_name_or_path)
     with _one_line(f"cannot read the model {model_name_or_path!r}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-        auto_class = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+        cls = _class(config)
         with torch.device("meta"):
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            if issubclass(cls, PreTrainedModel):
+                return cls._from_config(config)
+            return cls.from_config(config, trust_remote_code=trust_remote_code)

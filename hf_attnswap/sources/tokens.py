@@ -30,7 +30,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, **what: Any) -> str:
     return hashlib.sha256(everything.encode()).hexdigest()[:32]
 
 
-def cached(path: Path, chunks: Iterable[array]) -> Tensor:
+def cached(path: Path, chunks: Iterable[array | np.ndarray]) -> Tensor:
     """Return the numbers of `chunks`, int32 `[n]`, memory-mapped from `path`.
 
     Where that file is missing, `chunks` is read and the file appears whole.

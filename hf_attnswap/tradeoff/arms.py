@@ -20,7 +20,7 @@ from ..sources.conversions import Conversion, find
 from ..sources.models import load
 from ..training.align import DEFAULT_LEARNING_RATE
 
-DEFAULT_ARMS = "softmax none window relu_norm relu_power relu_power:p=8 identity elu hedgehog hedgehog+window".split()
+DEFAULT_ARMS = "softmax none window relu_norm relu_power elu hedgehog hedgehog+window".split()
 
 
 @dataclass(frozen=True)

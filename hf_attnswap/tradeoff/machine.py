@@ -17,7 +17,7 @@ from ..report.types import Machine, Model
 
 def describe_model(model: PreTrainedModel, name: str) -> Model:
     """Return the shape of `model`, under the name that the report gives it."""
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     return Model(
         name=name,

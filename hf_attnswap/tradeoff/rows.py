@@ -1,5 +1,6 @@
 """Turn what was measured into the arms of the report."""
 
+import dataclasses
 import math
 import statistics
 from typing import Any
@@ -13,6 +14,7 @@ from .arms import Arm
 
 COST_CLASSES = ("constant", "linear", "quadratic")
 SOFTMAX = "softmax"
+SPEEDS = {"prefill": "prefill_s", "decode": "decode_s", "forward": "forward_s", "train": "train_s"}
 
 
 def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> types.Arm:
@@ -26,21 +28,16 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
     result = results[arm.label]
     training = [stage_of(stage) for stage in arm.conversion.training] if arm.conversion else []
     alignment = types.Alignment(**result["alignment"]) if result["alignment"] else None
-    measured = result["status"] == "measured"
-    return types.Arm(
+    fields = dict(
         label=arm.label,
         attention=arm.attention,
         options=arm.options,
         **describe(arm.attention, result["swapped"], result["kept"]),
         swapped=[types.Group(**group) for group in result["swapped"]],
-        new_parameters=result["new_parameters"],
-        status=result["status"],
-        reason=result["reason"],
         alignment=alignment,
         training=training,
         training_tokens=sum(stage.size or 0 for stage in training) + (alignment.tokens if alignment else 0),
         conversion=arm.conversion.name if arm.conversion else None,
-        backends=result["backends"],
         checks=[
             types.Check(check["name"], check["passed"], _finite(check["worst"]), check["limit"])
             for check in result["checks"]
@@ -49,8 +46,11 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
         growth=_growths(arm.label, runs),
         perplexity=[_perplexity(arm.label, int(context), results, units[int(context)]) for context in result["nll"]],
         metrics=_metrics(arm.label, results),
-        speed=[_speed(arm.label, int(length), rounds) for length, rounds in runs.items() if measured],
+        speed=[_speed(arm.label, int(length), rounds) for length, rounds in runs.items() if result["sound"]],
     )
+    # What was measured under the name of a field of the report is that field.
+    as_it_is = {field.name for field in dataclasses.fields(types.Arm)} - set(fields)
+    return types.Arm(**fields, **{name: value for name, value in result.items() if name in as_it_is})
 
 
 def stage_of(stage: dict[str, Any]) -> types.Stage:
@@ -110,7 +110,7 @@ def perplexity_ratio(arm: str, ours: Perplexity, control: Perplexity) -> types.C
 def _growths(label: str, runs: dict) -> dict[str, Any]:
     """Return how the seconds of prefill, decoding and training grow with the length, where enough were timed."""
     grown = {}
-    for key in ("prefill_s", "decode_s", "train_s"):
+    for key in SPEEDS.values():
         points = [
             (int(length), result[label][key])
             for length, rounds in runs.items()
@@ -123,7 +123,7 @@ def _growths(label: str, runs: dict) -> dict[str, Any]:
 
 def _perplexity(label: str, context: int, results: dict[str, dict], units: Units) -> types.Perplexity:
     measured = {
-        other: Perplexity(context, tuple(result["nll"][str(context)]))
+        other: Perplexity(context, tuple(result["nll"][str(context)]), given=result["given"])
         for other, result in results.items()
         if str(context) in result["nll"]
     }
@@ -150,9 +150,9 @@ def _finite(value: float) -> float | None:
 def _metrics(label: str, results: dict[str, dict]) -> list[types.Metric]:
     """Return every metric of the tasks of an arm, compared with the same metric of the other arms."""
     rows = []
-    for number, metric in enumerate(results[label]["tasks"]):
-        others = {other: result["tasks"][number] for other, result in results.items() if result["tasks"]}
-        against = {other: _difference(other, metric, found) for other, found in others.items() if other != label}
+    for metric in results[label]["tasks"]:
+        others = {other: _metric_of(result, metric) for other, result in results.items() if other != label}
+        against = {other: _difference(other, metric, found) for other, found in others.items() if found}
         kept = ("task", "metric", "higher_is_better", "standard_error", "items")
         rows.append(
             types.Metric(
@@ -163,6 +163,12 @@ def _metrics(label: str, results: dict[str, dict]) -> list[types.Metric]:
             )
         )
     return rows
+
+
+def _metric_of(result: dict[str, Any], like: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the same metric of the same task of another arm, on as many items; None where it has none."""
+    keys = ("task", "metric", "items")
+    return next((found for found in result["tasks"] if all(found[key] == like[key] for key in keys)), None)
 
 
 def _difference(arm: str, ours: dict[str, Any], control: dict[str, Any]) -> types.Comparison | None:
@@ -179,9 +185,9 @@ def _difference(arm: str, ours: dict[str, Any], control: dict[str, Any]) -> type
 
 def _speed(label: str, length: int, rounds: list[dict]) -> types.Speed:
     errors = [r[label][key] for r in rounds for key in ("error", "train_error") if key in r.get(label, {})]
-    ours, _ = _paired(label, rounds, "prefill_s")
+    ours = [r[label] for r in rounds if "prefill_s" in r.get(label, {}) or "forward_s" in r.get(label, {})]
     measured: dict[str, Any] = {"note": errors[0] if errors else None if ours else "not measured"}
-    for name, key in (("prefill", "prefill_s"), ("decode", "decode_s"), ("train", "train_s")):
+    for name, key in SPEEDS.items():
         took, softmax = ([r[key] for r in both] for both in _paired(label, rounds, key))
         if not took:
             continue
@@ -192,7 +198,7 @@ def _speed(label: str, length: int, rounds: list[dict]) -> types.Speed:
         else:
             measured[key] = Spread.of(took)
     if ours:
-        measured["cache_mib"] = ours[0]["cache_bytes"] / 2**20
+        measured["cache_mib"] = ours[0]["cache_bytes"] / 2**20 if "cache_bytes" in ours[0] else None
         peaks = [r["peak_memory_mib"] for r in ours if r["peak_memory_mib"] is not None]
         measured["peak_memory_mib"] = max(0.0, statistics.median(peaks)) if peaks else None
     return types.Speed(length, **measured)

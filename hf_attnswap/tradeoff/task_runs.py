@@ -6,18 +6,19 @@ the differences of two arms give the interval of a paired bootstrap, for any met
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.result import Result
 from ..evaluation.tasks import TaskInputs, answers_of, run_tasks
 from ..sources.files import write_whole
+from ..sources.structured import read_json
 from ..statistics import resampled
 from .arms import Settings
+from .held_out import HeldOut
 
 RESAMPLES = 1000
 
@@ -26,16 +27,18 @@ def measure_tasks(
     model: PreTrainedModel,
     original: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tokens: Tensor,
+    chosen: Sequence[str],
+    held_out: HeldOut,
     settings: Settings,
     path: Path,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run the tasks on an arm and return one dict per metric.
+    """Run tasks on an arm and return one dict per metric.
 
     Args:
         original: the model with softmax, whose answers the tasks compare with.
-        tokens: held-out text, int64.
+        chosen: those of the tasks of the settings that are run.
+        held_out: the text that tasks read.
         path: the JSON file that keeps the answers of the original for all arms; written by the first arm.
         progress: called with a line of text for each part of the work.
 
@@ -43,13 +46,17 @@ def measure_tasks(
         Dicts of `task`, `metric`, `higher_is_better`, `value`, `standard_error` (None for a single item), `items`
         (their number) and `resampled` (the value on each of `RESAMPLES` resamples).
     """
-    inputs = TaskInputs(settings.context_lengths, settings.task_limit, seed=settings.seed, tokens=tokens)
-    if not path.is_file():
+    inputs = TaskInputs(
+        settings.context_lengths, settings.task_limit, seed=settings.seed, tokens=held_out.tokens, texts=held_out.texts
+    )
+    answers = read_json(path) if path.is_file() else {}
+    if not set(chosen) <= set(answers):
         progress("answers of softmax to the tasks")
-        write_whole(path, json.dumps(answers_of(original, tokenizer, settings.tasks, inputs)).encode())
-    answers = json.loads(path.read_text())
+        told = answers_of(original, tokenizer, chosen, inputs)
+        answers |= {name: told.get(name) for name in chosen}
+        write_whole(path, json.dumps(answers).encode())
     results = run_tasks(
-        model, tokenizer, settings.tasks, inputs, answers=answers, include_path=settings.include_path,
+        model, tokenizer, chosen, inputs, answers=answers, include_path=settings.include_path,
         progress=progress,
     )  # fmt: skip
     return [_described(result) for result in results]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import recipe, stages
+from . import conversion, recipe, stages
 from .options import Parser, add_options, parse
 from .run import start
 
@@ -13,12 +13,15 @@ PROGRAM = "hf_attnswap.training"
 OUTPUT = """\
 output_dir:
   model/               the finished model with its tokenizer; it appears whole, at the end
+  checksums.json       of the files in model/, which are checked where a stage goes on from them
   stage.json           what trained, and the options that differ from their defaults
-  checkpoints/step_N/  the newest checkpoint, for --resume_from_checkpoint; can be removed once model/ is there
+  checkpoints/step_N/  the two newest checkpoints, for --resume_from_checkpoint; can be removed once model/ is there
   training_log.jsonl   one line per step
   validation_log.jsonl one line per --validation_steps, where --validation_file is given
 """
 OUTPUT_OF_A_RECIPE = """\
+A run that was cut off goes on where it stopped when its command is given again.
+
 output_dir:
   recipe.yaml          the stages as they run
   1_align/, 2_distill/ ... the output of each stage; `model` in the last one is the conversion
@@ -50,8 +53,8 @@ def run_stage(name: str, words: Sequence[str]) -> None:
     options = parse(
         stage, words, prog=f"{PROGRAM} {name}", usage=f"{PROGRAM} {name} [options]", description=text, epilog=OUTPUT
     )
-    accelerator = start(options)
-    options.run(accelerator)
+    with start(options) as accelerator:
+        options.run(accelerator)
     accelerator.end_training()
 
 
@@ -69,7 +72,7 @@ def run_recipe(words: Sequence[str]) -> None:
         add_options(parser, stage, optional=True, without=recipe.SET_BY_THE_RUN)
     given = vars(parser.parse_args(list(words)))
     name, output_dir = given.pop("recipe"), given.pop("output_dir")
-    recipe.convert(recipe.read_recipe(name, recipe.options_of_arguments(given)), output_dir)
+    conversion.convert(recipe.read_recipe(name, recipe.options_of_arguments(given)), output_dir)
 
 
 def overview() -> str:

@@ -18,7 +18,8 @@ from ..errors import UsageError
 from ..integration.swapping import swapped_modules
 from ..sources.files import write_whole
 from .batches import Batches, model_inputs, next_tokens
-from .checkpoints import checkpoint_what_trains, find_checkpoint, resume, save_checkpoint
+from .checkpoints import Checkpoint, find_checkpoint, resume, save_checkpoint
+from .state import RunState, require_checkpoints
 from .watch import first_not_finite, spike
 
 Step = Callable[[nn.Module, Tensor], Tensor]
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def warmup_cosine(
-    optimizer: torch.optim.Optimizer, steps: int, warmup: int, end: float = 0.0
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int, end: float = 0.0, done: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return a scheduler of the learning rate: linear warm-up, then a cosine.
 
@@ -34,6 +35,7 @@ def warmup_cosine(
         steps: optimiser steps of the whole run.
         warmup: steps of warm-up.
         end: what the cosine ends at, as a share of the highest learning rate.
+        done: steps that the run has done before; the learning rate is a function of the number of steps alone.
     """
 
     def factor(step: int) -> float:
@@ -42,7 +44,9 @@ def warmup_cosine(
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
         return end + (1 - end) * cosine
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)
 
 
 def train(
@@ -61,7 +65,7 @@ def train(
     max_grad_norm: float = 1.0,
     output_dir: Path | None = None,
     checkpointing_steps: int | None = None,
-    resume_from_checkpoint: str | Path | None = None,
+    resume_from_checkpoint: str | Path | Checkpoint | None = None,
     settings: Mapping[str, Any] | None = None,
     unit: str = "tokens",
     progress: Callable[[int, float], None] | None = None,
@@ -85,7 +89,7 @@ def train(
         max_grad_norm: gradients are clipped to this norm.
         output_dir: where `checkpoints/step_N` and the log `training_log.jsonl` go; neither is written without it.
         checkpointing_steps: steps between two checkpoints; None for no checkpoints.
-        resume_from_checkpoint: a checkpoint folder, or "latest" for the newest whole one in `output_dir`; the run
+        resume_from_checkpoint: a checkpoint, its folder, or "latest" for the newest whole one in `output_dir`; the run
             starts anew where "latest" finds none.
         settings: what else a resumed run must have in common with the run that it continues; JSON values.
         unit: what a block is made of, for the log.
@@ -97,6 +101,8 @@ def train(
         FloatingPointError: the loss is not finite; the last checkpoint stays.
         OSError: a checkpoint could not be written.
     """
+    if checkpointing_steps or resume_from_checkpoint:
+        require_checkpoints(accelerator)
     accumulation, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
     settings = {
         "steps": steps, "learning_rate": learning_rate, "new_parameters_learning_rate": new_parameters_learning_rate,
@@ -111,15 +117,17 @@ def train(
         weight_decay=weight_decay,
         fused=_fused(accelerator),
     )
+    checkpoint = resume_from_checkpoint
+    if isinstance(checkpoint, str | Path):
+        checkpoint = find_checkpoint(checkpoint, output_dir)
     # The scheduler is not prepared: it counts optimiser steps, whatever the number of processes.
-    scheduler = warmup_cosine(optimizer, steps, warmup, final_learning_rate and final_learning_rate / learning_rate)
+    end = final_learning_rate and final_learning_rate / learning_rate
+    scheduler = warmup_cosine(optimizer, steps, warmup, end, done=len(checkpoint.losses) if checkpoint else 0)
     if accelerator.state.deepspeed_plugin is not None:  # it would read this from a prepared DataLoader
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = loader.batch_size
     model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    checkpoint_what_trains(accelerator)
-    checkpoint = resume_from_checkpoint and find_checkpoint(resume_from_checkpoint, output_dir)
-    losses = resume(accelerator, checkpoint, settings) if checkpoint else []
+    state = RunState(accelerator, model, optimizer)
+    losses = resume(state, checkpoint, settings) if checkpoint else []
     log = output_dir / "training_log.jsonl" if output_dir is not None and accelerator.is_main_process else None
     if log is not None:
         _cut_log(log, len(losses))
@@ -156,7 +164,7 @@ def train(
         if progress is not None:
             progress(step, losses[-1])
         if checkpointing_steps and output_dir is not None and step % checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, {"settings": settings, "losses": losses})
+            save_checkpoint(state, output_dir, {"settings": settings, "losses": losses})
     return losses
 
 

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UsageError
 from ..integration.finding import inspect
 from ..integration.swapping import swapped_modules
+from .loading import predicts_next_tokens
 from .options import LoraOptions
 
 
@@ -39,7 +40,7 @@ def with_lora(model: PreTrainedModel, options: LoraOptions, accelerator: Acceler
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=projections,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if predicts_next_tokens(model) else None,
     )
     wrapped = get_peft_model(model, config)  # its dropout is on, that of the loaded model is off
     for variant in swapped_modules(wrapped).values():

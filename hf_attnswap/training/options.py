@@ -243,15 +243,21 @@ def words(given: dict[str, Any]) -> list[str]:
     result: list[str] = []
     for name, value in given.items():
         if name == "options":
-            for key, setting in value.items():
-                result += ["--option", f"{key}={str(setting).lower() if isinstance(setting, bool) else setting}"]
+            for key, setting in (value or {}).items():
+                setting = str(setting).lower() if isinstance(setting, bool) else setting
+                result += _word("option", f"{key}={setting}")
         elif value is True:
             result.append(f"--{name}")
         elif isinstance(value, list):
-            result += [f"--{name}", ",".join(map(str, value))]
+            result += _word(name, ",".join(map(str, value)))
         elif value is not None and value is not False:
-            result += [f"--{name}", str(value)]
+            result += _word(name, str(value))
     return result
+
+
+def _word(name: str, value: str) -> list[str]:
+    """A value that begins with - stands in one word with its name, or it would be taken for another option."""
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
 
 
 def command(stage: str, given: dict[str, Any]) -> str:

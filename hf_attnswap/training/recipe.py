@@ -1,4 +1,4 @@
-"""Recipes: YAML files that chain stages, and runs of them that go on where they were cut off.
+"""Recipes: YAML files that chain stages.
 
 A recipe is a file, or the name of one of those in `recipes/`. Its keys are the options of the stages: those at the top
 hold for every stage that knows them, those of a stage for it alone. `options` are those of the variant, and `share` of
@@ -17,22 +17,23 @@ what it swaps, and what teaches from there on, is the model as trained so far.
 """
 
 import dataclasses
+import math
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from accelerate import Accelerator
 
 from .. import attentions
-from ..attentions.base import suggestion
+from ..attentions.base import Attention, suggestion
 from ..config import parse_options
 from ..errors import UsageError
-from ..launch import build_accelerator, say
-from ..sources.files import write_whole
+from ..sources.structured import as_text, line_of, read_yaml, shown
 from . import stages
-from .options import command, parse, words
-from .run import start
+from .options import Parser, add_options, parse, words
 
 # What a run of a recipe itself says to each stage.
 SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint")
@@ -62,179 +63,206 @@ def read_recipe(recipe: str | Path, arguments: dict[str, Any] | None = None) -> 
         arguments: options by name, which replace those at the top of the recipe.
 
     Raises:
-        UsageError: no such recipe, or one with an unknown or unfit key or value.
+        UsageError: no such recipe, or one with an unknown or unfit key or value; the message names file, line and key.
     """
-    content = _with(_content(recipe), arguments or {})
-    where = f"recipe {str(recipe)!r}"
+    read = _Recipe(_files(str(recipe)), arguments or {})
     for key in ("model_name_or_path", "attention"):
-        if key not in content:
-            raise UsageError(f"{where} has no {key}: give --{key}")
-    if "stages" not in content:
-        content = _with(_content(_family(content["attention"])), content)
+        if read.content().get(key) is None:
+            raise UsageError(f"{read.place()} has no {key}: give --{key}")
+    if "stages" not in read.content():
+        family = _variant(read.place(("attention",)), read.content()["attention"]).family
+        read = _Recipe([*read.files, *_files(family)], read.arguments)
+    content = read.content()
     given = content.pop("stages")
-    known = {name: _keys(name) for name in stages.available()}
-    _check_keys(where, content, ONLY_IN_RECIPES.union(*known.values()))
+    known = {name: keys_of(name) for name in stages.available()}
+    for key in content:
+        _check_key(read.place((key,)), key, ONLY_IN_RECIPES.union(*known.values()))
     if not isinstance(given, list) or not given or not all(isinstance(stage, dict) for stage in given):
-        raise UsageError(f"stages in {where} is {given!r}; expected a list such as [{{stage: align}}]")
+        raise UsageError(
+            f"{read.place(('stages',))}: stages is {shown(given)}; expected a list such as [{{stage: align}}]"
+        )
     result: list[StageOptions] = []
     swapped = "softmax"
-    for number, stage in enumerate(given, start=1):
+    for index, stage in enumerate(given):
         name = stage.get("stage")
-        if name not in known:
+        place = f"stage {index + 1} of {read.place(('stages', index))}"
+        if not isinstance(name, str) or name not in known:
             raise UsageError(
-                f"stage {number} of {where} is {name!r}.{suggestion(str(name), known)} Stages: {', '.join(known)}"
+                f"{place}: stage is {shown(name)}.{suggestion(str(name), known)} Stages: {', '.join(known)}"
             )
-        place = f"stage {number} ({name}) of {where}"
         options = {key: value for key, value in stage.items() if key != "stage"}
-        _check_keys(place, options, known[name] | {"share"})
+
+        def where(key: str, index: int = index, name: str = name) -> str:
+            return f"stage {index + 1} ({name}) of {read.place(('stages', index, key), (key,), ('stages', index))}"
+
+        for key in options:
+            _check_key(where(key), key, known[name] | {"share"})
         if "share" in options:
-            options["max_train_tokens"] = _share(place, options.pop("share"), content.get("max_train_tokens"))
+            options["max_train_tokens"] = _share(where("share"), options.pop("share"), content.get("max_train_tokens"))
         # The model of a later stage comes swapped.
-        shared = {k: v for k, v in content.items() if number == 1 or k not in ("attention", "layers", "options")}
+        shared = {k: v for k, v in content.items() if index == 0 or k not in ("attention", "layers", "options")}
         options = {key: value for key, value in _with(shared, options).items() if key in known[name]}
-        try:
-            _parsed(name, options, Path("."))
-        except UsageError as error:
-            raise UsageError(f"{place}: {error}") from None
+        _check_values(where, name, options)
         attention = options.get("attention")
         if attention and swapped != "softmax":
             raise UsageError(
-                f"{place} swaps to {attention!r} what is {swapped!r} already: name one attention, after stages with "
-                "softmax if any"
+                f"{where('attention')}: swaps to {attention!r} what is {swapped!r} already: name one attention, after "
+                "stages with softmax if any"
             )
         swapped = attention or swapped
         result.append((name, options))
     return result
 
 
-def convert(recipe: list[StageOptions], output_dir: Path) -> Path:
-    """Run the stages of a recipe one after the other, and return the folder of the last model.
+@dataclass(frozen=True)
+class _File:
+    """A file of a recipe: what the user calls it, where it lies, its keys, and where in it they stand."""
 
-    `output_dir` gets `recipe.yaml`, the stages as they run, and a folder for each of the stages. Finished stages are
-    not run again: a run that was cut off continues from the newest checkpoint of the stage in which the run stopped.
+    called: str
+    path: Path
+    content: dict[str, Any]
+    node: yaml.Node
 
-    Args:
-        recipe: what `read_recipe` returns.
-
-    Raises:
-        UsageError: `output_dir` holds the run of another recipe, or other files.
-    """
-    accelerator = build_accelerator()
-    _keep(accelerator, recipe, output_dir / "recipe.yaml")
-    model = teacher = recipe[0][1]["model_name_or_path"]
-    original = True  # whether the model with softmax switched on is the teacher still
-    for number, (name, given) in enumerate(recipe, start=1):
-        folder = output_dir / f"{number}_{name}"
-        given = {**given, "model_name_or_path": model}
-        if given.get("attention"):
-            teacher, original = model, True
-        if "teacher_name_or_path" in _keys(name) and not original:
-            given.setdefault("teacher_name_or_path", teacher)
-        stage = _parsed(name, given, folder, "--resume_from_checkpoint", "latest")
-        original = original and not stage.moves_the_original()
-        model = str(folder / "model")
-        if Path(model).exists():
-            say(accelerator, f"{folder.name} is done")
-            continue
-        say(accelerator, f"{folder.name}: {command(name, {**given, 'output_dir': folder})}")
-        own = start(stage)
-        stage.run(own)
-        own.free_memory()
-    accelerator.end_training()
-    return Path(model)
+    def place(self, *keys: str | int) -> str | None:
+        """Return in words where something stands; None where it is not in this file."""
+        line = line_of(self.node, *keys)
+        return None if line is None else f"recipe {self.called!r}, line {line}"
 
 
-def _content(recipe: str | Path, folder: Path = Path(".")) -> dict[str, Any]:
-    """Return the keys of a recipe, with those of the recipe that it builds on.
+@dataclass(frozen=True)
+class _Recipe:
+    """The file of a recipe and those that it builds on, and arguments, which win over them."""
 
-    A recipe that is built on lies beside the other recipe or in this package.
-    """
-    path = names().get(str(recipe)) or folder / recipe
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UsageError(
-            f"recipe {str(recipe)!r} is neither a file nor one of {', '.join(names())}."
-            f"{suggestion(str(recipe), names())}"
-        ) from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"recipe {str(recipe)!r} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"recipe {str(recipe)!r} holds {content!r}; expected keys such as attention and stages")
-    base = content.pop("builds_on", None)
-    return content if base is None else _with(_content(base, path.parent), content)
+    files: list[_File]
+    arguments: dict[str, Any]
+
+    def content(self) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for file in reversed(self.files):
+            content = _with(content, file.content)
+        return _with(content, self.arguments)
+
+    def place(self, *paths: tuple[str | int, ...]) -> str:
+        """Return in words where the first of these paths of keys stands that is there; else the recipe as a whole."""
+        for keys in paths:
+            if keys[0] in self.arguments:
+                return "the command line"
+            for found in (file.place(*keys) for file in self.files):
+                if found is not None:
+                    return found
+        return f"recipe {self.files[0].called!r}"
+
+
+def _files(called: str) -> list[_File]:
+    """Return the file of a recipe, and those that it builds on, which lie beside it or in this package."""
+    found: list[_File] = []
+    folder = Path()
+    while True:
+        path = names().get(called) or folder / called
+        try:
+            content = read_yaml(path)
+            if any(path.samefile(file.path) for file in found):
+                raise UsageError(f"recipe {found[0].called!r} builds on itself, by way of {found[-1].called!r}")
+        except OSError:
+            raise UsageError(
+                f"recipe {called!r} is neither a file nor one of {', '.join(names())}.{suggestion(called, names())}"
+            ) from None
+        if not isinstance(content, dict):
+            raise UsageError(f"recipe {called!r} holds {shown(content)}; expected keys such as attention and stages")
+        base = content.pop("builds_on", None)
+        found.append(_File(called, path, content, yaml.compose(path.read_bytes(), yaml.SafeLoader)))
+        if base is None:
+            return found
+        if not isinstance(base, str) or not _plain(base):
+            place = found[-1].place("builds_on")
+            raise UsageError(f"{place}: builds_on is {shown(base)}; expected the name of a recipe")
+        called, folder = base, path.parent
 
 
 def _with(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of both dicts, where those above win; options of the variant are merged one by one."""
     hidden = {other for pair in EITHER for other in pair if set(pair) & above.keys()}
     merged = {key: value for key, value in below.items() if key not in hidden} | above
-    if below.get("options") and above.get("options"):
+    if isinstance(below.get("options"), dict) and isinstance(above.get("options"), dict):
         merged["options"] = {**below["options"], **above["options"]}
     return merged
 
 
-def _family(attention: str) -> str:
+def _variant(place: str, attention: Any) -> type[Attention]:
     try:
-        return attentions.get(attention).family
+        return attentions.get(as_text(attention))
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"{place}: {error}") from None
 
 
 def _share(place: str, share: Any, tokens: Any) -> int:
-    if type(tokens) is not int:
-        raise UsageError(f"{place} takes a share of max_train_tokens, which is {tokens!r}: give --max_train_tokens")
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise UsageError(f"{place} has share {share!r}; expected a part of 1, for example 0.25")
+    if type(tokens) is not int or not 0 < tokens < 2**63:
+        raise UsageError(
+            f"{place}: takes a share of max_train_tokens, which is {shown(tokens)}: give --max_train_tokens"
+        )
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise UsageError(f"{place}: share is {shown(share)}; expected a part of 1, for example 0.25")
     return max(1, int(tokens * share))
 
 
-def _keys(stage: str) -> set[str]:
+def keys_of(stage: str) -> set[str]:
+    """Return the keys that a stage takes in a recipe, `share` apart."""
     fields = {field.name for field in dataclasses.fields(stages.get(stage))}
     return fields - {*SET_BY_THE_RUN, "option"} | {"options"}
 
 
-def _check_keys(where: str, given: dict[str, Any], known: set[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise UsageError(
-                f"{where} has an unknown key {key!r}.{suggestion(key, known)} Known: {', '.join(sorted(known))}"
-            )
+def _check_key(place: str, key: Any, known: set[str]) -> None:
+    if key not in known:
+        raise UsageError(
+            f"{place}: unknown key {shown(key)}.{suggestion(str(key), known)} Known: {', '.join(sorted(known))}"
+        )
 
 
-def _parsed(name: str, given: dict[str, Any], folder: Path, *more: str) -> stages.Stage:
-    return parse(stages.get(name), [*words(given), "--output_dir", str(folder), *more])
+def _check_values(where: Callable[[str], str], stage: str, given: dict[str, Any]) -> None:
+    """Check the options of a stage one by one, and then together."""
+    kinds, reader = get_type_hints(stages.get(stage)), Parser(prog=stage)
+    add_options(reader, stages.get(stage), optional=True)
+    for key, value in given.items():
+        if value is None:  # as if it were not given
+            continue
+        if key == "options":
+            _check_options(where(key), given.get("attention"), value)
+            continue
+        if key == "layers" and isinstance(value, list) and all(type(layer) is int for layer in value):
+            continue
+        if not _plain(value) or isinstance(value, bool) != (kinds[key] is bool):
+            expected = "true or false" if kinds[key] is bool else "a text or a number"
+            raise UsageError(f"{where(key)}: {key} is {shown(value)}; expected {expected}")
+        if key == "attention":
+            _variant(where(key), value)
+        try:
+            reader.parse_args(words({key: value}))
+        except UsageError as error:
+            raise UsageError(f"{where(key)}: {error}") from None
+    try:
+        parse(stages.get(stage), [*words(given), "--output_dir", "."])
+    except UsageError as error:
+        raise UsageError(f"{where('stage')}: {error}") from None
 
 
-def _keep(accelerator: Accelerator, recipe: list[StageOptions], path: Path) -> None:
-    """Write the stages to `path`.
+def _check_options(place: str, attention: Any, options: Any) -> None:
+    named = isinstance(options, dict) and all(isinstance(key, str) and _plain(key) for key in options)
+    if not named or not all(_plain(value) for value in options.values()):
+        raise UsageError(f"{place}: options is {shown(options)}; expected names with values, such as {{window: 64}}")
+    if attention is not None:
+        try:
+            _variant(place, attention).check_options(options)
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(f"{place}: {error}") from None
 
-    Raises:
-        UsageError: the folder holds a run of other stages, or other files.
-    """
-    given = [{"stage": name, **options} for name, options in recipe]
-    accelerator.wait_for_everyone()
-    if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
-        for number, (now, was) in enumerate(zip(given, before, strict=False), start=1):
-            for key in [*now, *was]:
-                if now.get(key) != was.get(key):
-                    raise UsageError(
-                        f"{str(path.parent)!r} holds a run whose stage {number} has {key} = {was.get(key)!r}, not "
-                        f"{now.get(key)!r}: give the same recipe, or another output_dir"
-                    )
-        if len(before) != len(given):
-            raise UsageError(
-                f"{str(path.parent)!r} holds a run of {len(before)} stages, not {len(given)}: give the same recipe, "
-                "or another output_dir"
-            )
-    elif path.parent.is_dir() and any(path.parent.iterdir()):
-        raise UsageError(f"output folder {str(path.parent)!r} is not empty, and holds no run of a recipe")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, yaml.safe_dump({"stages": given}, sort_keys=False).encode())
-    accelerator.wait_for_everyone()
+
+def _plain(value: Any) -> bool:
+    """Whether a value can stand on a command line: a text, a finite number, or true or false."""
+    if isinstance(value, str):
+        return all(unicodedata.category(letter) not in ("Cc", "Cs") for letter in value)  # no controls, no surrogates
+    return isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
 
 
 def options_of_arguments(given: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Run a training: load the text that its options ask for, swap the model, run the steps, and save the model."""
 
+import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..config import parse_options
 from ..errors import UsageError
 from ..integration.swapping import describe, restore, swap, swapped_modules
 from ..launch import build_accelerator, say, unit_bar
-from ..sources.files import require_empty, whole_folder
+from ..sources.checksums import CHECKSUMS, checksums
+from ..sources.files import require_empty, whole_folder, write_whole
+from ..sources.lock import alone_in
 from ..sources.texts import TextSource, token_blocks
 from ..sources.tokens import default_folder
 from .batches import Batches
@@ -27,24 +30,26 @@ from .options import TextOptions, TrainingOptions, identity
 SHUFFLED_TOKENS = 1_000_000
 
 
-def start(options: TrainingOptions) -> Accelerator:
-    """Return the accelerator of a run, after checking its output folder and its trackers.
+@contextmanager
+def start(options: TrainingOptions) -> Iterator[Accelerator]:
+    """Yield the accelerator of a run, after checking its output folder, which no other process enters meanwhile.
 
     Raises:
-        UsageError: the output folder is not empty (of a resumed run: holds a model already), or no tracker of
-            `report_to` is installed; or as `build_accelerator` does.
+        UsageError: the output folder is not empty (of a resumed run: holds a model already), or another process is in
+            it, or no tracker of `report_to` is installed; or as `build_accelerator` does.
     """
     accelerator = build_accelerator(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=options.report_to if options.with_tracking else None,
         project_dir=options.output_dir,
     )
-    require_empty(options.output_dir / "model" if options.resume_from_checkpoint else options.output_dir)
-    accelerator.wait_for_everyone()  # before one process writes into the folder that another finds empty
-    if options.with_tracking and not accelerator.log_with:
-        raise UsageError(f"report_to is {options.report_to!r}, but no such tracker is installed")
-    set_seed(options.seed)
-    return accelerator
+    with alone_in(options.output_dir) if accelerator.is_main_process else nullcontext():
+        require_empty(options.output_dir / "model" if options.resume_from_checkpoint else options.output_dir)
+        accelerator.wait_for_everyone()  # before one process writes into the folder that another finds empty
+        if options.with_tracking and not accelerator.log_with:
+            raise UsageError(f"report_to is {options.report_to!r}, but no such tracker is installed")
+        set_seed(options.seed)
+        yield accelerator
 
 
 def swap_as_asked(model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, attention: str) -> None:
@@ -138,7 +143,7 @@ def run_steps(
         )
     checkpoint = options.resume_from_checkpoint and find_checkpoint(options.resume_from_checkpoint, output_dir)
     if options.resume_from_checkpoint:
-        say(accelerator, f"going on from {checkpoint}" if checkpoint else "no checkpoint yet: starting anew")
+        say(accelerator, f"going on from {checkpoint.folder}" if checkpoint else "no checkpoint yet: starting anew")
     if options.with_tracking:
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(options).items()}
         accelerator.init_trackers("hf_attnswap", config=plain)
@@ -190,15 +195,22 @@ def what_trains(model: nn.Module) -> str:
 
 
 def save(
-    options: TrainingOptions, accelerator: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    options: TrainingOptions,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
 ) -> Path:
-    """Write the model and its tokenizer to `output_dir/model`, which appears whole, and close the trackers."""
+    """Write the model and its tokenizer to `output_dir/model`, which appears whole, and close the trackers.
+
+    The checksums of its files lie beside the folder.
+    """
     folder = options.output_dir / "model"
     state = accelerator.get_state_dict(model)  # of all processes together
     if accelerator.is_main_process:
         with whole_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)
             tokenizer.save_pretrained(temporary)
+            write_whole(options.output_dir / CHECKSUMS, json.dumps(checksums(temporary), indent=1).encode())
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()

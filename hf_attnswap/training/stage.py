@@ -19,9 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..integration.swapping import describe
 from ..launch import say
+from ..sources.blocks import start_tokens
 from ..sources.files import write_whole
-from ..sources.models import load
 from .batches import batches, require_separate
+from .loading import load_to_train, require_next_tokens, tokenizer_of
 from .lora import merged, with_lora
 from .options import TextOptions, WholeModelOptions, deeds
 from .recompute import recompute_layers
@@ -57,6 +58,10 @@ class Stage(TextOptions):
         """Return whether the stage changes what the model computes with softmax switched on."""
         return True
 
+    def require(self, model: PreTrainedModel) -> None:
+        """Raise UsageError where the stage cannot train a model of this class; by default, one without next tokens."""
+        require_next_tokens(model, self.model_name_or_path)
+
     def prepare(self, model: PreTrainedModel, blocks: Tensor, accelerator: Accelerator) -> nn.Module:
         """Swap the model where `attention` is given, choose what requires a gradient, and return the module to train.
 
@@ -89,7 +94,9 @@ class Stage(TextOptions):
         """
         if self.fsdp and accelerator.distributed_type == DistributedType.FSDP:
             raise UsageError(f"{self.name} does not work under FSDP: {self.fsdp}")
-        model, tokenizer = load(self.model_name_or_path, dtype=self.dtype, device=accelerator.device)
+        model, processor = load_to_train(self.model_name_or_path, self.dtype, accelerator.device)
+        self.require(model)
+        tokenizer = tokenizer_of(processor)
         blocks = read_text(self, accelerator, tokenizer)
         trained = self.prepare(model, blocks, accelerator)
         validation = self.read_validation(accelerator, tokenizer)
@@ -97,11 +104,12 @@ class Stage(TextOptions):
         if self.separate_documents:
             require_separate(trained)
         steps, tokens = count_steps(self, accelerator)
+        given = max(1, len(start_tokens(tokenizer)))
 
         def validate(step: int) -> None:
             if step % self.validation_steps == 0 or step == steps:
                 log = self.output_dir / "validation_log.jsonl"
-                log_validation(accelerator, trained, validation, log, step, step * tokens)
+                log_validation(accelerator, trained, validation, log, step, step * tokens, given)
 
         with self.training(trained):
             losses = run_steps(
@@ -120,7 +128,7 @@ class Stage(TextOptions):
             self.output_dir.mkdir(parents=True, exist_ok=True)
             record = {"stage": self.name, "trains": self.trains(), "options": deeds(self)}
             write_whole(self.output_dir / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-        folder = save(self, accelerator, model, tokenizer)
+        folder = save(self, accelerator, model, processor)
         accelerator.print(f"{folder}: {describe(model)}, loss {losses[0]:.4f} -> {losses[-1]:.4f}")
         return folder
 

@@ -31,7 +31,7 @@ def read_validation(options, accelerator: Accelerator, tokenizer: PreTrainedToke
 
 
 def log_validation(
-    accelerator: Accelerator, model: nn.Module, blocks: Tensor, log: Path, step: int, tokens: int
+    accelerator: Accelerator, model: nn.Module, blocks: Tensor, log: Path, step: int, tokens: int, given: int = 1
 ) -> None:
     """Measure the perplexity of `blocks` after `step` and add it to the log.
 
@@ -41,8 +41,9 @@ def log_validation(
         blocks: integers `[N, n]`.
         log: the file `validation_log.jsonl`.
         tokens: tokens trained on so far.
+        given: tokens that begin every block and are not predicted.
     """
-    result = shared_perplexity(accelerator, model, blocks.long())
+    result = shared_perplexity(accelerator, model, blocks.long(), given=given)
     if not accelerator.is_main_process:
         return
     lines = log.read_text().splitlines() if log.exists() else []

@@ -144,15 +144,29 @@ def test_text_without_any_key_gives_zeros(name, kind, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_that_comes_first_is_finite(name):
-    """Its rows may attend to nothing; nobody reads them, but NaN would spread through the rest of the model."""
+def test_padding_that_comes_first_is_zero(name):
+    """Its rows may attend to nothing; NaN would spread through the rest of the model."""
     valid = valid_keys("left", 20)
     valid[0] = False
     attention, given = build(name, **small_options(name)), inputs(20)
     out = attention(*given, causal(20, valid), SCALING)
     assert out.isfinite().all()
+    assert (out.transpose(1, 2)[~valid] == 0).all()
     for grad in gradients(out, [*given, *attention.parameters()], None):
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("p", (1, 16, 1024))
+def test_a_row_of_relu_power_sums_to_one_however_large_its_scores_are(p):
+    given = inputs(4, dtype=torch.float32)
+    key = torch.zeros_like(given.key)
+    key[:, :, 0] = 1e8 * p
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            out = build("relu_power", dtype=torch.float32, p=p)(
+                torch.ones_like(given.query), key, given.value, causal(4), SCALING
+            )
+        torch.testing.assert_close(out, given.value[:, :, :1].expand_as(out))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -209,8 +223,8 @@ def test_state_carries_a_text_over_pieces(name, pieces, padding):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_does_not_grow(name):
-    attention, given = build(name, 6, 2, torch.bfloat16), inputs(300, 6, 2, dtype=torch.bfloat16)
-    sizes = set()
+    attention = build(name, 6, 2, torch.bfloat16, **small_options(name))
+    given, sizes = inputs(300, 6, 2, dtype=torch.bfloat16), set()
     with torch.no_grad():
         for pieces in ([8], [8] * 8, [64], [64] * 4 + [44], [300]):
             state = in_pieces(attention, given, None, pieces)[1]
@@ -218,6 +232,21 @@ def test_state_does_not_grow(name):
             # A view would keep all the keys that it is a part of.
             assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in state.values())
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("padding", ("none", "left"))
+@pytest.mark.parametrize("name", ("window", "elu+window"))
+def test_a_window_costs_no_more_than_the_text(name, padding):
+    """One that is never full says the same as any other that is never full, and takes what the text takes."""
+    wide, usual, given = build(name, window=1_000_000), build(name, window=64), inputs(20)
+    valid = valid_keys(padding, 20)
+    with torch.no_grad(), Largest() as largest:
+        outs = [in_pieces(attention, given, valid, [9, 1, 1, 8, 1])[0] for attention in (wide, usual)]
+        outs += [attention(*given, causal(20, valid), SCALING) for attention in (wide, usual)]
+    assert largest.elements < 10_000
+    rows = torch.ones(2, 20).bool() if valid is None else valid
+    for out in outs[1:]:
+        assert_near(out.transpose(1, 2)[rows], outs[0].transpose(1, 2)[rows], 1e-9, "output")
 
 
 @pytest.mark.parametrize("padding", (False, True), ids=("whole", "padded"))

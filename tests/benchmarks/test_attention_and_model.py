@@ -32,6 +32,7 @@ def benchmark(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.long
 def test_attention(benchmark, tmp_path, capsys):
     given = "--length 16 --length 32 --memory_length 64 --rounds 3 --dtype float32 --attention elu".split()
     given += ["--attention", "relu_power:p=8", "--output_dir", str(tmp_path / "out")]

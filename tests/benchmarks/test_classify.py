@@ -113,8 +113,8 @@ def test_resuming_ends_with_the_same_weights(script, arguments, tmp_path, monkey
     arguments = [*arguments, *SWAP, "--checkpointing_steps", "2"]
     classify.main([*arguments, "--output_dir", str(tmp_path / "whole")])
 
-    def cut(accelerator, output_dir, run):
-        save_checkpoint(accelerator, output_dir, run)
+    def cut(state, output_dir, run):
+        save_checkpoint(state, output_dir, run)
         if output_dir.name == cut_at:
             raise ConnectionError("power cut")
 
@@ -194,6 +194,7 @@ def comparison(script, arguments, tmp_path):
     return lambda *more: module.main([*arguments, "--arm", "none", "--arm", "hedgehog", *more])
 
 
+@pytest.mark.long
 def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkeypatch, capsys):
     report = comparison("--title", "A | title")
     assert [arm.label for arm in report.arms] == ["softmax", "none", "hedgehog"]

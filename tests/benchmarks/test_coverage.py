@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 COVERED = {"llama": 2, "bert": 2, "bart": 6, "vit": 2, "clip": 4}
@@ -24,6 +26,7 @@ def test_families_of_every_sort(process, tmp_path):
     assert "| encoder-decoder | 1 | 1 |" in table
 
 
+@pytest.mark.long
 def test_what_linear_variants_refuse(process, tmp_path):
     found, _ = coverage(process, tmp_path, "--attention", "elu", "--model_types", "t5,gemma2,gpt_oss,opt")
     assert found["opt"]["verdict"] == "covered"

@@ -1,19 +1,18 @@
 """The command line: what it prints, its exit codes, and that nothing half-made is left behind."""
 
 import json
-import logging
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets  # noqa: F401 (its log must not go to the stderr of one test)
 import pytest
 import torch
 import typer
 from attention_cases import NAMES
+from command_line import Result
 from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -31,31 +30,6 @@ from hf_attnswap.integration.swapping import describe
 
 COMMANDS = typer.main.get_command(cli.app).commands
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,\n"
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def attnswap(monkeypatch, capsys):
-    """Runs the command in this process; what libraries log and draw is left out of what it prints to stderr."""
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # their handlers keep the stream of the first test
-    monkeypatch.delenv("ATTNSWAP_DEBUG", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments) -> Result:
-        monkeypatch.setattr(sys, "argv", ["attnswap", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        printed = capsys.readouterr()
-        lines = [line for line in re.split("[\r\n]", printed.err) if line.strip() and "it/s]" not in line]
-        return Result(stop.value.code or 0, printed.out, "\n".join(lines))
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -115,3 +115,50 @@ def test_ratio_is_the_exponential_of_the_paired_difference():
     assert compare(ours, control).value == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="same blocks"):
         ratio(ours, Perplexity(16, (0.5, 1.5, 2.5)))
+
+
+class Seen(nn.Module):
+    """Over ten tokens, all alike; keeps what it has read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.anchor = [], nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, use_cache):
+        self.read += input_ids.tolist()
+        logits = torch.zeros(*input_ids.shape, 10)
+        logits[..., 0] = torch.arange(input_ids.shape[1])  # less and less likely, whatever stands there
+        return SimpleNamespace(logits=logits)
+
+
+STREAM = torch.arange(1, 10)
+
+
+@pytest.mark.parametrize("start", ([9], [8, 9]))
+def test_every_block_begins_as_a_text_begins_and_that_is_not_scored(start):
+    model, given = Seen(), len(start)
+    found = perplexity(model, STREAM, 3 + given, start=start)
+    assert model.read == [[*start, 1, 2, 3], [*start, 4, 5, 6], [*start, 7, 8, 9]]
+    nll = [math.log(9 + math.exp(n)) for n in range(given - 1, given + 2)]  # of three tokens, the first after `start`
+    assert found.tokens == 9 and found.nll == pytest.approx([sum(nll) / 3] * 3)
+    first, last, value = found.by_position[0]
+    assert (first, last) == (given, 2 * given - 1) and value == pytest.approx(sum(nll[:given]) / given)
+    with pytest.raises(ValueError, match="same blocks"):
+        ratio(found, perplexity(model, STREAM, 3))
+
+
+def test_every_window_begins_as_a_text_begins():
+    model = Seen()
+    found = sliding_perplexity(model, STREAM, context=5, stride=2, start=[9])
+    assert model.read == [[9, 1, 2], [9, 1, 2, 3, 4], [9, 3, 4, 5, 6], [9, 5, 6, 7, 8]]
+    assert found.tokens == 8  # the first token is predicted too
+    with pytest.raises(ValueError, match="stride is 5; expected 1 to 4"):
+        sliding_perplexity(model, STREAM, context=5, stride=5, start=[9])
+
+
+def test_units_of_what_was_predicted_after_the_start():
+    text = torch.tensor([1, 2, 3, 4, 1, 2])  # "Bär und\n" and "éBär und"
+    units = count_units(Words(), text, 4, 2, start=[0])
+    assert (units.words, units.bytes) == (2 + 2, 9 + 10)
+    units = count_units(Words(), text, 4, 3, stride=2, start=[0])
+    assert (units.words, units.bytes) == (4, 9 + 10)

@@ -2,16 +2,16 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from hf_attnswap import UsageError
+from hf_attnswap import UsageError, cli
+from hf_attnswap.evaluation import tasks
 from hf_attnswap.evaluation.choices import Item, read_items, score_choices
 from hf_attnswap.evaluation.result import Result, perplexity
-from hf_attnswap.evaluation.tasks import TaskInputs, check_tasks, run_tasks
+from hf_attnswap.evaluation.tasks import TaskInputs, check_tasks, registry, run_tasks
 from hf_attnswap.sources.models import load
 
 CHOICES = [
@@ -77,7 +77,7 @@ def test_files_that_are_not_there_and_unknown_tasks_are_refused(tmp_path, monkey
     monkeypatch.setattr("hf_attnswap.evaluation.tasks.running.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'lm-eval is not installed: pip install "hf_attnswap\[eval\]"'):
         check_tasks(["needle", "hellaswag"])
-    with pytest.raises(UsageError, match=r"Unknown task 'nedle'. Did you mean 'needle'\? Available: needle, recall"):
+    with pytest.raises(UsageError, match=r"Unknown task 'nedle'. Did you mean 'needle'\? Available: likeness, masked,"):
         check_tasks(["nedle"])
     with pytest.raises(UsageError, match="task 'writing' goes on from a text: give one by --validation_file"):
         check_tasks(["writing"], has_text=False)
@@ -161,7 +161,7 @@ def test_generated_and_local_tasks_together(stories260k, files):
     labels = [(r.task, r.metric, len(r.scores)) for r in results]
     assert labels == [
         ("needle at 160", "found", 2), ("needle at 320", "found", 2),
-        ("recall of 30 pairs in 100 tokens", "recalled", 2), ("recall of 30 pairs in 120 tokens", "recalled", 2),
+        ("recall of 30 pairs in 101 tokens", "recalled", 2), ("recall of 30 pairs in 121 tokens", "recalled", 2),
         ("pairs", "acc", 2), ("pairs", "acc_norm", 2), ("choices", "acc", 2), ("choices", "acc_norm", 2),
         ("words", "acc", 2), ("words", "perplexity", 2),
     ]  # fmt: skip
@@ -196,21 +196,23 @@ class FirstToken(Task):
 '''
 
 
-def test_a_task_is_one_file(stories260k, text_file, tmp_path):
+def test_a_task_is_one_file(stories260k, text_file, tmp_path, monkeypatch, capsys):
     """Found in the folder of tasks, listed, and run by both commands."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "first_token.py").write_text(TASK)
-    start = "import sys; from hf_attnswap.evaluation import tasks; tasks.__path__.append(sys.argv.pop(1)); "
-    start += "from hf_attnswap.cli import main; main()"
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path / "tasks")])
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
     def attnswap(line):
-        command = [sys.executable, "-c", start, str(tmp_path / "tasks"), *line.split()]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        monkeypatch.setattr(sys, "argv", ["attnswap", *line.split()])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert not exit.value.code, err
+        return out
 
     assert len(TASK.strip().splitlines()) <= 30
-    assert "first_token" in attnswap("evaluate --help")
+    assert "first_token" in registry.help_text()
     line = f"evaluate {stories260k} --control {stories260k} --validation_file {text_file} --context_length 64 "
     (row,) = json.loads(attnswap(line + "--max_eval_tokens 128 --tasks first_token --limit 3 --json"))["tasks"]
     assert (row["task"], row["metric"], row["value"], row["control"], row["items"]) == ("first_token", "same", 1, 1, 3)

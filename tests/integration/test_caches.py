@@ -1,5 +1,7 @@
 """Models whose caches are not keys and values of every layer: hybrids, shared keys, layers that look at an image."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -44,9 +46,10 @@ def made(family: str):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def swapped(family: str, name: str, **given):
+def swapped(family: str, name: str):
     small = dict(window=4, sinks=1) if "window" in name else {}
-    return randomise(hf_attnswap.swap(made(family), name, **small, **given))
+    layers = "0:" if family in SHARING else None  # those with a sliding window too, which is wider than the texts
+    return randomise(hf_attnswap.swap(made(family), name, layers=layers, **small))
 
 
 def pieces(model, ids):
@@ -59,7 +62,7 @@ def pieces(model, ids):
     return torch.cat(found, dim=1), cache
 
 
-@pytest.mark.parametrize("name", ("relu_power", "elu", "hedgehog+window", "gated"))
+@pytest.mark.parametrize("name", ("relu_power", "elu", "hedgehog+window"))
 @pytest.mark.parametrize("family", (*HYBRIDS, *SHARING))
 def test_a_text_in_pieces_is_the_text(family, name):
     model, ids = swapped(family, name), tokens(11)
@@ -134,8 +137,10 @@ def test_layers_with_the_same_keys_keep_them_together(family, layers, says):
 
 def test_a_conversion_that_parts_layers_with_the_same_keys_is_refused(tmp_path):
     model = hf_attnswap.swap(made("gemma3n_text"), "elu", layers=[1, 3])
-    model.config.attnswap["swapped"][0]["layers"] = [1]
     model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["attnswap"]["swapped"][0]["layers"] = [1]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="layers 1, 3 share the keys of one layer"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 import hf_attnswap
 from hf_attnswap.integration import hooks
 from hf_attnswap.publish import portable, push
@@ -10,7 +12,8 @@ CONTRIBUTING = Path(hf_attnswap.__file__).parents[1] / "CONTRIBUTING.md"
 
 
 def patches():
-    return hooks.patches(portable.with_portable, push.with_card)
+    pytest.importorskip("peft")
+    return hooks.patches(portable.with_portable, push.with_card) + hooks.peft_patches()
 
 
 def test_a_second_installation_changes_nothing():

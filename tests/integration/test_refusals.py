@@ -1,10 +1,12 @@
 """What a call or a config asks for that cannot be done raises, with the layer and the reason."""
 
+import copy
 import re
 
 import pytest
 import torch
 from tiny_models import tiny, tokens
+from transformers import AutoModelForCausalLM
 
 import hf_attnswap
 from hf_attnswap import UsageError
@@ -77,3 +79,17 @@ def test_a_missing_mask_is_what_it_is_to_the_implementation_that_the_model_had()
         hf_attnswap.swap(model, "softmax", layers=[0])
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
         assert hf_attnswap.restore(model).config._attn_implementation == implementation
+
+
+def test_a_reference_model_that_a_trainer_loads_by_name(tmp_path):
+    """trl's DPOTrainer does so where it gets no ref_model, with the attn_implementation of the model that it trains."""
+    tiny().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    hf_attnswap.swap(model, "elu")
+    with pytest.raises(UsageError, match=r"swapped in memory .* needs ref_model=copy.deepcopy\(model\), or .* saved"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
+    model.save_pretrained(tmp_path / "swapped")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "swapped", attn_implementation="attnswap")
+    ids = tokens(12)
+    for reference in (again, copy.deepcopy(model)):
+        assert torch.equal(reference(ids).logits, model(ids).logits)

@@ -151,7 +151,7 @@ def test_saving_after_restore_saves_a_plain_model(saved, tmp_path):
 def test_the_plan_is_readable(saved):
     entry = AutoConfig.from_pretrained(saved / "mixed").attnswap
     options = {"window": 4, "sinks": 1}
-    assert entry["format_version"] == 2 and entry["kept"] == "sdpa"
+    assert entry["format_version"] == 3 and entry["kept"] == "sdpa"
     assert [(g["attention"], g["layers"]) for g in entry["swapped"]] == [("relu_power", [0]), ("elu+window", [1, 2])]
     assert entry["swapped"][1]["options"] == options
 
@@ -277,17 +277,18 @@ def test_a_name_that_is_registered_already_is_no_licence_to_run_softmax(saved):
 
 def group(**changed):
     entry = {"attention": "elu", "options": {}, "kind": "causal", "layers": [0, 1, 2]} | changed
-    return {"format_version": 2, "kept": "sdpa", "swapped": [entry]}
+    return {"format_version": 3, "kept": "sdpa", "swapped": [entry]}
 
 
 @pytest.mark.parametrize(
     ("entry", "says"),
     (
-        (group() | {"format_version": 3}, "format_version 3; expected 2: upgrade hf_attnswap"),
+        (group() | {"format_version": 4}, "format_version 4; expected 3: upgrade hf_attnswap"),
+        (group() | {"format_version": 2}, "format_version 2; expected 3: an older hf_attnswap wrote it; convert"),
         (group() | {"format_version": "1"}, "format_version '1'"),
         (group() | {"format_version": True}, "format_version True"),
         (group() | {"format_version": 0}, "format_version 0"),
-        ({"format_version": 1}, "format_version 1; expected 2"),
+        ({"format_version": 1}, "format_version 1; expected 3"),
         (group() | {"kept": None}, "damaged"),
         (group() | {"swapped": 3}, "damaged"),
         (group() | {"swapped": [3]}, "damaged"),

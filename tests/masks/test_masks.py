@@ -50,9 +50,15 @@ def test_2d_bool_is_padding():
 
 def test_2d_bool_of_a_longer_cache_is_cut():
     longer = torch.cat([LEFT, torch.zeros(2, 4, dtype=torch.bool)], 1)
-    mask = parse(longer, 1, N)
+    mask = parse(longer, 1, N, longer=True)
     assert torch.equal(mask.valid, LEFT)
     assert torch.equal(mask.new_tokens(), LEFT[:, -1:])
+
+
+@pytest.mark.parametrize("shape", ((2, N + 1), (2, N - 1), (2, 1, 1, N + 1), (2, 1, 3, N), (2, 1, 1, 1)))
+def test_a_mask_with_other_columns_or_rows_is_refused(shape):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .* there are .*; expected"):
+        parse(torch.ones(shape, dtype=torch.bool), N, N)
 
 
 def test_2d_int_is_packed():
@@ -205,6 +211,18 @@ def test_a_mask_changed_in_place_is_read_again():
     assert not isinstance(found, Mask) or torch.equal(found.matrix(DEVICE), dense)
 
 
+@pytest.mark.parametrize("where", ("inference_mode", "numpy"))
+def test_a_mask_that_changes_unseen_is_read_again(where):
+    """Tensors of inference mode have no version, and numpy writes past it."""
+    with torch.inference_mode(where == "inference_mode"):
+        array = CAUSAL.cpu().numpy().copy()
+        dense = torch.from_numpy(array) if where == "numpy" else CAUSAL.clone()
+        assert parse(dense, N, N) == Mask(N, N)
+        (array if where == "numpy" else dense)[:, :, 8:, :4] = False
+        found = parse(dense, N, N)
+        assert not isinstance(found, Mask) or torch.equal(found.matrix(dense.device), dense)
+
+
 def test_tiles_cover_every_row_once():
     bidirectional = Mask(N, N, valid=LEFT, causal=False)
     for mask in (Mask(N, N), Mask(5, N), Mask(N, N, valid=LEFT), Mask(N, N, dense=padded(LEFT)), bidirectional):
@@ -307,6 +325,28 @@ def test_mask_function_padding_is_2d():
     assert found.dtype == torch.bool and torch.equal(found, LEFT)
     found = mask_of_transformers(attention_mask=LEFT.long(), length=4, past=8)
     assert torch.equal(found, LEFT)
+
+
+@pytest.mark.parametrize(
+    ("shape", "past"), (((1, N + 1), 4), ((1, N - 1), 4), ((3, N), 4), ((1, N, N), 0), ((3, N), 0)), ids=str
+)
+def test_mask_function_refuses_a_mask_of_another_shape(shape, past):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*; expected \(1, 12\)"):
+        attnswap_mask(1, N - past, N, past, attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_mask_function_of_inference_mode_makes_masks_that_layers_share():
+    with torch.inference_mode():
+        found = mask_of_transformers(attention_mask=LEFT.long())
+        assert not found.is_inference() and torch.equal(found, LEFT)
+        assert parse(found, N, N) is parse(found, N, N)
+
+
+def test_what_a_mask_says_of_the_past_is_not_the_callers_to_change():
+    given = LEFT.clone()
+    kept = parse(given, N, N).valid
+    given[:] = True
+    assert torch.equal(kept, LEFT)
 
 
 def test_mask_function_passes_a_4d_mask_on():

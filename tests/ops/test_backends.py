@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
 import sys
 import threading
 
@@ -17,6 +15,7 @@ from hf_attnswap.masks import Mask
 from hf_attnswap.ops import backends
 from hf_attnswap.ops.backends import OPS, backend, backends_of, told, watch
 
+PORTABLE = ("torch", "reference")
 SWAPPED = [name for name in NAMES if name not in ("softmax", "none")]  # these are one call of torch
 FORM = '''
 """ReLU on the scores, for this test."""
@@ -39,23 +38,26 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
 '''
 
 
-def add_form(tmp_path, monkeypatch, text: str, op: str = "scores", name: str = "toy") -> None:
+def add_form(tmp_path, monkeypatch, text: str, op: str = "scores", name: str = "probe") -> None:
     """One file more in the folder of an op; `forget` undoes it."""
     (tmp_path / f"{name}.py").write_text(text)
     package = sys.modules[f"{ops.__name__}.{op}"]
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     OPS[op].discover()
+    OPS[op].forms = {backend: OPS[op].forms[backend] for backend in (name, *PORTABLE)}
 
 
 @pytest.fixture
 def forget(monkeypatch):
-    """Nothing is known of earlier tests, and nothing is left to later ones."""
+    """Native forms are hidden, nothing is known of earlier tests, and nothing is left to later ones."""
     monkeypatch.setattr(backends, "_logged", set())
+    for op in OPS.values():
+        op.forms = {backend: op.forms[backend] for backend in PORTABLE}
     yield
     monkeypatch.undo()
     for op in OPS.values():
         op.discover()
-        for name in [n for n in sys.modules if n.startswith(f"{op.package}.toy")]:
+        for name in [n for n in sys.modules if n.startswith(f"{op.package}.probe")]:
             del sys.modules[name]
 
 
@@ -90,13 +92,13 @@ def test_the_reference_backend_keeps_a_state(name):
 def test_a_form_in_one_file_is_chosen_told_and_silent_elsewhere(tmp_path, monkeypatch, forget, caplog, capsys):
     caplog.set_level(logging.INFO)
     add_form(tmp_path, monkeypatch, FORM)
-    assert backends_of("scores") == ["toy", "torch", "reference"]
+    assert backends_of("scores") == ["probe", "torch", "reference"]
     given = [t.detach().float() for t in inputs(20)]
     for name in ("relu", "elu", "window", "delta", "gated", "elu+window"):
         variant = build(name, dtype=torch.float32)
         with watch() as ran:
             out = variant(*given, Mask(20, 20), SCALING)
-        assert ran == {variant.ops[0]: {"toy" if name == "relu" else "torch"}}
+        assert ran == {variant.ops[0]: {"probe" if name == "relu" else "torch"}}
         torch.testing.assert_close(out, variant.reference(*given, Mask(20, 20), SCALING), atol=1e-5, rtol=1e-4)
     assert not caplog.messages
     tiny("llama").config.save_pretrained(tmp_path / "model")
@@ -106,7 +108,7 @@ def test_a_form_in_one_file_is_chosen_told_and_silent_elsewhere(tmp_path, monkey
         cli.main()
     assert not stop.value.code
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["backends"] for row in rows] == [{"scores": ["toy"]}, {"linear": ["torch"]}]
+    assert [row["backends"] for row in rows] == [{"scores": ["probe"]}, {"linear": ["torch"]}]
     assert not caplog.messages
 
 
@@ -119,8 +121,8 @@ def test_a_form_that_cannot_serve_is_passed_over_and_said_so_once(tmp_path, monk
             build("relu")(*inputs(9), Mask(9, 9), SCALING)
     assert ran == {"scores": {"torch"}} and told(ran) == "scores torch"
     assert caplog.messages == [
-        "scores: backend toy is passed over: it has no kernel for sigmoid",
-        "scores: backend toy is passed over: it takes torch.float32, not torch.float64",
+        "scores: backend probe is passed over: it has no kernel for sigmoid",
+        "scores: backend probe is passed over: it takes torch.float32, not torch.float64",
     ]
     assert {record.levelno for record in caplog.records} == {logging.INFO}
 
@@ -131,7 +133,7 @@ def test_a_form_for_another_device_is_no_form_here(tmp_path, monkeypatch, forget
     with watch() as ran:
         build("relu", dtype=torch.float32)(*(t.float() for t in inputs(9)), Mask(9, 9), SCALING)
     assert ran == {"scores": {"torch"}} and not caplog.messages
-    with backend("toy"), pytest.raises(NotImplementedError, match="it runs on cuda, not on cpu"):
+    with backend("probe"), pytest.raises(NotImplementedError, match="it runs on cuda, not on cpu"):
         build("relu", dtype=torch.float32)(*(t.float() for t in inputs(9)), Mask(9, 9), SCALING)
 
 
@@ -150,22 +152,22 @@ def test_a_form_that_this_machine_cannot_run_is_passed_over_with_its_reason(
     add_form(tmp_path, monkeypatch, f"{FORM}\n{line}\n")
     given = [t.float() for t in inputs(9)]
     build("relu", dtype=torch.float32)(*given, Mask(9, 9), SCALING)
-    assert caplog.messages == [f"scores: backend toy is passed over: {reason}"]
-    with backend("scores=toy"), pytest.raises(NotImplementedError, match=reason):
+    assert caplog.messages == [f"scores: backend probe is passed over: {reason}"]
+    with backend("scores=probe"), pytest.raises(NotImplementedError, match=reason):
         build("relu", dtype=torch.float32)(*given, Mask(9, 9), SCALING)
 
 
 def test_what_is_forced_refuses_instead_of_passing_over(tmp_path, monkeypatch, forget, caplog):
     caplog.set_level(logging.INFO)
     add_form(tmp_path, monkeypatch, FORM)
-    for text in ("toy", "scores=toy", "linear=reference, scores=toy"):
+    for text in ("probe", "scores=probe", "linear=reference, scores=probe"):
         with backend(text), pytest.raises(NotImplementedError) as error:
             build("relu")(*inputs(9), Mask(9, 9), SCALING)
         assert str(error.value) == (
-            "scores: HF_ATTNSWAP_BACKEND asks for backend toy, which cannot serve this call: "
+            "scores: HF_ATTNSWAP_BACKEND asks for backend probe, which cannot serve this call: "
             "it takes torch.float32, not torch.float64"
         )
-    with backend("toy"), watch() as ran:  # the others have no such form
+    with backend("probe"), watch() as ran:  # the others have no such form
         build("elu")(*inputs(9), Mask(9, 9), SCALING)
     with backend("scores=reference,linear=torch"), watch(), watch() as both:
         build("relu")(*inputs(9), Mask(9, 9), SCALING)
@@ -186,7 +188,7 @@ def test_an_op_without_a_form_that_serves_says_so(monkeypatch, forget):
 
 
 def test_a_form_without_run_is_refused(tmp_path, monkeypatch, forget):
-    with pytest.raises(TypeError, match="toy.py has no function run"):
+    with pytest.raises(TypeError, match="probe.py has no function run"):
         add_form(tmp_path, monkeypatch, "devices = ('cpu',)\n")
 
 
@@ -209,20 +211,22 @@ def test_each_thread_chooses_and_watches_for_itself():
     assert results == {"torch": {"scores": {"torch"}}, "reference": {"scores": {"reference"}}, None: results["torch"]}
 
 
-def test_the_variable_is_read_on_import():
-    def run(value):
-        return subprocess.run(
-            [sys.executable, "-c", "from hf_attnswap.ops import backends; print(backends.forced())"],
-            env={**os.environ, backends.VARIABLE: value},
-            capture_output=True,
-            text=True,
-        )
-
-    assert run("reference").stdout.strip() == "{'all ops': 'reference'}"
-    wrong = run("fast")
-    assert wrong.returncode == 1 and wrong.stderr.strip().endswith(
-        "UsageError: HF_ATTNSWAP_BACKEND=fast: no op has a backend 'fast'; expected one of reference, torch"
+def test_the_variable_is_read_once_when_it_is_needed(monkeypatch, forget, capsys):
+    monkeypatch.setattr(backends._Here, "forced", None)
+    monkeypatch.setenv(backends.VARIABLE, "fast")
+    monkeypatch.setattr(sys, "argv", ["attnswap", "ls", "relu"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.strip().endswith(
+        "HF_ATTNSWAP_BACKEND=fast: no op has a backend 'fast'; expected one of reference, torch"
     )
+    with pytest.raises(UsageError, match="fast"):
+        build("relu")(*inputs(9), Mask(9, 9), SCALING)
+    monkeypatch.setenv(backends.VARIABLE, "reference")
+    with watch() as ran:
+        build("relu")(*inputs(9), Mask(9, 9), SCALING)
+    monkeypatch.setenv(backends.VARIABLE, "torch")
+    assert ran == {"scores": {"reference"}} and backends.forced() == {"all ops": "reference"}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +239,7 @@ def test_the_variable_is_read_on_import():
         ("scores=torch,scores=torch", "two backends for scores; name one"),
     ),
 )
-def test_what_does_not_exist_is_refused(text, says):
+def test_what_does_not_exist_is_refused(text, says, forget):
     with pytest.raises(UsageError) as error, backend(text):
         pass
     assert str(error.value) == f"HF_ATTNSWAP_BACKEND={text}: {says}"

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from card_numbers import strangers
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from hf_attnswap import UsageError, report
 from hf_attnswap.publish import card
@@ -22,7 +24,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def config_of(attention: str, options: dict, layers: int = 30) -> dict:
     group = {"attention": attention, "kind": "causal", "layers": list(range(layers)), "options": options}
-    saved = {"format_version": 2, "kept": "sdpa", "swapped": [group]}
+    saved = {"format_version": 3, "kept": "sdpa", "swapped": [group]}
     return {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 30, "attnswap": saved}
 
 
@@ -210,3 +212,34 @@ def test_conversions_of_several_parts_and_plans():
     )
     assert "softmax of 4 attention layers replaced by `sigmoid` and `elu`" in text
     assert "| text_config cross 0, 4 |" in text and "X.from_pretrained" in text
+
+
+HOSTILE = "a`b``` *c* [d](http://e) <img src=x> $f$ | g\n---\n# h\n```\n\x1b[31m"
+
+
+def test_names_in_a_report_are_words_and_never_markup(demo):
+    """Whatever stands in report.json, a reader of Markdown sees the headings, links and code of the template."""
+    tokens = {}
+    for words in ("plain", HOSTILE):
+        found = trained(copy.deepcopy(demo))
+        found.command = words if words == "plain" else f"attnswap {words}"
+        found.model.name = f"{words}.gguf"
+        found.data.training = found.data.evaluation = found.machine.processor = words
+        found.arms[-1].training[0].text = found.arms[-1].training[1].trains = words
+        found.arms[-1].metrics = [Metric(words, words, True, 0.75, 0.0625, 48)]
+        text = render(found, config_of("hedgehog", {}), licence=words if words == "plain" else "mit")
+        parsed = MarkdownIt("commonmark").enable("table").parse(text.split("---\n", 2)[2])
+        inline = [each for token in parsed for each in token.children or () if each.type not in ("text", "softbreak")]
+        tokens[words] = [(t.type, t.markup if t.type != "fence" else "") for t in (*parsed, *inline)]
+        assert yaml.safe_load(text.split("---\n", 2)[1])["pipeline_tag"] == "text-generation"
+        assert "\x1b" not in text and ModelCard(text).data.license in ("plain", "mit")
+    assert tokens["plain"] == tokens[HOSTILE]
+
+
+def test_names_in_a_config_are_words_and_never_code():
+    config = config_of("elu", {}) | {"architectures": ['x")\n```\n<b>']}
+    text = render(None, {"a\n# b <i>": config, "architectures": ['Y"); import os'], "num_hidden_layers": "x"})
+    assert "import os" not in text and "AutoModel.from_pretrained(" in text
+    assert "| a # b &lt;i&gt; causal 0 to 29 |" in text
+    with pytest.raises(UsageError, match="is not the name of a repository"):
+        card.render(config, 'x")\n```', report=None, base_model=None, licence=None)

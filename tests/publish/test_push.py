@@ -1,7 +1,9 @@
 """Publishing end to end, against a double of the Hub on this machine. Real rights, Xet and quotas are not in it."""
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -231,16 +234,131 @@ def test_no_network_is_one_line(conversion, monkeypatch, capsys):
     assert "cannot be reached" in one_line(run(monkeypatch, capsys, conversion, REPO, *CLI_ORIGIN))
 
 
-@pytest.mark.parametrize("what", ("shard", "index", "pickle", "config"))
-def test_folders_that_are_not_whole_are_refused(conversion, tmp_path, what):
-    folder = shutil.copytree(conversion, tmp_path / "folder")
+@pytest.fixture
+def folder(conversion, tmp_path) -> Path:
+    """A copy of the conversion, to be changed."""
+    return shutil.copytree(conversion, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("what", ("shard", "index", "config"))
+def test_folders_that_are_not_whole_are_refused(folder, what):
     if what == "shard":
         sorted(folder.glob("*.safetensors"))[0].unlink()
     elif what == "index":
         (folder / "model.safetensors.index.json").write_text("{")
-    elif what == "pickle":
-        (folder / "optimizer.pt").write_bytes(b"")
     else:
         (folder / "config.json").write_text("{")
-    with pytest.raises(UsageError, match="not whole|damaged|pickled"):
+    with pytest.raises(UsageError, match="not whole|damaged"):
         prepare(folder, REPO, **ORIGIN)
+
+
+def test_nothing_goes_but_what_a_conversion_is_made_of(folder, monkeypatch, capsys):
+    others = [
+        "credentials.json",
+        "train.py",
+        "a.PKL",
+        "b.joblib",
+        "c.dill",
+        "optimizer.pt",
+        "model.bin",
+        ".env",
+        "x.safetensors",
+    ]
+    whole = {path.name for path in folder.iterdir()}
+    for name in others:
+        (folder / name).write_text("mine")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "config.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    for name in ("tools.jinja", "mine.txt"):
+        (folder / "additional_chat_templates" / name).write_text("{{ messages }}")
+    (folder / "chat_template.jinja").symlink_to(folder / "config.json")
+    with pytest.raises(UsageError, match="chat_template.jinja is a link"):
+        prepare(folder, REPO, **ORIGIN)
+    (folder / "chat_template.jinja").unlink()
+    sent = {operation.path_in_repo for operation in prepare(folder, REPO, **ORIGIN)}
+    assert sent == whole | {"README.md", "additional_chat_templates/tools.jinja"}
+    _, out, _ = run(monkeypatch, capsys, folder, REPO, "--dry_run", "--json", *CLI_ORIGIN)
+    assert set(json.loads(out)["left_out"]) == {*others, "checkpoints/", "additional_chat_templates/mine.txt"}
+    _, out, _ = run(monkeypatch, capsys, folder, REPO, "--dry_run", *CLI_ORIGIN)
+    assert all(name in out for name in ("left out, as no part of a conversion:", "credentials.json", "checkpoints/"))
+
+
+def test_links_lead_nowhere(folder, tmp_path):
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    for name in ("tokenizer.json", next(path.name for path in folder.glob("*.safetensors"))):
+        kept = (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(secret)
+        with pytest.raises(UsageError, match=f"{name} is a link: a push sends what lies in the folder alone"):
+            prepare(folder, REPO, **ORIGIN)
+        (folder / name).unlink()
+        kept.rename(folder / name)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    for name in ("../secret.json", "tokenizer.json", 3, str(secret)):
+        index.write_text(json.dumps(content | {"weight_map": {"a": name}}))
+        with pytest.raises(UsageError, match="index.json is damaged: weight_map has"):
+            prepare(folder, REPO, **ORIGIN)
+
+
+@pytest.mark.parametrize("what", ("nan", "infinity", "shape", "missing", "unknown", "torn", "text"))
+def test_weights_that_are_not_those_of_the_config_are_refused(folder, what):
+    path = sorted(folder.glob("*.safetensors"))[0]
+    weights = load_file(path)
+    name = min(weights)
+    if what in ("torn", "text"):
+        path.write_bytes(path.read_bytes()[:-4] if what == "torn" else b"not weights")
+    else:
+        if what in ("nan", "infinity"):
+            weights[name].view(-1)[-1] = {"nan": math.nan, "infinity": -math.inf}[what]
+        elif what == "shape":
+            weights[name] = weights[name][:-1].clone()
+        elif what == "missing":
+            del weights[name]
+        else:
+            weights["model.layers.0.mlp.extra"] = weights[name].clone()
+        save_file(weights, path, {"format": "pt"})
+    says = {
+        "nan": f"{name} has NaN or infinity", "infinity": f"{name} has NaN or infinity", "torn": "no whole safetensors",
+        "text": "no whole safetensors", "shape": f"do not belong together: {name} has shape",
+        "missing": f"do not belong together: {name} is not among", "unknown": "mlp.extra is among the weights, and",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match=re.escape(says[what])) as error:
+        prepare(folder, REPO, **ORIGIN)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_no_code_goes_but_that_which_this_package_writes(tmp_path):
+    folder = tmp_path / "portable"
+    hf_attnswap.swap(tiny(), "elu").save_pretrained(folder, portable=True)
+    assert "modeling_attnswap.py" in {operation.path_in_repo for operation in prepare(folder, REPO, **ORIGIN)}
+    code, config = folder / "modeling_attnswap.py", folder / "config.json"
+    text, content = code.read_text(), json.loads(config.read_text())
+    code.write_text(f"{text}\nprint('mine')\n")
+    with pytest.raises(UsageError, match="modeling_attnswap.py is not what this version of hf_attnswap writes"):
+        prepare(folder, REPO, **ORIGIN)
+    code.write_text(text)
+    content["auto_map"] |= {"AutoTokenizer": ["mine.Slow", None]}
+    config.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="names mine.Slow, which is code.*USER/NAME--mine.Slow"):
+        prepare(folder, REPO, **ORIGIN)
+    content["auto_map"] |= {"AutoTokenizer": ["user/code--mine.Slow", None]}
+    config.write_text(json.dumps(content))
+    assert prepare(folder, REPO, **ORIGIN)
+
+
+def test_all_that_is_missing_is_asked_for_at_once(conversion, monkeypatch, capsys):
+    said = one_line(run(monkeypatch, capsys, conversion, REPO, "--dry_run"))
+    assert "--base_model (or none), and its licence with --license" in said
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    code, out, _ = run(monkeypatch, capsys, conversion, REPO, "--dry_run", *CLI_ORIGIN)
+    assert code == 0 and "a Hub token is missing: run `hf auth login`, or set HF_TOKEN" in out
+
+
+@pytest.mark.parametrize("name", ("a b", "../x", "user/na`me", "user/x\n# y", "", "a/b/c"))
+def test_names_of_repositories_are_checked(conversion, name):
+    with pytest.raises(UsageError, match="is not the name of a repository"):
+        prepare(conversion, name, **ORIGIN)
+    with pytest.raises(UsageError, match="base_model is .*; expected a Hub id"):
+        prepare(conversion, REPO, base_model=name or " ", licence="mit")

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from tiny_models import randomise, tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_attnswap import UsageError, swap
-from hf_attnswap.sources.texts import TextSource, token_blocks
+from hf_attnswap.sources import texts
+from hf_attnswap.sources.blocks import cut, start_tokens
+from hf_attnswap.sources.texts import TextSource, token_blocks, token_stream
 from hf_attnswap.training.batches import batches, model_inputs, next_tokens, require_separate
 from hf_attnswap.training.distill import distillation_loss
 from hf_attnswap.training.loop import next_token_loss
@@ -128,3 +130,46 @@ def test_a_file_of_tokens_appears_whole(source, words, tmp_path, monkeypatch):
     assert not list(cache.iterdir())
     with pytest.raises(UsageError, match="less than one block of 99"):
         token_blocks(source, words, 99, cache_dir=cache)
+
+
+@pytest.fixture
+def begun(words):
+    """The same tokenizer, which puts 1 before every text."""
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    return words
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_blocks_begin_as_the_tokenizer_begins_a_text(source, begun, tmp_path, cache):
+    """One token fewer of the text fits, and no token of the text is lost or read twice."""
+    assert begun("w10 w11").input_ids == [1, 10, 11]
+    cache_dir = tmp_path / "cache" if cache else None
+    blocks = token_blocks(source, begun, 4, cache_dir=cache_dir)
+    assert blocks.tolist() == [[1, 10, 11, 12], [1, 20, 21, 30], [1, 31, 32, 33], [1, 34, 35, 36]]
+    assert torch.equal(blocks.long(), cut(token_stream(source, begun), 4, start_tokens(begun)))
+    assert token_blocks(source, begun, 4, 9, cache_dir=cache_dir).tolist() == blocks[:2].tolist()
+    assert token_blocks(source, begun, 13, cache_dir=cache_dir).tolist() == [[1, *[n for d in DOCUMENTS for n in d]]]
+    with pytest.raises(UsageError, match="block size 1 leaves no room for text"):
+        token_blocks(source, begun, 1, cache_dir=cache_dir)
+
+
+def test_a_file_of_blocks_is_written_in_pieces(source, begun, tmp_path, monkeypatch):
+    whole = token_blocks(source, begun, 3)
+    monkeypatch.setattr(texts, "_AT_ONCE", 2)
+    assert torch.equal(token_blocks(source, begun, 3, cache_dir=tmp_path).long(), whole)
+
+
+def test_separate_documents_begin_so_too(source, begun):
+    blocks = token_blocks(source, begun, 8, separate=True)
+    assert blocks[..., 0].tolist() == [[1, 1, 10, 11, 12, 2, 1, 20], [1, 21, 2, 1, 2, 1, 30, 31]]
+    assert blocks[..., 1].tolist() == [[1, 1, 0, 0, 0, 0, 1, 0], [1, 0, 0, 1, 0, 1, 0, 0]]
+    assert model_inputs(blocks)["position_ids"].tolist() == [[0, 0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 0, 1, 0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "template, first", [("$A", []), ("$A w2", []), ("w1 $A w2", [1]), ("w1 w3 $A", [1, 3]), ("w2 $A w2", [2])]
+)
+def test_what_a_tokenizer_puts_first(words, template, first):
+    special = [("w1", 1), ("w2", 2), ("w3", 3)]
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    assert start_tokens(words) == first

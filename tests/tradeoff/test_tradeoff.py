@@ -178,6 +178,7 @@ def test_growth_of_three_lengths_and_three_rounds():
     }
     empty = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0, "nll": {}, "checks": []}
     empty |= {"by_position": {}, "diagnostics": None, "tasks": [], "swapped": [], "kept": 0, "backends": {}}
+    empty |= {"sound": True, "given": 1}
     softmax, elu = (row(Arm(name, name, {}), dict.fromkeys(("softmax", "elu"), empty), runs, {}) for name in LABELS)
     assert softmax.growth["prefill_s"].exponent == pytest.approx(2) and set(softmax.growth) == {"prefill_s"}
     assert elu.growth["prefill_s"].exponent == pytest.approx(1) and elu.growth["prefill_s"].lengths == 3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -15,11 +16,13 @@ from safetensors.torch import load_file
 from tiny_models import tiny, tokens
 
 from hf_attnswap import UsageError, swap
-from hf_attnswap.training import checkpoints
+from hf_attnswap.sources.checksums import checksums
+from hf_attnswap.training import checkpoints as writing
 from hf_attnswap.training.align import aligning, alignment_loss, trainable_parameters
 from hf_attnswap.training.batches import batches
 from hf_attnswap.training.checkpoints import find_checkpoint
 from hf_attnswap.training.loop import next_token_loss, train, warmup_cosine
+from hf_attnswap.training.state import RunState
 from hf_attnswap.training.watch import spike
 
 BLOCKS = tokens(16, batch=7)
@@ -91,6 +94,8 @@ def test_warmup_cosine():
     assert rates[7] == pytest.approx(0.5) and rates[10] == pytest.approx(0.0)
     scheduler = warmup_cosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3), 10, 4, end=0.01)
     assert [scheduler.lr_lambdas[0](step) for step in (4, 7, 10)] == pytest.approx([1.0, 0.505, 0.01])
+    resumed = warmup_cosine(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 10, 4, done=7)
+    assert resumed.get_last_lr() == [rates[7]]
 
 
 def test_the_loss_goes_down():
@@ -203,6 +208,10 @@ def test_a_run_may_go_on_with_its_batches_shared_out_otherwise(tmp_path):
         run(batch_size=2, output_dir=tmp_path, checkpointing_steps=2, progress=cut_at(3))
     resumed, _ = run(accumulation=2, output_dir=tmp_path, resume_from_checkpoint="latest")
     assert resumed == pytest.approx(losses, rel=1e-5)
+    with pytest.raises(PowerCut):
+        run(batch_size=2, output_dir=tmp_path / "odd", checkpointing_steps=3, progress=cut_at(4))
+    resumed, _ = run(accumulation=2, output_dir=tmp_path / "odd", resume_from_checkpoint="latest")
+    assert resumed == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_checkpoint_holds_what_trains_and_nothing_else(tmp_path):
@@ -218,12 +227,38 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(tmp_path):
     assert not any(path.stat().st_size > everything for path in folder.iterdir())
 
 
-def test_only_the_newest_checkpoint_stays(tmp_path):
-    run(output_dir=tmp_path, checkpointing_steps=2)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_6"]
+def entries(tmp_path):
+    return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("owner, name", [(Accelerator, "save_state"), (checkpoints, "_flush"), (os, "replace")])
+def test_the_two_newest_checkpoints_stay_and_all_that_is_not_ours(tmp_path):
+    """However many checkpoints are written: names do not grow, and nothing is taken for a checkpoint that is none."""
+    folder = tmp_path / "checkpoints"
+    theirs = ["best", "notes.txt", "partial_results", "step_4_for_the_paper", "step_last", "step_07", "step_1000"]
+    for name in theirs[:1] + theirs[2:-1]:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "weights").write_text("theirs")
+    for name in ("notes.txt", "step_1000"):
+        (folder / name).write_text("theirs")
+    (folder / "partial_3").mkdir()  # ours, from a run that was cut off
+    run(output_dir=tmp_path, checkpointing_steps=1, steps=12)
+    assert entries(tmp_path) == sorted([*theirs, "step_11", "step_12"])
+    assert {
+        path.read_text() for name in theirs for path in (folder / name, folder / name / "weights") if path.is_file()
+    }
+
+
+def test_a_run_that_goes_back_leaves_no_checkpoints_of_what_it_passed_over(tmp_path):
+    run(output_dir=tmp_path, checkpointing_steps=1)
+    run(output_dir=tmp_path, checkpointing_steps=3, resume_from_checkpoint=tmp_path / "checkpoints" / "step_5")
+    assert entries(tmp_path) == ["step_5", "step_6"]
+    os.rename(tmp_path / "checkpoints" / "step_5", tmp_path / "checkpoints" / "step_2")
+    shutil.copytree(tmp_path / "checkpoints" / "step_6", tmp_path / "checkpoints" / "step_9")
+    writing._remove_others(tmp_path / "checkpoints", 6)
+    assert entries(tmp_path) == ["step_2", "step_6"]
+
+
+@pytest.mark.parametrize("owner, name", [(RunState, "save"), (writing, "_flush"), (os, "replace")])
 def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeypatch, owner, name):
     """Whatever fails while the second checkpoint is written, the first one is there, and the run goes on from it."""
     losses, weights = run()
@@ -232,26 +267,26 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeyp
     def failing(*arguments):
         if not any("partial_4" in str(argument) for argument in arguments):
             return function(*arguments)
-        if name == "save_state":
+        if name == "save":
             function(*arguments)
-            os.truncate(tmp_path / "checkpoints" / "partial_4" / "optimizer.bin", 100)
+            os.truncate(tmp_path / "checkpoints" / "partial_4" / "optimizer.safetensors", 100)
         raise PowerCut
 
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
         patch.setattr(owner, name, failing)
         run(output_dir=tmp_path, checkpointing_steps=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["partial_4", "step_2"]
-    assert find_checkpoint("latest", tmp_path).name == "step_2"
+    assert entries(tmp_path) == ["partial_4", "step_2"]
+    assert find_checkpoint("latest", tmp_path).folder.name == "step_2"
     resumed, resumed_weights = run(output_dir=tmp_path, checkpointing_steps=2, resume_from_checkpoint="latest")
     assert resumed == losses and same(weights, resumed_weights)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_6"]
+    assert entries(tmp_path) == ["step_4", "step_6"]
 
 
 def test_latest_is_the_newest_by_number_and_never_a_partial_one(tmp_path):
-    for name in ("step_9", "step_10", "partial_11", "partial_step_12"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        (tmp_path / "checkpoints" / name / "run.json").write_text('{"files": {}}')
-    assert find_checkpoint("latest", tmp_path).name == "step_10"
+    run(output_dir=tmp_path, checkpointing_steps=6)
+    for name in ("step_9", "step_10", "partial_11", "partial_step_12", "step_last"):
+        shutil.copytree(tmp_path / "checkpoints" / "step_6", tmp_path / "checkpoints" / name)
+    assert find_checkpoint("latest", tmp_path).folder.name == "step_10"
 
 
 def test_latest_without_a_checkpoint_starts_anew(tmp_path):
@@ -264,9 +299,16 @@ def test_latest_without_a_checkpoint_starts_anew(tmp_path):
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (lambda folder: os.truncate(folder / "optimizer.bin", 100), "optimizer.bin has 100 bytes of"),
+        (lambda folder: os.truncate(folder / "optimizer.safetensors", 100), "optimizer.safetensors is not what was"),
         (lambda folder: (folder / "trainable.safetensors").unlink(), "trainable.safetensors is missing"),
-        (lambda folder: os.truncate(folder / "run.json", 100), r"its run.json cannot be read \(JSONDecodeError\)"),
+        (lambda folder: os.truncate(folder / "run.json", 100), "run.json is not what was written: its SHA-256 is "),
+        (lambda folder: os.truncate(folder / "checksums.json", 100), r"its checksums.json cannot be read \(JSONDec"),
+        (lambda folder: (folder / "checksums.json").write_text("null"), r"its checksums.json cannot be read \(TypeErr"),
+        (lambda folder: (folder / "checksums.json").write_text("{}"), r"its checksums.json cannot be read \(KeyError"),
+        (
+            lambda folder: rewrite(folder, "run.json", b'{"settings": 3, "losses": []}'),
+            "its run.json has no sound 'settings'",
+        ),
     ],
 )
 def test_a_torn_checkpoint_is_passed_over_and_said(tmp_path, caplog, damage, said):
@@ -274,10 +316,66 @@ def test_a_torn_checkpoint_is_passed_over_and_said(tmp_path, caplog, damage, sai
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step_3", folder / "step_5")
     damage(folder / "step_5")
-    assert find_checkpoint("latest", tmp_path).name == "step_3"
+    assert find_checkpoint("latest", tmp_path).folder.name == "step_3"
     assert re.search(f"step_5' is passed over: {said}", caplog.text)
     with pytest.raises(UsageError, match=f"is not a checkpoint of this package: {said}"):
         find_checkpoint(folder / "step_5", tmp_path)
+
+
+def rewrite(folder, name, content):
+    """Other content in a file of a checkpoint, with the right checksum for it."""
+    (folder / name).write_bytes(content)
+    (folder / "checksums.json").unlink()
+    (folder / "checksums.json").write_text(json.dumps(checksums(folder)))
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "process_0.json", "run.json"])
+def test_a_flipped_bit_costs_the_steps_since_the_checkpoint_before(tmp_path, name, caplog):
+    losses, weights = run(loss=noisy_loss)
+    arguments = dict(loss=noisy_loss, output_dir=tmp_path, checkpointing_steps=2)
+    with pytest.raises(PowerCut):
+        run(progress=cut_at(5), **arguments)
+    path = tmp_path / "checkpoints" / "step_4" / name
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    resumed, resumed_weights = run(resume_from_checkpoint="latest", **arguments)
+    assert f"step_4' is passed over: {name} is not what was written" in caplog.text
+    assert resumed == losses and same(weights, resumed_weights)
+    assert entries(tmp_path) == ["step_4", "step_6"]
+
+
+class Command:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_file_of_a_checkpoint_runs_code(tmp_path, monkeypatch):
+    """Not even one with the right checksum; files beside that other programs would unpickle are not looked at."""
+    run(output_dir=tmp_path, checkpointing_steps=3, steps=3)
+    folder, touched = tmp_path / "checkpoints" / "step_3", tmp_path / "touched"
+    assert {path.suffix for path in folder.rglob("*")} == {".json", ".safetensors"}
+    planted = pickle.dumps(Command(touched))
+    for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", ".metadata"):
+        (folder / name).write_bytes(planted)
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, None)
+    monkeypatch.setattr(torch, "load", None)
+    assert len(run(output_dir=tmp_path, resume_from_checkpoint="latest", steps=3)[0]) == 3
+    for name in ("trainable", "optimizer"):
+        shutil.copytree(folder, tmp_path / name)
+        rewrite(tmp_path / name, f"{name}.safetensors", planted)
+        with pytest.raises(UsageError, match=f"{name}.safetensors' is not a file of tensors of this package"):
+            run(resume_from_checkpoint=tmp_path / name, steps=3)
+    rewrite(folder, "process_0.json", planted)
+    with pytest.raises(UsageError, match="process_0.json' is not the state of a process"):
+        run(resume_from_checkpoint=folder, steps=3)
+    assert not touched.exists()
 
 
 FULL_DISK = """
@@ -382,7 +480,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(tmp_path):
     with pytest.raises(FloatingPointError, match="the loss is nan at step 4: lower the learning rate"):
         run(model, loss=loss, output_dir=tmp_path, checkpointing_steps=2)
     assert same(model.state_dict(), seen[-1])
-    assert find_checkpoint("latest", tmp_path).name == "step_2"
+    assert find_checkpoint("latest", tmp_path).folder.name == "step_2"
     assert len(read_log(tmp_path)) == 3
 
 

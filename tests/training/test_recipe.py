@@ -15,7 +15,7 @@ from hf_attnswap.publish import measured
 from hf_attnswap.sources import conversions
 from hf_attnswap.sources.models import load
 from hf_attnswap.tradeoff.rows import stage_of
-from hf_attnswap.training import loop
+from hf_attnswap.training import conversion, loop
 from hf_attnswap.training import recipe as recipe_module
 from hf_attnswap.training.recipe import read_recipe
 
@@ -208,7 +208,7 @@ def test_a_recipe_of_the_package_runs_by_its_name(train, checkpoint, text, tmp_p
         (dict(stages=[{"stage": "align", "temprature": 2}]), r"stage 1 \(align\) .* unknown key 'temprature'"),
         (dict(stages=[{"stage": "distill", "temprature": 2}]), "Did you mean 'temperature'"),
         (dict(stages=[{"stage": "align", "learning_rate": "fast"}]), r"stage 1 \(align\).*invalid float value: 'fast'"),
-        (dict(stages=[]), r"stages in recipe .* is \[\]"),
+        (dict(stages=[]), r"recipe .*, line \d+: stages is \[\]"),
         (
             dict(
                 attention="elu", options=None, stages=[{"stage": "distill"}, {"stage": "distill", "attention": "relu"}]
@@ -217,7 +217,7 @@ def test_a_recipe_of_the_package_runs_by_its_name(train, checkpoint, text, tmp_p
         ),
         (dict(attention=None), "has no attention: give --attention"),
         (dict(train_file=None), "give either --train_file or --dataset_name, which are missing"),
-        (dict(stages=None, max_train_steps=None), "takes a share of max_train_tokens, which is None"),
+        (dict(stages=None, max_train_steps=None), "takes a share of max_train_tokens, which is null"),
         (dict(stages=None, max_train_tokens=100, attention="hedghog"), "Did you mean 'hedgehog'"),
     ],
 )
@@ -226,6 +226,78 @@ def test_a_recipe_that_is_wrong_is_one_clear_error(convert, recipe, tmp_path, ch
     with pytest.raises(UsageError, match=message):
         convert(command)
     assert not (tmp_path / "out").exists()
+
+
+LAUGHS = "a: &a [ha, ha, ha]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True)
+)
+TOP = "model_name_or_path: m\nattention: elu\ntrain_file: t.txt\nmax_train_tokens: 100\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (LAUGHS, r"recipe\.yaml: not readable as YAML: .*aliases \(\*a\) are not read.* line 2"),
+        ("stages: [{stage: align}", r"recipe\.yaml: not readable as YAML: .*line 1"),
+        ("a: " + "[" * 1200, "not readable as YAML: nested too deep"),
+        ("null", "holds null; expected keys"),
+        (TOP + "stages: null", r"recipe '.*/recipe.yaml', line 5: stages is null; expected a list"),
+        (TOP + "stages:\n- stage: [align]", r"stage 1 of recipe '.*', line 6: stage is \['align'\]"),
+        (TOP + "1: 2\nstages: [{stage: align}]", r"recipe '.*', line 5: unknown key 1\. Known"),
+        (TOP + "seed: true\n", r"stage 1 \(align\) of recipe '.*', line 5: seed is True; expected a text or a number"),
+        (TOP + "weight_decay: .nan\n", r"line 5: weight_decay is nan; expected a text or a number"),
+        (TOP + "use_lora: 'no'\n", r"line 5: use_lora is 'no'; expected true or false"),
+        (TOP + "dtype: --help\nblock_size: -3\n", r"line 6: argument --block_size: -3 is not positive"),
+        (TOP + "text_column: 2001-01-01\n", r"line 5: text_column is datetime.date\(2001, 1, 1\); expected a text"),
+        (TOP + "options: [window]\n", r"line 5: options is \['window'\]; expected names with values"),
+        (TOP + "options: {windw: 3}\n", r"line 5: elu has no option 'windw'"),
+        (TOP + "options: {a: null}\n", r"line 5: options is \{'a': None\}; expected names with values"),
+        (TOP + "stages:\n- stage: align\n  share: true\n", r"line 7: share is True; expected a part of 1"),
+        (TOP + "stages:\n- stage: align\n- stage: align\n  weights_loss: much\n", r"stage 2 .*, line 8: .*'much'"),
+        (TOP.replace("elu", "hedghog") + "stages: [{stage: align}]", r"line 2: Unknown attention .*'hedgehog'"),
+        (TOP.replace("elu", "[elu]"), r"recipe '.*', line 2: \['elu'\]; expected a text"),
+        (TOP + "builds_on: recipe.yaml", "builds on itself"),
+        (TOP + "builds_on: [maps]", r"line 5: builds_on is \['maps'\]; expected the name of a recipe"),
+        (TOP + 'builds_on: "a\\0b"', r"line 5: builds_on is 'a.x00b'; expected the name"),
+    ],
+)
+def test_a_faulty_recipe_is_told_file_line_key_and_value(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_place_of_what_is_wrong_is_that_of_the_one_who_said_it(tmp_path):
+    """A recipe that it builds on, the recipe of the family, or the command line."""
+    (tmp_path / "below.yaml").write_text(TOP + "seed: x\n")
+    (tmp_path / "above.yaml").write_text("builds_on: below.yaml\nlayers: '0'\n")
+    with pytest.raises(UsageError, match=r"stage 1 \(align\) of recipe 'below.yaml', line 5: .*invalid int value: 'x'"):
+        read_recipe(tmp_path / "above.yaml")
+    with pytest.raises(UsageError, match=r"recipe .plain., line \d+: takes a share of max_train_tokens, which is null"):
+        read_recipe(tmp_path / "above.yaml", {"seed": 3, "max_train_steps": 5})
+    with pytest.raises(UsageError, match=r"of the command line: .*invalid int value: 'y'"):
+        read_recipe(tmp_path / "above.yaml", {"seed": "y"})
+
+
+def test_what_two_stages_have_in_common_is_written_twice(convert, recipe, checkpoint, text, tmp_path):
+    layers = [1, 2]
+    stages = [
+        (name, {"model_name_or_path": checkpoint, "attention": attention, "layers": layers, "train_file": text,
+                "block_size": 32, "max_train_steps": 1})
+        for name, attention in (("finetune", "softmax"), ("align", "hedgehog"))
+    ]  # fmt: skip
+    for _ in range(2):  # the second time it is read
+        conversion.convert(stages, tmp_path / "out")
+    assert (tmp_path / "out" / "recipe.yaml").read_text().count("- 2\n") == 2
+
+
+@pytest.mark.parametrize("left", ["null", "stages: 3", "stages: [align]", "[", "&a [*a]"])
+def test_a_run_whose_recipe_is_damaged_is_told(convert, recipe, tmp_path, left):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text(left)
+    with pytest.raises(UsageError, match="out/recipe.yaml.*(not what the run of a recipe writes|not readable as YAML)"):
+        convert(recipe())
 
 
 def test_another_recipe_in_the_same_folder_is_refused(convert, recipe, tmp_path):
@@ -237,7 +309,7 @@ def test_another_recipe_in_the_same_folder_is_refused(convert, recipe, tmp_path)
         convert(recipe(stages=[*stages, {"stage": "distill"}]))
     command = recipe()
     (tmp_path / "recipe.yaml").write_text("stages: [")
-    with pytest.raises(UsageError, match="is not YAML"):
+    with pytest.raises(UsageError, match=r"recipe\.yaml: not readable as YAML: .*line 1"):
         convert(command)
 
 
@@ -304,3 +376,12 @@ def test_a_conversion_that_has_not_ended_is_no_arm(convert, recipe, tmp_path, mo
     given = ["tradeoff", checkpoint, "--arm", tmp_path / "out", "--train_file", "t.txt", "--output_dir", tmp_path / "r"]
     assert attnswap(monkeypatch, *given) == 2
     assert "has not ended: 1_align has no model; give the command of its recipe again" in capsys.readouterr().err
+
+
+def test_a_stage_whose_model_has_changed_is_not_done(convert, recipe, tmp_path):
+    given = recipe(stages=[{"stage": "align", "max_train_steps": 1}])
+    convert(given)
+    config = tmp_path / "out" / "1_align" / "model" / "config.json"
+    config.write_text(config.read_text().replace('"window": 4', '"window": 5'))
+    with pytest.raises(UsageError, match="1_align/model' has changed since its stage wrote it: config.json is"):
+        convert(given)

@@ -9,6 +9,7 @@ from accelerate.utils import LoggerType
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
+from hf_attnswap.sources.lock import alone_in
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,19 @@ def test_one_line_and_an_exit_code_for_each_kind_of_error(error, code, line, cap
 def test_a_loss_that_is_not_finite_names_its_step(train, arguments):
     with pytest.raises(FloatingPointError, match="at step [2-4]: lower the learning rate"):
         train("finetune", [*arguments, "--learning_rate", str(math.inf)])
+
+
+@pytest.mark.parametrize("recipe", [False, True])
+def test_a_folder_in_which_another_process_trains(train, arguments, tmp_path, recipe):
+    """Whether it starts anew or goes on; only the folder itself is taken, not those beside it."""
+    at = arguments.index("--output_dir")
+    arguments = arguments[:at] + arguments[at + 2 :]
+    command = ["finetune"]
+    if recipe:
+        arguments[arguments.index("--max_train_steps")] = "--max_train_tokens"
+        command = ["--recipe", "plain", "--attention", "relu_norm"]
+    with alone_in(tmp_path / "out"):
+        for more in ([], [] if recipe else ["--resume_from_checkpoint", "latest"]):
+            with pytest.raises(UsageError, match="in use by process"):
+                train(command[0], [*command[1:], *arguments, *more, "--output_dir", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()

@@ -2,17 +2,20 @@
 
 from .base import Task, TaskInputs
 from .registry import get, help_text, names, register
-from .running import answers_of, check_tasks, run_tasks, text_tokens
+from .running import answers_of, apart, check_tasks, quality_task, run_tasks, separate_texts, text_tokens
 
 __all__ = [
     "Task",
     "TaskInputs",
     "answers_of",
+    "apart",
     "check_tasks",
     "get",
     "help_text",
     "names",
+    "quality_task",
     "register",
     "run_tasks",
+    "separate_texts",
     "text_tokens",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +19,9 @@ class TaskInputs:
         limit: the most items, per length where there are lengths; None leaves the number to the task.
         batch_size: the most items that a task may put through the model at once.
         seed: seed of everything that a task draws.
-        tokens: held-out text, int64 of any shape, read as one stream; None where no text was given.
+        tokens: held-out text, int64 of any shape, read as one stream, without the tokens that begin a text; None where
+            no text was given.
+        texts: held-out texts, each by itself, for tasks that read them so.
     """
 
     lengths: Sequence[int] = (512,)
@@ -27,6 +29,7 @@ class TaskInputs:
     batch_size: int = 8
     seed: int = 0
     tokens: Tensor | None = None
+    texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,16 @@ class Task:
         name: what `--tasks` calls the task.
         measures: what the task measures, in one sentence.
         text_tokens: tokens of held-out text (`TaskInputs.tokens`) that the task needs; 0 where the task reads no text.
+        separate_texts: how many texts by themselves (`TaskInputs.texts`) the task reads, where `TaskInputs.limit` is
+            None; 0 where it reads none.
+        objectives: what models the task is for, see `integration.objectives.objective`.
     """
 
     name = ""
     measures = ""
     text_tokens = 0
+    separate_texts = 0
+    objectives: ClassVar[tuple[str, ...]] = ("next tokens",)
 
     def answer(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: TaskInputs) -> Any:
         """Return what `run` needs to know of the control, as JSON values.

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UsageError
+from ...sources.blocks import start_tokens
 from ..likelihood import Request, encode_pair, log_likelihoods
 from ..result import Result
 from .base import Task
@@ -94,14 +95,15 @@ def _hide(tokenizer, key: str, length: int, depth: float) -> Request:
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    question = encode_pair(tokenizer, _QUESTION, f" {key}")
+    start, question = start_tokens(tokenizer), encode_pair(tokenizer, _QUESTION, f" {key}")
+    asked = question.prompt[len(start) :]  # the text begins elsewhere
     hay, needle = encode(_HAY), encode(_NEEDLE.format(key=key))
-    room = length - len(needle) - len(question.prompt) - len(question.target)
+    room = length - len(start) - len(needle) - len(asked) - len(question.target)
     if room < 0:
         raise ValueError(f"a haystack of {length} tokens has no room for its needle: give at least {length - room}")
     before = round(room * depth)
     straw = (hay * (room // len(hay) + 1))[:room]
-    return Request((*straw[:before], *needle, *straw[before:], *question.prompt), question.target)
+    return Request((*start, *straw[:before], *needle, *straw[before:], *asked), question.target)
 
 
 def found_needles(model: nn.Module, items: Sequence[Needle], batch_size: int = 1) -> list[bool]:

@@ -1,6 +1,6 @@
 """Test multi-query associative recall: a text of keys with their values, and then some of the keys again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UsageError
+from ...sources.blocks import start_tokens
 from ..result import Result
 from .base import Task
 from .registry import register
@@ -27,12 +28,13 @@ class RecallTask(Task):
     texts: int = 16
 
     def run(self, model, tokenizer, inputs, control=None) -> list[Result]:
-        words, results = word_tokens(tokenizer), []
+        words, start, results = word_tokens(tokenizer), start_tokens(tokenizer), []
         for length in inputs.lengths:
+            room = length - len(start)
             queries = min(32, length // 8)
-            pairs = min(length // 2 - queries, len(words) // 2)
+            pairs = min(room // 2 - queries, len(words) // 2)
             try:
-                items = recalls(words, pairs, min(queries, pairs), inputs.limit or self.texts, inputs.seed)
+                items = recalls(words, pairs, min(queries, pairs), inputs.limit or self.texts, inputs.seed, start)
             except ValueError as error:
                 raise UsageError(f"recall at {length} tokens: {error}") from error
             label = f"recall of {items.pairs} pairs in {items.length} tokens"
@@ -60,17 +62,20 @@ class Recall:
         return self.tokens.shape[1]
 
 
-def recalls(vocabulary: Tensor, pairs: int, queries: int, texts: int = 8, seed: int = 0) -> Recall:
+def recalls(
+    vocabulary: Tensor, pairs: int, queries: int, texts: int = 8, seed: int = 0, start: Sequence[int] = ()
+) -> Recall:
     """Draw texts `k1 v1 k2 v2 ...`, followed by `queries` of the pairs again in another order.
 
-    A text has `2 (pairs + queries)` tokens. A model that copies by induction knows every value that is asked for (Arora
-    et al., "Zoology", 2023).
+    A text has `2 (pairs + queries)` tokens after `start`. A model that copies by induction knows every value that is
+    asked for (Arora et al., "Zoology", 2023).
 
     Args:
         vocabulary: the token ids to draw from, int64, at least `2 pairs`; all keys and values of a text are different.
         pairs: different pairs per text.
         queries: pairs that come again, at most `pairs`.
         texts: number of texts.
+        start: what begins every text, see `sources.blocks.start_tokens`.
 
     Raises:
         ValueError: there are too few tokens to draw from, or more queries than pairs.
@@ -85,10 +90,10 @@ def recalls(vocabulary: Tensor, pairs: int, queries: int, texts: int = 8, seed: 
     for _ in range(texts):
         drawn = vocabulary[torch.randperm(len(vocabulary), generator=generator)[: 2 * pairs]].view(pairs, 2)
         again = drawn[torch.randperm(pairs, generator=generator)[:queries]]
-        rows.append(torch.cat([drawn.flatten(), again.flatten()]))
+        rows.append(torch.cat([torch.tensor(start, dtype=drawn.dtype), drawn.flatten(), again.flatten()]))
     tokens = torch.stack(rows)
     asked = torch.zeros_like(tokens, dtype=torch.bool)
-    asked[:, 2 * pairs :: 2] = True
+    asked[:, len(start) + 2 * pairs :: 2] = True
     return Recall(tokens, asked, pairs)
 
 

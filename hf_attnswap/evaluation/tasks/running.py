@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...errors import UsageError
+from ...integration.objectives import Objective, objective
 from ..choices import read_items, score_choices
 from ..result import Result, perplexity
 from .base import Task, TaskInputs
@@ -16,7 +17,7 @@ from .registry import get, names, unknown
 Progress = Callable[[str], None]
 
 
-def check_tasks(chosen: Sequence[str], has_text: bool = True) -> None:
+def check_tasks(chosen: Sequence[str], has_text: bool = True, predicts: Objective | None = None) -> None:
     """Check that the chosen tasks can run, without running them.
 
     A name that only lm-eval can know is looked up when the task runs, where lm-eval is installed.
@@ -24,19 +25,66 @@ def check_tasks(chosen: Sequence[str], has_text: bool = True) -> None:
     Args:
         chosen: names of generated tasks, paths of .jsonl files, or tasks of lm-eval.
         has_text: whether a held-out text is given.
+        predicts: what the model makes of its input (`integration.objectives.objective`), where that is known.
 
     Raises:
-        UsageError: a file does not exist or holds no item, a name is unknown and lm-eval is not installed, or a task
-            needs a text and none is given.
+        UsageError: a file does not exist or holds no item, a name is unknown and lm-eval is not installed, a task needs
+            a text and none is given, or a task is for other models.
     """
     for name in chosen:
+        fits = get(name).objectives if name in names() else ("next tokens",)
+        if predicts is not None and predicts not in fits:
+            own = _QUALITY.get(predicts)
+            advice = f"; use --tasks {own}" if own else ""
+            raise UsageError(f"task {name!r} is for models of {' or '.join(fits)}, not of {predicts}{advice}")
         if name.endswith(".jsonl"):
             read_items(name, 1)
         elif name in names():
-            if get(name).text_tokens and not has_text:
+            if (get(name).text_tokens or get(name).separate_texts) and not has_text:
                 raise UsageError(f"task {name!r} goes on from a text: give one by --validation_file or --dataset_name")
         elif find_spec("lm_eval") is None:
             raise unknown(name, ', and lm-eval is not installed: pip install "hf_attnswap[eval]"')
+
+
+_QUALITY: dict[str, str] = {"masked tokens": "masked", "labels": "likeness", "vectors": "likeness"}
+_LIKENESS = "hf_attnswap.evaluation.likeness.likeness(model, original, inputs)"
+_ELSEWHERE = {
+    "another text": f"writes another text than it reads: compare its logits by {_LIKENESS}",
+    "images": f"reads images: compare it with the original by {_LIKENESS} on what its processor makes of images",
+    "speech": f"reads sound: compare it with the original by {_LIKENESS} on what its processor makes of sound, and "
+    "what it writes by hf_attnswap.evaluation.speech.word_errors(texts, texts_of_the_original)",
+    "several inputs": f"reads several inputs at once: compare it with the original by {_LIKENESS}",
+}
+
+
+def quality_task(model: PreTrainedModel) -> str | None:
+    """Return the name of the task that measures a model which has no perplexity; None for models of next tokens.
+
+    Raises:
+        UsageError: the model reads something else than one text; the message says what measures it.
+    """
+    predicts = objective(model)
+    if predicts in _ELSEWHERE:
+        raise UsageError(f"{type(model).__name__} {_ELSEWHERE[predicts]}")
+    return _QUALITY.get(predicts)
+
+
+def apart(chosen: Sequence[str]) -> list[list[str]]:
+    """Return the chosen tasks in groups that can run apart: each by itself, but those of lm-eval together, at the end.
+
+    lm-eval reads its thousands of files each time.
+    """
+    others = [name for name in chosen if name not in names() and not name.endswith(".jsonl")]
+    return [[name] for name in chosen if name not in others] + ([others] if others else [])
+
+
+def separate_texts(chosen: Sequence[str], limit: int | None = None) -> int:
+    """Return how many texts by themselves, `TaskInputs.texts`, the chosen tasks read; 0 where none of them does.
+
+    Args:
+        limit: the most items per task; None leaves the number to the task.
+    """
+    return max((task.separate_texts and (limit or task.separate_texts) for task in _generated(chosen)), default=0)
 
 
 def text_tokens(chosen: Sequence[str]) -> int:
@@ -73,7 +121,7 @@ def run_tasks(
     Raises:
         UsageError: a task is unknown, or does not fit the model or the inputs.
     """
-    check_tasks(chosen, inputs.tokens is not None)
+    check_tasks(chosen, inputs.tokens is not None, objective(model))
     results: list[Result] = []
     others = [name for name in chosen if name not in names() and not name.endswith(".jsonl")]
     for name in (name for name in chosen if name not in others):

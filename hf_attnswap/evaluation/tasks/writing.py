@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ...errors import UsageError
+from ...sources.blocks import cut, start_tokens
 from ..result import Result
 from .base import Task, TaskInputs
 from .registry import register
@@ -35,10 +37,10 @@ class WritingTask(Task):
     new_tokens: int = 64
 
     def answer(self, model, tokenizer, inputs) -> list[list[int]]:
-        return continuations(model, self.starts(inputs), self.new_tokens).tolist()
+        return continuations(model, self.starts(tokenizer, inputs), self.new_tokens).tolist()
 
     def run(self, model, tokenizer, inputs, control=None) -> list[Result]:
-        starts = self.starts(inputs)
+        starts = self.starts(tokenizer, inputs)
         if control is None:
             written = continuations(model, starts, self.new_tokens).tolist()
             return [Result(self.name, "repetition", tuple(map(repetition_rate, written)), higher_is_better=False)]
@@ -50,8 +52,8 @@ class WritingTask(Task):
             Result(self.name, "repetition", tuple(result.repetition), higher_is_better=False),
         ]
 
-    def starts(self, inputs: TaskInputs) -> Tensor:
-        """Return the starts that are continued, int64 `[N, text_tokens]`.
+    def starts(self, tokenizer: PreTrainedTokenizerBase, inputs: TaskInputs) -> Tensor:
+        """Return the starts that are continued, int64 `[N, text_tokens]`, each begun as the tokenizer begins a text.
 
         Raises:
             UsageError: the text is shorter than one start.
@@ -59,7 +61,7 @@ class WritingTask(Task):
         stream = inputs.tokens.reshape(-1)
         if len(stream) < self.text_tokens:
             raise UsageError(f"task {self.name!r} needs a text of {self.text_tokens} tokens, not {len(stream)}")
-        return stream[: len(stream) // self.text_tokens * self.text_tokens].view(-1, self.text_tokens)[: self.prompts]
+        return cut(stream, self.text_tokens, start_tokens(tokenizer))[: self.prompts]
 
 
 @dataclass(frozen=True)

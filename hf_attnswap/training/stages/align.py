@@ -1,5 +1,6 @@
 """Align a swapped model: each swapped layer learns to reproduce the softmax output of its layer.
 
+Any model that reads text is aligned and keeps its class: causal and masked language models, encoders, classifiers.
 Softmax and the new attention share one forward pass; only the new attention's own parameters train. With
 --train attention its projections train too, in full or as LoRA, and whole attention modules are compared: for variants
 that have no parameters, such as relu_norm. Those take --option gain=true, a learned factor per head.
@@ -8,11 +9,13 @@ that have no parameters, such as relu_norm. Those take --option gain=true, a lea
         --attention hedgehog+window --train_file book.txt --max_train_tokens 500000 --output_dir aligned
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,6 +32,7 @@ from ..align import (
     projection_parameters,
     trainable_parameters,
 )
+from ..loading import predicts_next_tokens, require_text
 from ..lora import with_lora
 from ..options import LoraOptions, argument
 from ..run import swap_as_asked
@@ -69,10 +73,21 @@ class Align(LoraOptions, Stage):
     def moves_the_original(self) -> bool:
         return self.train == "attention"
 
+    def require(self, model: PreTrainedModel) -> None:
+        require_text(model, self.model_name_or_path)
+        if self.separate_documents and not predicts_next_tokens(model):
+            raise UsageError(
+                f"--separate_documents is for models that predict next tokens, and {self.model_name_or_path!r} is a "
+                f"{type(model).__name__}: leave it out"
+            )
+
     def prepare(self, model: PreTrainedModel, blocks: Tensor, accelerator: Accelerator) -> nn.Module:
+        # What others than causal language models are told by name; the output of their heads is not needed.
+        known = inspect.signature(model.forward).parameters
+        self._told = None if predicts_next_tokens(model) else {"use_cache": False} if "use_cache" in known else {}
         if not swapped_modules(model) or self.attention or self.layers or self.option:
             swap_as_asked(model, self, accelerator, self.attention or "hedgehog+window")
-            calibrate(model, blocks[:2].long())
+            self._calibrate(model, blocks)
         if self.train == "new":
             if self.use_lora:
                 raise UsageError("--use_lora is for the projections, which --train attention trains")
@@ -95,8 +110,17 @@ class Align(LoraOptions, Stage):
             yield
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        return alignment_loss(model, batch, self._layer_losses)
+        return alignment_loss(model, self._inputs(batch), self._layer_losses)
 
     def finish(self, model: nn.Module, blocks: Tensor) -> None:
         if self.linear_branch_alone:  # the branch has another mass now
-            calibrate(model, blocks[:2].long())
+            self._calibrate(model, blocks)
+
+    def _inputs(self, batch: Tensor) -> Tensor | dict[str, Any]:
+        if self._told is None:
+            return batch
+        return {"input_ids": batch, "attention_mask": torch.ones_like(batch), **self._told}
+
+    def _calibrate(self, model: nn.Module, blocks: Tensor) -> None:
+        few = blocks[: 2 if self._told is None else 1]  # a classifier that knows no padding takes one text at a time
+        calibrate(model, self._inputs(few.long()))

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from ...errors import UsageError
 from ...integration.swapping import swapped_modules
-from ...sources.models import load
 from ..distill import DEFAULT_LEARNING_RATE, distillation_loss
+from ..loading import load_to_train, require_next_tokens
 from ..options import argument
 from ..stage import WholeModelStage
 from ..teacher import frozen
@@ -45,7 +45,9 @@ class Distill(WholeModelStage):
         if not swapped_modules(model):
             raise UsageError(f"the attention of {self.model_name_or_path!r} is not swapped: give --attention")
         if self.teacher_name_or_path:
-            self._teacher = frozen(load(self.teacher_name_or_path, dtype=self.dtype, device=accelerator.device)[0])
+            teacher, _ = load_to_train(self.teacher_name_or_path, self.dtype, accelerator.device)
+            require_next_tokens(teacher, self.teacher_name_or_path)
+            self._teacher = frozen(teacher)
         else:
             self._teacher = trained if self.use_lora else frozen(copy.deepcopy(trained))
         self._autocast = accelerator.autocast

@@ -1,0 +1,115 @@
+"""How far an attention module sees: sliding windows and chunks, which a state cannot follow once it has read past them.
+
+Inside one window or chunk a text is like any other. So a swap is refused where nobody chose such a layer and there are
+others; where somebody did, or all layers are such, a warning tells how long texts may be.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .. import attentions
+from ..config import Plan
+from ..errors import UsageError
+from .read_mask import ANY_MASK
+from .sources import mentions
+
+log = logging.getLogger(__name__)
+
+
+class Reach(NamedTuple):
+    """Say how far a module sees: the `sliding_window` last tokens, or its chunk of `attention_chunk_size` tokens."""
+
+    sliding_window: int | None = None
+    attention_chunk_size: int | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        """Return how many tokens a row may see at most; None for all."""
+        return self.sliding_window or self.attention_chunk_size
+
+    def __str__(self) -> str:
+        if self.sliding_window:
+            return f"the last {self.sliding_window} tokens"
+        return f"its chunk of {self.attention_chunk_size} tokens" if self.attention_chunk_size else "all"
+
+
+def reach_of(module: nn.Module, kind: str) -> Reach:
+    """Return how far a module sees, by its config and its attributes; cross-attention sees all."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    if kind == "cross" or not isinstance(config, PreTrainedConfig):
+        return Reach()
+    of_config = _size(config, "sliding_window")
+    own = _size(module, "sliding_window") if hasattr(module, "sliding_window") else of_config
+    types = getattr(config, "layer_types", None)
+    if types is not None and type(layer) is int and layer < len(types):
+        if "chunked" in types[layer]:
+            return Reach(attention_chunk_size=_size(config, "attention_chunk_size"))
+        return Reach(own or of_config if "sliding" in types[layer] else None)
+    # Configs older than layer_types: the window, where there is one, is that of every layer which reads it.
+    reads = hasattr(module, "sliding_window") or mentions(type(module), "sliding_window")
+    return Reach(own if reads and getattr(module, "is_sliding", True) else None)
+
+
+def _size(holder: Any, name: str) -> int | None:
+    value = getattr(holder, name, None)
+    return value if type(value) is int and value > 0 else None
+
+
+def check_reach(
+    model: str, groups: Mapping[tuple[str, str], Mapping[int, Any]], plans: Mapping[Any, Plan], chosen: bool
+) -> None:
+    """Refuse a swap, or warn, where a variant cannot honour how far the layers see on which it is to stand.
+
+    Args:
+        model: the name of its class.
+        groups: the modules of each part and kind by index, as `finding.swappable` returns them.
+        plans: what is to stand on which of them.
+        chosen: whether the user named layers.
+
+    Raises:
+        UsageError: nobody chose layers, and there are others that see all.
+    """
+    for group, plan in plans.items():
+        modules = groups[group]
+        near = {
+            index: (name, modules[index].reach)
+            for index, (name, _) in sorted(plan.items())
+            if _passes(modules[index]) and not attentions.get(name).any_mask
+        }
+        if not near:
+            continue
+        name, reach = next(iter(near.values()))
+        kind = "" if group[1] == "causal" else f"{group[1]} "
+        see = "layer {} sees" if len(near) == 1 else "layers {} see"
+        says = (
+            f"{model}: {kind}{see.format(_listed(list(near)))} no more than {reach}, which {name} cannot honour in "
+            f"longer texts ({ANY_MASK} can)"
+        )
+        others = [index for index, entry in modules.items() if not _passes(entry)]
+        if others and not chosen:
+            only = f", kinds=[{group[1]!r}]" if len(groups) > 1 else ""
+            raise UsageError(
+                f"{says}: swap the others with layers={sorted(others)}{only}, or name all with layers='0:' for texts "
+                f"of at most {reach.tokens} tokens"
+            )
+        log.warning(
+            "%s: texts of more than %d tokens will be refused, also while they are generated%s",
+            says, reach.tokens, f"; layers={sorted(others)} swaps the layers that see all" if others else "",
+        )  # fmt: skip
+
+
+def _passes(entry: Any) -> bool:
+    """Return whether a text that fits the model can be longer than what the module sees."""
+    tokens, positions = entry.reach.tokens, _size(getattr(entry.module, "config", None), "max_position_embeddings")
+    return tokens is not None and (positions is None or tokens < positions)
+
+
+def _listed(indices: list[int]) -> str:
+    """Return indices in words, in full only where they are few."""
+    if len(indices) > 8:
+        return f"{', '.join(map(str, indices[:4]))}, ..., {indices[-1]} ({len(indices)} layers)"
+    return ", ".join(map(str, indices))

@@ -1,0 +1,61 @@
+"""Cut a stream of tokens into the blocks that a model reads, which begin as its tokenizer begins every text."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UsageError
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids that the tokenizer puts before every text, such as BOS or [CLS]; an empty list for none.
+
+    A model that was trained with them relies on them: without its BOS, Gemma has three times the perplexity.
+    """
+    return _around(tokenizer)[0]
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids that the tokenizer puts after every text, such as [SEP]; an empty list for none."""
+    return _around(tokenizer)[1]
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    plain = list(tokenizer("a", add_special_tokens=False).input_ids)
+    whole = list(tokenizer("a").input_ids)
+    places = range(len(whole) - len(plain) + 1)
+    at = next((at for at in places if whole[at : at + len(plain)] == plain), None)
+    return ([], []) if at is None else (whole[:at], whole[at + len(plain) :])
+
+
+def cut(stream: Tensor, block_size: int, start: Sequence[int] = ()) -> Tensor:
+    """Return whole blocks of a stream of tokens, each of which begins with the tokens of `start`.
+
+    Training, evaluation and reports all cut texts here. What does not fill the last block is left out.
+
+    Args:
+        stream: token ids without those of `start`, integers `[n]`; or `[n, 2]`: tokens, and 1 where a document begins.
+        block_size: tokens per block, those of `start` included.
+        start: see `start_tokens`. Where documents are separate, the start of a block counts as the beginning of one.
+
+    Returns:
+        `[N, block_size]` or `[N, block_size, 2]`, in the dtype of the stream; a view of it where `start` is empty.
+
+    Raises:
+        UsageError: a block has no room for a token after `start`.
+    """
+    own = block_size - len(start)
+    if own < 1:
+        raise UsageError(
+            f"block size {block_size} leaves no room for text after the {len(start)} tokens that begin a block"
+        )
+    blocks = stream[: len(stream) // own * own].view(-1, own, *stream.shape[1:])
+    if not start:
+        return blocks
+    first = torch.tensor(start, dtype=stream.dtype, device=stream.device)
+    if stream.dim() == 2:
+        first = torch.stack([first, torch.zeros_like(first)], dim=1)
+        first[0, 1] = 1
+    return torch.cat([first.expand(len(blocks), *first.shape), blocks], dim=1)
