@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import _active_collector
 from ..attentions import Attention, Heads
 from ..attentions.softmax import Softmax
 from ..config import MARKER, NAME
+from ..errors import UsageError
 from ..masks import Mask, Packed, unpack_rows, values_are_hidden
 from .read_mask import ANY_MASK, read_mask
 from .sharing import uses_keys_of_another
@@ -98,7 +99,7 @@ def attnswap_attention(
             out = attend(attention, query, key, value, mask, scaling, layer)[:, :, -rows:]
             weights = _weights(attention, query, key, mask, scaling, layer)[:, :, -rows:] if _wanted(kwargs) else None
     except (NotImplementedError, ValueError) as error:
-        kind = NotImplementedError if isinstance(error, NotImplementedError) else ValueError
+        kind = next(kind for kind in (UsageError, NotImplementedError, ValueError) if isinstance(error, kind))
         raise kind(f"{where}: {error}") from error
     return out.transpose(1, 2).contiguous(), weights
 

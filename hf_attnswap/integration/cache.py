@@ -319,10 +319,10 @@ def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | N
             f"the cache holds {found.get_seq_length()} tokens of softmax for layer {layer}, which is swapped: "
             "start from a new cache"
         )
-    found = StateAndConvolutionLayer.instead_of(found) if isinstance(found, beside) else StateLayer()
-    cache.layers[layer] = found
-    found.expect(layer, variant)
-    return found
+    new = StateAndConvolutionLayer.instead_of(found) if isinstance(found, beside) else StateLayer()
+    new.expect(layer, variant)
+    cache.layers[layer] = new
+    return new
 
 
 def cache_nbytes(cache: Cache) -> int:

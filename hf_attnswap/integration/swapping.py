@@ -213,8 +213,8 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
         if cache is not None:
             # Where layers share their weights, the call says which one it is.
-            layer = kwargs.get("layer_idx", module.layer_idx)
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, layer, attention.described)}
+            index = kwargs.get("layer_idx", module.layer_idx)
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention.described)}
     return args, kwargs
 
 

@@ -74,7 +74,7 @@ class Context:
         given: T. length: the number of aligned tokens, T or more. window, sinks: w and m.
         open: whether T is open; then `length` is a number of whole chunks.
         chunk: rows per chunk of the banded products, `min(64, w)` but at least 16.
-        valid: bool `[B, length]`; None without padding.
+        valid: bool `[B, T]`; None without padding.
         order: int `[B, T]`, the place in the call of each aligned token; None without padding.
         lengths: int `[B]`, valid tokens of each text; None without padding.
         count: int `[B]`, valid tokens before this call; None at the start of a text.
@@ -93,12 +93,14 @@ class Context:
         self.window, self.sinks, self.given = window, sinks, query.shape[2]
         self.chunk = max(16, min(CHUNK, window))
         self.open = sizes_are_open(query)
+        if self.open and valid is None:
+            valid = query.new_ones(query.shape[0], self.given, dtype=torch.bool)
+        self.valid = valid
         if self.open:  # whole chunks, of which those behind the last token are padding
             more = whole_chunks(self.given, self.chunk) * self.chunk - self.given
-            valid = query.new_ones(query.shape[0], self.given, dtype=torch.bool) if valid is None else valid
             valid = F.pad(valid, (0, more))
             query, key, value = (F.pad(t, (0, 0, 0, more)) for t in (query, key, value))
-        self.length, self.valid = query.shape[2], valid
+        self.length = query.shape[2]
         self.order = None if valid is None else torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
         self.lengths = None if valid is None else valid.sum(1)
         if self.order is not None:
@@ -154,8 +156,8 @@ class Context:
         if self.order is None:
             return rows
         seen = self.valid.cumsum(1) if self.count is None else self.valid.cumsum(1) + self.count[:, None]
-        rows = _gather(rows, torch.argsort(self.order, dim=1)).masked_fill((seen == 0)[:, None, :, None], 0)
-        return rows[:, :, : self.given]
+        rows = _gather(rows, torch.argsort(self.order, dim=1)[:, : self.given])
+        return rows.masked_fill((seen == 0)[:, None, :, None], 0)
 
     def leaving(self) -> Tensor:
         """Return whether slot u leaves the window as row u enters, bool `[1 or B, T]`.
