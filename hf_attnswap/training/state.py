@@ -70,8 +70,8 @@ class RunState:
                     self.model.load_checkpoint(str(folder), _ENGINE)
             except pickle.UnpicklingError:
                 raise UsageError(
-                    f"checkpoint {str(folder)!r} has more in its files than DeepSpeed saves, which could run code: it is "
-                    "not read"
+                    f"checkpoint {str(folder)!r} has more in its files than DeepSpeed saves, which could run code: "
+                    "resume from another"
                 ) from None
         else:
             self._load_tensors(folder)
