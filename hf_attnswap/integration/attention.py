@@ -142,6 +142,8 @@ def _weights(attention, query, key, mask, scaling, layer) -> Tensor:
         raise NotImplementedError(
             "output_attentions needs all keys, and a state has forgotten them: call the model with use_cache=False"
         )
+    if any(parameter.is_meta for parameter in attention.parameters(recurse=False)):
+        raise NotImplementedError("output_attentions is not supported while the parameters of the layer are offloaded")
     if isinstance(mask, Packed):
         mask = Mask(query.shape[2], key.shape[2], dense=_segments_matrix(mask))
         if not attention.any_mask:

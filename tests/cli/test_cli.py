@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertForSequenceClassification,
+    MistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -281,6 +282,12 @@ def test_inspect(attnswap, files, model):
     assert {entry["swapped"] for entry in found} == {"relu" if model == "converted" else None}
     assert {entry["reason"] for entry in found} == {None}
     assert "LlamaAttention" in attnswap("inspect", files[model]).out
+
+
+def test_inspect_says_how_far_layers_see(attnswap, tmp_path):
+    MistralConfig(num_hidden_layers=2, sliding_window=6, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
+    assert [entry["sliding_window"] for entry in json.loads(attnswap("inspect", tmp_path, "--json").out)] == [6, 6]
+    assert "last 6" in " ".join(attnswap("inspect", tmp_path).out.split())
 
 
 def test_inspect_says_why_not(attnswap, files):
