@@ -71,11 +71,13 @@ def diagnose(
     from ..evaluation.diagnose import summary_rows
     from ..integration.objectives import require_positions
     from ..integration.swapping import restore, swap, swapped_modules
-    from ..sources.files import write_whole
+    from ..sources.files import require_file, write_whole
     from ..sources.models import load
     from ..sources.texts import token_blocks
     from ..tradeoff import Arm
 
+    if output_file is not None:
+        require_file(output_file)
     arms = [Arm.parse(text) for text in attention or []]
     source = text_source(validation_file, dataset_name, dataset_config_name, split, text_column)
     loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -102,6 +104,6 @@ def diagnose(
             order = looked["layers_by_damage"]
             half = ",".join(map(str, least_damaged(looked, (len(order) + 1) // 2)))
             tables.append(f"Least damage (KL) first: {', '.join(map(str, order))}\nHalf of them: --layers {half}\n")
-    if output_file:
+    if output_file is not None:
         write_whole(output_file, json.dumps({"model": model, "text": source.name, "arms": found}, indent=1).encode())
     show(as_json, found, *tables)

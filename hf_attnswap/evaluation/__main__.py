@@ -6,7 +6,6 @@ Every block of text is a context of its own. Under accelerate launch the process
         --context_length 512 --context_length 2048 --output_file perplexity.json
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..errors import UsageError, one_line_errors
+from ..errors import Parser, UsageError, one_line_errors
 from ..integration.objectives import require_positions
 from ..integration.swapping import describe
 from ..launch import build_accelerator, unit_bar
 from ..sources.blocks import cut, start_tokens
-from ..sources.files import write_whole
+from ..sources.files import require_file, write_whole
 from ..sources.models import load
 from ..sources.texts import TextSource, token_stream
 from .processes import blocks_of_process, shared_perplexity
@@ -31,9 +30,7 @@ from .tasks import quality_task
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for, print a table, and write the numbers to `--output_file` as JSON."""
-    parser = argparse.ArgumentParser(
-        prog="hf_attnswap.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="hf_attnswap.evaluation", description=__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="a Hub id, a folder or a .gguf file")
     parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: %(default)s)")
     text = parser.add_mutually_exclusive_group(required=True)
@@ -46,8 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max_eval_tokens", type=int, default=16384, help="(default: %(default)s)")
     parser.add_argument("--output_file", type=Path, help="where the numbers go, as JSON")
     args = parser.parse_args(argv)
-    accelerator = build_accelerator()
     contexts = args.context_length or [512]
+    if min(contexts) < 2:
+        raise UsageError(f"--context_length is {min(contexts)}; expected at least 2 tokens")
+    if args.output_file is not None:
+        require_file(args.output_file)
+    accelerator = build_accelerator()
     model, tokenizer = load(args.model_name_or_path, dtype=args.dtype, device=accelerator.device)
     task = quality_task(model)
     if task is not None:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [measure(accelerator, model, cut(stream, context, start)[: most // context], start) for context in contexts]
     if not accelerator.is_main_process:
         return
-    if args.output_file:
+    if args.output_file is not None:
         result = {"model": args.model_name_or_path, "attention": describe(model), "text": source.name, "rows": rows}
         write_whole(args.output_file, json.dumps(result, indent=1).encode())
     table = Table(title=f"{args.model_name_or_path}: {describe(model)}, on {source.name}")

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ..errors import UsageError, on_one_line
 from ..sources.structured import as_text, parse_json, shown
 from .likelihood import encode_pair, log_likelihoods
 
@@ -92,7 +92,7 @@ def _item(row: Any) -> Item:
     for name, known in _NAMES.items():
         key = next((key for key in known if key in row), None)
         if key is None:
-            raise ValueError(f"it has no {name}; it has {', '.join(row)}")
+            raise ValueError(f"it has no {name}; it has {on_one_line(', '.join(row))}")
         keys[name] = key
     choices, answer = row[keys["choices"]], _index(row, keys["answer"])
     if not isinstance(choices, list):

@@ -158,9 +158,9 @@ def measured_arm(report: Report, groups: list[dict[str, Any]]) -> Arm:
         return arms[0]
     swapped = listing([f"{g['attention']} {json.dumps(g['options'])} in {len(g['layers'])} layers" for g in groups])
     if arms:
-        same = listing([arm.label for arm in arms])
+        same = listing([plain(arm.label) for arm in arms])
         raise UsageError(f"report.json has several arms that are this conversion, {swapped}: {same}; measure it alone")
-    every = listing([f"{arm.label} in {swapped_layers(arm)} layers" for arm in report.arms])
+    every = listing([f"{plain(arm.label)} in {swapped_layers(arm)} layers" for arm in report.arms])
     raise UsageError(
         f"report.json did not measure this conversion, {swapped}: it has {every}; leave the report out, or measure "
         "this one"

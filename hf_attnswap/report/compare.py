@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from ..errors import UsageError
 from . import facts, tables
 from .table import Column, Table, name, terminal
 from .text import count, interval, plain
@@ -16,7 +17,7 @@ Row = tuple[str, Report, Arm]
 
 
 def check_same(reports: Mapping[str, Report]) -> None:
-    """Raise ValueError unless all reports were measured on the same data: a column of one metric would mix two things.
+    """Raise UsageError unless all reports were measured on the same data: a column of one metric would mix two things.
 
     A report without a fingerprint of its data goes by the name and the size of the data.
     """
@@ -25,7 +26,7 @@ def check_same(reports: Mapping[str, Report]) -> None:
         for key in ("evaluation", "evaluation_size", "unit", "fingerprint"):
             this, that = getattr(report.data, key), getattr(start.data, key)
             if this != that and None not in (this, that):
-                raise ValueError(
+                raise UsageError(
                     f"{first} and {file} were measured on different data ({key} {that!r} and {this!r}), so their "
                     "metrics do not stand in one column: compare reports of the same data and tokenizer"
                 )
@@ -40,7 +41,7 @@ def side_by_side(reports: Mapping[str, Report]) -> Table:
         reports: by name of the run.
 
     Raises:
-        ValueError: reports on different data.
+        UsageError: reports on different data.
     """
     check_same(reports)
     contexts = sorted({context for report in reports.values() for context in facts.contexts(report)})

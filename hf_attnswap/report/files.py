@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from ..errors import UsageError
 from ..sources.files import write_whole
 from ..sources.structured import read_json, shown
 from .types import Report
@@ -19,10 +20,14 @@ def read(path: str | Path) -> Report:
     """Read the report in the file `path`.
 
     Raises:
-        ValueError: the file holds no valid report; one sentence with file, place, value and what was expected.
-        OSError: the file cannot be read.
+        UsageError: the file cannot be read, or holds no valid report; one sentence with file, place, value and what was
+            expected.
     """
-    return parse(read_json(path), str(path))
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise UsageError(f"report {str(path)!r} cannot be read: {error.strerror}") from None
+    return parse(content, str(path))
 
 
 def parse(content: Any, name: str = "report.json") -> Report:
@@ -32,29 +37,29 @@ def parse(content: Any, name: str = "report.json") -> Report:
         name: of the file, for errors.
 
     Raises:
-        ValueError: as `read`.
+        UsageError: as `read`.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: the whole is {shown(content)}; expected an object")
+        raise UsageError(f"{name}: the whole is {shown(content)}; expected an object")
     if content.get("schema") != NAME:
-        raise ValueError(f"{name}: schema is {shown(content.get('schema'))}; expected {NAME!r}")
+        raise UsageError(f"{name}: schema is {shown(content.get('schema'))}; expected {NAME!r}")
     version = content.get("version")
     if version != VERSION or isinstance(version, bool):
         newer = isinstance(version, int) and not isinstance(version, bool) and version > VERSION
         advice = "; a newer hf_attnswap wrote this file: upgrade hf_attnswap to read it" if newer else ""
-        raise ValueError(f"{name}: version is {shown(version)}; expected {VERSION}{advice}")
+        raise UsageError(f"{name}: version is {shown(version)}; expected {VERSION}{advice}")
     try:
         return _REPORT.validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        raise ValueError(f"{name}: {_sentence(error)}") from None
+        raise UsageError(f"{name}: {_sentence(error)}") from None
 
 
 def validate(report: Report) -> None:
-    """Raise ValueError unless `report` is valid: its fields may have been set since the report was made."""
+    """Raise UsageError unless `report` is valid: its fields may have been set since the report was made."""
     try:
         content = json.loads(json.dumps(to_json(report)))
     except (TypeError, ValueError, PydanticSerializationError) as error:
-        raise ValueError(f"report.json: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"report.json: {' '.join(str(error).split())[:200]}") from None
     parse(content)
 
 

@@ -44,10 +44,12 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that becomes `path` when the block ends well, and goes when it does not.
 
     Raises:
-        UsageError: `path` exists and is not an empty folder.
+        UsageError: `path` exists and is not an empty folder, or has no name, as "." has none.
     """
     path = Path(path)
     require_empty(path)
+    if not path.name:
+        raise UsageError(f"output folder {str(path)!r} has no name of its own: name a new one")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
@@ -63,6 +65,14 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 def _beside(path: Path) -> Path:
     """Return a path beside `path` that nobody can foresee, and so nobody can have taken."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def require_file(path: Path) -> None:
+    """Raise UsageError where no file can be written to `path`: it is a folder, or its folder is not there."""
+    if path.is_dir():
+        raise UsageError(f"output file {str(path)!r} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"output file {str(path)!r} lies in a folder that is not there")
 
 
 def require_empty(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ..errors import UsageError, on_one_line
 from .blocks import cut, start_tokens
 from .rows import SUFFIXES, read_rows
 from .structured import as_text
@@ -64,7 +64,9 @@ class TextSource:
             empty = False
             for column in columns:
                 if column not in row:
-                    raise UsageError(f"{place} has no column {column!r}; it has {', '.join(map(str, row))}")
+                    raise UsageError(
+                        f"{place} has no column {column!r}; it has {on_one_line(', '.join(map(str, row)))}"
+                    )
             text, *labels = (row[column] for column in columns)
             values = (text, *(str(label) if isinstance(label, int | float) else label for label in labels))
             for column, value in zip(columns, values, strict=True):

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from accelerate.utils import LoggerType
 
 from ..config import parse_options
-from ..errors import UsageError
+from ..errors import Parser, UsageError
 
 Options = TypeVar("Options")
 
@@ -173,16 +173,6 @@ def deeds(options: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-class Parser(argparse.ArgumentParser):
-    """Parse arguments as argparse does, but raise each error as a UsageError, which programs print as one line."""
-
-    def __init__(self, **arguments: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
-
-    def error(self, message: str) -> None:
-        raise UsageError(message)
 
 
 def add_options(
