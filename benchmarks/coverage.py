@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", default="relu_norm", help="see `attnswap ls` (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, required=True, help="for coverage.json and coverage.md")
     parser.add_argument("--model_types", help="comma-separated (default: all that an auto class builds)")
+    parser.add_argument("--keep", action="store_true", help="keep the other types of the coverage.json that is there")
     parser.add_argument("--time_limit", type=float, default=120, help="seconds for one type (default: %(default)s)")
     parser.add_argument("--num_processes", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print coverage.json in place of the table")
@@ -72,11 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"unknown attention {args.attention!r}: see `attnswap ls`")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     report = {"attention": args.attention, "transformers": transformers.__version__, "types": []}
+    if args.keep:
+        before = json.loads((args.output_dir / "coverage.json").read_text())
+        if any(before[key] != report[key] for key in ("attention", "transformers")):
+            raise UsageError(
+                f"coverage.json in {args.output_dir} is of another attention or transformers: leave out --keep"
+            )
+        report["types"] = [record for record in before["types"] if record["model_type"] not in chosen]
+    kept = len(report["types"])
     for record in in_processes(chosen, known, args.attention, args.time_limit, args.num_processes):
         report["types"].append(record)
-        report["types"].sort(key=lambda r: chosen.index(r["model_type"]))
+        report["types"].sort(key=lambda r: list(known).index(r["model_type"]))
         if not args.json:
-            done = f"{len(report['types'])}/{len(chosen)}"
+            done = f"{len(report['types']) - kept}/{len(chosen)}"
             print(f"{done} {record['model_type']}: {record['verdict']} ({record['seconds']} s)", flush=True)
         write_whole(args.output_dir / "coverage.json", json.dumps(report, indent=1).encode())
     text = markdown(report)
@@ -176,9 +185,9 @@ def examine(model: PreTrainedModel, attention: str) -> dict[str, Any]:
                 wrong.append(f"softmax itself is refused: {next(iter(result['refused'].values()))}")
         for name in sorted(found.keys() - ran - reasons.keys() - failed):
             wrong.append(f"{name} was swapped and ran, but not the variant")
-        record["parameters"] = with_parameters(model, swappable, runs)
+        record["with_parameters"] = with_parameters(model, swappable, runs)
         record["cache"] = with_cache(model, attention, swappable, runs)
-        for what, said in [("parameters", record["parameters"]), *record["cache"].items()]:
+        for what, said in [("parameters", record["with_parameters"]), *record["cache"].items()]:
             wrong += [f"{what}: {said.removeprefix('wrong: ')}"] if said.startswith("wrong: ") else []
     record["ran"] = len(ran)
     record["reasons"] = dict(collections.Counter(reasons.values()).most_common())
@@ -361,11 +370,11 @@ def one_line(error: BaseException) -> str:
 def noted(types: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many of the types that were examined take parameters and go on with a cache, and who refuses."""
     lines = []
-    for what in ("parameters", "cache"):
+    for what in ("with_parameters", "cache"):
         said: dict[str, list[str]] = collections.defaultdict(list)
         for record in types:
             found = record.get(what, {})
-            for name, text in (found if isinstance(found, dict) else {what: found}).items():
+            for name, text in (found if isinstance(found, dict) else {"parameters": found}).items():
                 said[f"{name}: {text.partition(':')[0]}"].append(record["model_type"])
         for text, names in sorted(said.items()):
             listed = "" if text.endswith(("ran", "equal")) else f" ({', '.join(names)})"

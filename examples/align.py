@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_attnswap
+from hf_attnswap.sources.blocks import cut, start_tokens
 from hf_attnswap.training.align import aligning, alignment_loss, calibrate, trainable_parameters
 
 
@@ -37,8 +38,8 @@ def main(argv=None):
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).eval().to(accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     with open(args.train_file, encoding="utf-8") as file:
-        tokens = tokenizer(file.read(), return_tensors="pt").input_ids[0]
-    blocks = tokens[: len(tokens) // args.block_size * args.block_size].view(-1, args.block_size)
+        tokens = tokenizer(file.read(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    blocks = cut(tokens, args.block_size, start_tokens(tokenizer))  # each begins as the tokenizer begins a text
     loader = DataLoader(blocks, batch_size=args.per_device_train_batch_size, shuffle=True)
 
     hf_attnswap.swap(model, args.attention)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_attnswap
+from hf_attnswap.sources.blocks import cut, start_tokens
 
 
 def main(argv=None):
@@ -44,8 +45,8 @@ def main(argv=None):
             if ".attnswap." in name:  # the new parameters of the swapped attention train in full
                 parameter.requires_grad_(True)
     with open(args.train_file, encoding="utf-8") as file:
-        tokens = tokenizer(file.read(), return_tensors="pt").input_ids[0]
-    blocks = tokens[: len(tokens) // args.block_size * args.block_size].view(-1, args.block_size)
+        tokens = tokenizer(file.read(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    blocks = cut(tokens, args.block_size, start_tokens(tokenizer))  # each begins as the tokenizer begins a text
     loader = DataLoader(blocks, batch_size=args.per_device_train_batch_size, shuffle=True)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -88,6 +88,7 @@ def tradeoff(
     Example: attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct --train_file book.txt --output_dir report
     """
     from .. import report
+    from ..sources.lock import alone_in
     from ..sources.models import load
     from ..tradeoff import DEFAULT_ARMS, Settings, measure, with_controls
     from ..training.align import DEFAULT_LEARNING_RATE
@@ -105,7 +106,7 @@ def tradeoff(
     )  # fmt: skip
     training = text_source(train_file, dataset_name, dataset_config_name, "train", text_column)
     evaluation = None if validation_file is None else text_source(validation_file, None, None, "train", text_column)
-    with RunBar() as bar:
+    with alone_in(output_dir), RunBar() as bar:
         loaded, tokenizer = load(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,

@@ -79,7 +79,7 @@ def attnswap_attention(
             "config (attention_dropout, attention_probs_dropout_prob, attn_pdrop, ...) to 0 before it is loaded"
         )
     if layer is not None and uses_keys_of_another(module):
-        layer.seen += key.shape[2]  # which no `update` tells it
+        layer.update(key, value)  # which the module leaves out
     _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key, value)
     device = query.device.type
@@ -142,6 +142,8 @@ def _weights(attention, query, key, mask, scaling, layer) -> Tensor:
         raise NotImplementedError(
             "output_attentions needs all keys, and a state has forgotten them: call the model with use_cache=False"
         )
+    if any(parameter.is_meta for parameter in attention.parameters(recurse=False)):
+        raise NotImplementedError("output_attentions is not supported while the parameters of the layer are offloaded")
     if isinstance(mask, Packed):
         mask = Mask(query.shape[2], key.shape[2], dense=_segments_matrix(mask))
         if not attention.any_mask:

@@ -26,12 +26,18 @@ def alone_in(folder: Path) -> Iterator[None]:
     The folder is made where it is missing, and goes again where nothing has been put into it.
 
     Raises:
-        UsageError: another process is in the folder.
+        UsageError: another process is in the folder, or the folder cannot be made or written to.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_file():
+        raise UsageError(f"output folder {str(folder)!r} is a file")
     try:
-        held = _take(folder / LOCK)
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = _open(folder / LOCK)
+    except OSError as error:
+        raise UsageError(f"output folder {str(folder)!r} cannot be written to: {error.strerror}") from None
+    try:
+        held = _take(folder / LOCK, opened)
         try:
             yield
         finally:
@@ -44,10 +50,13 @@ def alone_in(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _take(path: Path) -> int | None:
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+
+
+def _take(path: Path, opened: int) -> int | None:
     """Return the open file that holds the lock; None, with a warning, where there is no locking."""
     while True:
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             if fcntl is None:
                 raise OSError("no fcntl")
@@ -69,6 +78,7 @@ def _take(path: Path) -> int | None:
         except FileNotFoundError:
             pass
         os.close(opened)  # the one who held it has removed it since it was opened
+        opened = _open(path)
     os.ftruncate(opened, 0)
     os.write(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return opened

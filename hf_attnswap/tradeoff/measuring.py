@@ -24,7 +24,7 @@ from ..evaluation.tasks import check_tasks, quality_task
 from ..integration.finding import head_shape, inspect
 from ..integration.objectives import objective, require_positions
 from ..report.types import Data, Report
-from ..sources.files import write_whole
+from ..sources.files import holds_something, write_whole
 from ..sources.structured import read_json
 from ..sources.texts import TextSource
 from . import progress
@@ -183,7 +183,7 @@ def _open(
                     f"not {wanted[key]!r}: name another folder to start anew"
                 )
         return folder
-    if output_dir.exists() and (output_dir.is_file() or any(output_dir.iterdir())):
+    if output_dir.is_file() or holds_something(output_dir):
         raise UsageError(f"output folder {str(output_dir)!r} is not empty and holds no earlier run: name another one")
     folder.mkdir(parents=True)
     _write_json(known, wanted)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,8 +65,14 @@ class RunState:
             UsageError: the folder holds other parameters than this run trains, or a file that is not what it should be.
         """
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            with _no_code_in_pickles():
-                self.model.load_checkpoint(str(folder), _ENGINE)
+            try:
+                with _no_code_in_pickles():
+                    self.model.load_checkpoint(str(folder), _ENGINE)
+            except pickle.UnpicklingError:
+                raise UsageError(
+                    f"checkpoint {str(folder)!r} has more in its files than DeepSpeed saves, which could run code: "
+                    "resume from another"
+                ) from None
         else:
             self._load_tensors(folder)
         self._load_numbers(folder)

@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and that nothing half-made is left behind."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -28,6 +29,7 @@ import hf_attnswap
 from hf_attnswap import cli
 from hf_attnswap.evaluation.perplexity import perplexity
 from hf_attnswap.integration.swapping import describe
+from hf_attnswap.sources.lock import alone_in
 
 COMMANDS = typer.main.get_command(cli.app).commands
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,\n"
@@ -422,6 +424,12 @@ def test_convert_into_an_empty_folder(attnswap, files):
     Path(files["out"]).mkdir()
     assert attnswap(*arguments(CONVERT + "--attention softmax", files)).code == 0
     assert Path(files["out"], "config.json").is_file() and Path(files["out"], "tokenizer.json").is_file()
+
+
+def test_a_comparison_in_a_folder_in_which_another_one_runs(attnswap, files):
+    with alone_in(Path(files["out"])):
+        found = attnswap(*arguments("tradeoff {llama} --output_dir {out} --train_file {text}", files))
+    assert found.code == 2 and f"is in use by process {os.getpid()} on" in found.err
 
 
 def test_convert_and_evaluate_a_trained_model(attnswap, stories260k, tmp_path):

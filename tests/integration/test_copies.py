@@ -97,3 +97,15 @@ def test_weights_that_are_offloaded_come_in(name, how, tmp_path):
     torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-4)
     written = found.generate(IDS[:, :8], max_new_tokens=4, do_sample=False)
     assert torch.equal(written, swapped(name).generate(IDS[:, :8], max_new_tokens=4, do_sample=False))
+
+
+@torch.no_grad()
+def test_weights_of_attention_under_offloading():
+    for name in ("hedgehog", "relu_power"):
+        model = swapped(name)
+        given = dict(output_attentions=True, use_cache=False)
+        expected = model(IDS, **given).attentions
+        for found, wanted in zip(cpu_offload(model, CPU)(IDS, **given).attentions, expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+    with pytest.raises(NotImplementedError, match="not supported while the parameters of the layer are offloaded"):
+        cpu_offload(swapped("hedgehog+window"), CPU)(IDS, **given)

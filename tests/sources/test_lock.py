@@ -61,6 +61,17 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch, caplog):
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / LOCK).symlink_to(tmp_path / "theirs")
-    with pytest.raises(OSError), alone_in(tmp_path):
+    with pytest.raises(UsageError, match="cannot be written to: "), alone_in(tmp_path):
         pass
     assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "out").write_text("theirs")
+    with pytest.raises(UsageError, match="out' is a file"), alone_in(tmp_path / "out"):
+        pass
+    with (
+        pytest.raises(UsageError, match="out/more' cannot be written to: Not a directory"),
+        alone_in(tmp_path / "out" / "more"),
+    ):
+        pass

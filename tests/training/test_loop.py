@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny_models import tiny, tokens
 
@@ -376,6 +378,38 @@ def test_no_file_of_a_checkpoint_runs_code(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="process_0.json' is not the state of a process"):
         run(resume_from_checkpoint=folder, steps=3)
     assert not touched.exists()
+
+
+class Engine:
+    """As DeepSpeed's, which unpickles without limits."""
+
+    def save_checkpoint(self, folder, tag):
+        torch.save({"optimizer": self.content}, Path(folder) / f"{tag}.pt")
+
+    def load_checkpoint(self, folder, tag):
+        self.content = torch.load(Path(folder) / f"{tag}.pt", weights_only=False)["optimizer"]
+
+
+def test_deepspeed_reads_tensors_and_nothing_that_runs(tmp_path, monkeypatch):
+    """It writes and reads its own files."""
+    for name in ("runtime.fp16.loss_scaler", "runtime.zero.config", "utils.tensor_fragment"):
+        classes = dict.fromkeys(("DynamicLossScaler", "LossScaler", "ZeroStageEnum", "fragment_address"), Engine)
+        monkeypatch.setitem(sys.modules, f"deepspeed.{name}", SimpleNamespace(**classes))
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, device=torch.device("cpu"), process_index=0, scaler=None
+    )
+    engine = Engine()
+    state = RunState(accelerator, engine, None)
+    engine.content = BLOCKS
+    state.save(tmp_path)
+    engine.content = None
+    state.load(tmp_path)
+    assert torch.equal(engine.content, BLOCKS)
+    engine.content = Command(tmp_path / "touched")
+    state.save(tmp_path)
+    with pytest.raises(UsageError, match="has more in its files than DeepSpeed saves, which could run code"):
+        state.load(tmp_path)
+    assert not (tmp_path / "touched").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 FULL_DISK = """

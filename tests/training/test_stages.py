@@ -1,6 +1,7 @@
 """The stages in this process: what they train and what they save."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -8,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_models import tokens
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import hf_attnswap
@@ -18,6 +20,7 @@ from hf_attnswap.sources.models import load
 from hf_attnswap.sources.texts import TextSource, token_blocks, token_stream
 from hf_attnswap.training import loop, stage
 from hf_attnswap.training.align import calibrate
+from hf_attnswap.training.batches import batches
 from hf_attnswap.training.stages import align
 
 WINDOW = ["--attention", "hedgehog+window", "--option", "window=4", "--option", "sinks=1"]
@@ -289,6 +292,27 @@ def test_a_checkpoint_of_another_swap_is_refused(train, arguments, tmp_path):
     given = ["--resume_from_checkpoint", checkpoint, "--output_dir", str(tmp_path / "other")]
     with pytest.raises(UsageError, match="of a run with option = "):
         train("align", [*arguments, *WINDOW, "--option", "window=8", *given])
+
+
+def test_blocks_to_train_and_to_validate_on_begin_as_the_tokenizer_begins_a_text(
+    train, arguments, checkpoint, text, tmp_path, monkeypatch
+):
+    """A checkpoint of a run that read without that token is of another text."""
+    folder, seen, before = tmp_path / "model", [], tmp_path / "out" / "checkpoints" / "step_4"
+    shutil.copytree(checkpoint, folder)
+    monkeypatch.setattr(stage, "batches", lambda blocks, *more: seen.append(blocks) or batches(blocks, *more))
+    monkeypatch.setattr(stage, "log_validation", lambda *told: seen.append(told[2]))
+    arguments = [*arguments, "--model_name_or_path", folder, "--validation_file", text, "--checkpointing_steps", "4"]
+    train("finetune", arguments)
+    tokenizer = load(checkpoint)[1]
+    begins = processors.TemplateProcessing(single="( $A", special_tokens=[("(", 60)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    tokenizer.save_pretrained(folder)
+    train("finetune", [*arguments, "--output_dir", tmp_path / "more"])
+    assert all(blocks.shape[1] == 32 for blocks in seen)
+    assert [(blocks[:, 0] == 60).all().item() for blocks in seen] == [False] * 3 + [True] * 3
+    with pytest.raises(UsageError, match="is of a run with text = "):
+        train("finetune", [*arguments, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", before])
 
 
 def test_tokens_are_counted_in_whole_steps(train, arguments, tmp_path):
