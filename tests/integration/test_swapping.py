@@ -152,7 +152,7 @@ def test_not_a_transformers_model():
         ((None, {0: {"attention": "window", "window": 0}}), "window: window is 0; expected at least 1"),
         ((None, {0: 7}), "7"),
         ((SwapConfig("relu"), [0]), "swap takes either a SwapConfig or a name"),
-        ((7,), "Unknown attention 7"),
+        ((7,), "attention is 7; expected a name"),
     ),
     ids=str,
 )
