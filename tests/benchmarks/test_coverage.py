@@ -27,6 +27,21 @@ def test_families_of_every_sort(process, tmp_path):
 
 
 @pytest.mark.long
+def test_shared_keys_caches_and_parameters_are_looked_at(process, tmp_path):
+    found, table = coverage(process, tmp_path, "--model_types", "gemma3n_text,bert")
+    assert found["gemma3n_text"]["modules"] == 4  # the last two use the keys and values of the first two
+    assert set(found["gemma3n_text"]["cache"]) == {"cache, softmax", "cache, relu_norm", "cache, elu"}
+    assert (
+        found["gemma3n_text"]["cache"]["cache, relu_norm"]
+        == found["gemma3n_text"]["cache"]["cache, softmax"]
+        == "equal"
+    )
+    assert found["bert"]["cache"] == {} and found["bert"]["with_parameters"] == "ran"
+    assert "- parameters: ran: 2" in table
+    kept, _ = coverage(process, tmp_path, "--model_types", "llama", "--keep")
+    assert set(kept) == {"gemma3n_text", "bert", "llama"}
+
+
 def test_what_linear_variants_refuse(process, tmp_path):
     found, _ = coverage(process, tmp_path, "--attention", "elu", "--model_types", "t5,gemma2,gpt_oss,opt")
     assert found["opt"]["verdict"] == "covered"

@@ -257,7 +257,7 @@ PreTrainedModel.post_init = PreTrainedModel.post_init.__wrapped__
 PreTrainedModel._finalize_model_loading = staticmethod(PreTrainedModel._finalize_model_loading.__wrapped__)
 for folder in sys.argv[1:]:
     try:
-        AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[3, 4, 5]]))
+        AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([[3, 4, 5]]), use_cache=False)
     except Exception as error:
         print(f"{type(error).__name__}: {error}")
     else:
