@@ -239,11 +239,14 @@ def backend(text: str | None) -> Iterator[None]:
     Raises:
         UsageError: an op or a backend that does not exist, or an op that is named twice.
     """
-    before, _here.forced = _forced(), _parse(text)
+    before, _here.forced = vars(_here).get("forced"), _parse(text)
     try:
         yield
     finally:
-        _here.forced = before
+        if before is None:  # as in every other thread again
+            del _here.forced
+        else:
+            _here.forced = before
 
 
 @contextmanager

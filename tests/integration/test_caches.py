@@ -70,6 +70,11 @@ def test_a_text_in_pieces_is_the_text(family, name):
     found, cache = pieces(model, ids)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
     assert any(isinstance(layer, StateLayer) for layer in cache.layers) == (name != "relu_power")
+
+
+@pytest.mark.parametrize("family", ("falcon_h1", "zamba", "gemma3n_text", "gemma4_text"))
+def test_beams_of_a_padded_batch(family):
+    model, ids = swapped(family, "elu"), tokens(9)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     beams = dict(new=4, num_beams=2)
