@@ -34,10 +34,11 @@ from hf_attnswap import UsageError
 from hf_attnswap import report as reports
 from hf_attnswap.config import NAME
 from hf_attnswap.errors import one_line_errors
-from hf_attnswap.evaluation.perplexity import Perplexity, perplexity
+from hf_attnswap.evaluation.perplexity import Perplexity, block_perplexity
 from hf_attnswap.integration.swapping import describe, swapped_modules
 from hf_attnswap.report import types
 from hf_attnswap.report.types import Data, Report
+from hf_attnswap.sources.blocks import start_tokens
 from hf_attnswap.sources.files import write_whole
 from hf_attnswap.sources.models import load
 from hf_attnswap.sources.texts import TextSource, token_blocks
@@ -167,7 +168,7 @@ def measured(
     source = TextSource(args.validation_file)
     tokens: Tensor = token_blocks(source, tokenizer, args.context_length, args.max_eval_tokens)
     print(f"{model}: {describe(loaded)}", file=sys.stderr, flush=True)
-    result = perplexity(loaded, tokens, args.context_length)
+    result = block_perplexity(loaded, tokens, max(1, len(start_tokens(tokenizer))))
     saved = (getattr(loaded.config, NAME, None) or {}).get("swapped") or []
     names = list(dict.fromkeys(group["attention"] for group in saved)) or [CONTROL]
     shape = describe_model(loaded, original)

@@ -154,7 +154,7 @@ def plans_from_dict(saved: Any, file: str = "config.json") -> dict[str, Plan]:
 
     kept, groups = saved.get("kept"), saved.get("swapped")
     require(isinstance(kept, str), "kept", kept, "the name of an attention implementation")
-    whole = groups is None or isinstance(groups, list) and len(groups) > 0
+    whole = "swapped" in saved and (groups is None or isinstance(groups, list) and len(groups) > 0)
     require(whole, "swapped", groups, "a list of groups of layers, or null where no layer is swapped")
     plans: dict[str, Plan] = {}
     for number, group in enumerate(groups or ()):

@@ -69,6 +69,7 @@ def diagnose(
     from ..evaluation.damage import least_damaged
     from ..evaluation.diagnose import diagnose as look
     from ..evaluation.diagnose import summary_rows
+    from ..evaluation.tasks import quality_task
     from ..integration.objectives import require_positions
     from ..integration.swapping import restore, swap, swapped_modules
     from ..sources.files import require_file, write_whole
@@ -81,6 +82,7 @@ def diagnose(
     arms = [Arm.parse(text) for text in attention or []]
     source = text_source(validation_file, dataset_name, dataset_config_name, split, text_column)
     loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    quality_task(loaded)  # which says what to use for models of something else than one text
     if bool(swapped_modules(loaded)) == bool(arms):
         raise UsageError(
             f"{model!r} is already swapped: leave out --attention" if arms else "name what to look at: --attention"

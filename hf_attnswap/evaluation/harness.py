@@ -12,11 +12,13 @@ of this package on the same text only where lm-eval defines something else:
 - The standard error of a metric that is no mean comes from 1,000 resamples here and from 100,000 in lm-eval.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..sources.blocks import start_tokens
 from .result import Result, mean
 from .tasks.registry import unknown as unknown_task
 
@@ -43,7 +45,6 @@ def harness_tasks(
         UsageError: lm-eval does not know one of the names.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
@@ -54,11 +55,30 @@ def harness_tasks(
         raise unknown_task(unknown[0], ", but lm-eval has no task of this name (`lm-eval ls tasks`, --include_path)")
     tasks = manager.load(list(names))["tasks"]
     found = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks.values()), limit=limit,
-        task_manager=manager, bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-        fewshot_random_seed=seed,
+        _wrapped(model, tokenizer, batch_size), tasks=list(tasks.values()), limit=limit, task_manager=manager,
+        bootstrap_iters=0, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
     )  # fmt: skip
     return [result for name, samples in found["samples"].items() for result in _results(name, tasks[name], samples)]
+
+
+def _wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """Return the model as lm-eval takes it, also where its tokenizer has no token that ends a text or pads one."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):
+        def tok_decode(self, tokens, skip_special_tokens=True):
+            # It asks what ends a text, to stop there: nothing, where the tokenizer has no such token.
+            return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
+
+    tokenizer = copy.deepcopy(tokenizer)  # lm-eval changes it
+    first = None
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        # Of a text with nothing before it lm-eval needs something to stand first.
+        first = (start_tokens(tokenizer) or tokenizer("\n", add_special_tokens=False).input_ids or [0])[0]
+    if all(getattr(tokenizer, f"{name}_token_id") is None for name in ("pad", "unk", "eos")):
+        # Any token of the model will do, since it is masked; lm-eval would add one that the model does not know.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=first)
 
 
 def _results(name: str, task: Any, samples: list[dict[str, Any]]) -> Iterable[Result]:

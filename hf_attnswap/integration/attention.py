@@ -79,7 +79,7 @@ def attnswap_attention(
             "config (attention_dropout, attention_probs_dropout_prob, attn_pdrop, ...) to 0 before it is loaded"
         )
     if layer is not None and uses_keys_of_another(module):
-        layer.seen += key.shape[2]  # which no `update` tells it
+        layer.update(key, value)  # which the module leaves out
     _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key, value)
     device = query.device.type

@@ -1,5 +1,6 @@
 """Bring every mask that a model passes to its attention to the one form that variants take."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -97,9 +98,9 @@ def split(attention_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         return attention_mask, None
     lowest = torch.finfo(attention_mask.dtype).min / 2 if attention_mask.is_floating_point() else 0
     allowed = attention_mask > lowest
-    if not values_are_hidden() and attention_mask.isnan().any():
+    if not values_are_hidden() and not (attention_mask < math.inf).all():
         raise ValueError(
-            "attention_mask has NaN; expected 0 where allowed, a very negative number where not, or a bias"
+            "attention_mask has NaN or +inf; expected 0 where allowed, a very negative number where not, or a bias"
         )
     bias = attention_mask.masked_fill(~allowed, 0)
     if not attention_mask.is_floating_point() or _all(bias == 0):

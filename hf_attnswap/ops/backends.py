@@ -200,9 +200,12 @@ def _parse(text: str | None) -> dict[str, str]:
 
 
 def _forced() -> Mapping[str, str]:
-    if _here.forced is None:
-        _Here.forced = _parse(os.environ.get(VARIABLE))
-    return _here.forced or {}
+    here = _here.forced
+    if here is None:
+        here = _parse(os.environ.get(VARIABLE))
+        if not torch.compiler.is_compiling():  # a change that a compiled graph would be guarded against
+            _Here.forced = here
+    return here
 
 
 def forced() -> dict[str, str]:

@@ -33,10 +33,11 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model of text in eval mode, of the class that it was saved with, and its tokenizer.
+    """Return a model in eval mode, of the class that it was saved with, and its tokenizer.
 
-    A GGUF file is dequantised and loses its quantised mark, so that it can be saved and trained as any model. Weights
-    that are pickled rather than safetensors are read with `allow_pickle` alone.
+    The tokenizer is None for a model that reads no text and has none. A GGUF file is dequantised and loses its mark of
+    quantisation, so that it can be saved and trained as any model. Weights that are pickled rather than safetensors are
+    read with `allow_pickle` alone.
 
     Raises:
         UsageError: no such model, a file that is not a GGUF, or a device that is not there.
@@ -47,11 +48,16 @@ def load(
     source, where = _source(model_name_or_path)
     where |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     with _one_line(f"cannot load the model {model_name_or_path!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
         weights = {} if "gguf_file" in where else _weights(allow_pickle)
         cls = AutoModelForCausalLM
         if "gguf_file" not in where:
             cls = _class(AutoConfig.from_pretrained(source, **where))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        except Exception:
+            if getattr(cls, "main_input_name", "input_ids") == "input_ids":
+                raise
+            tokenizer = None  # whoever wants text says what measures or trains such a model
         model = cls.from_pretrained(source, dtype=dtype, **weights, **where)
     if "gguf_file" in where:
         _forget_quantisation(model)

@@ -238,6 +238,7 @@ def test_a_masked_model_is_diagnosed_by_what_it_predicts():
 def folders(tmp_path_factory):
     """A model of each class and its swap, in folders, with a text."""
     folder, tokenizer = tmp_path_factory.mktemp("encoders"), words_tokenizer()
+    ViTForImageClassification(VIT).save_pretrained(folder / "images")
     for name, cls in (("masked", BertForMaskedLM), ("labels", BertForSequenceClassification), ("vectors", BertModel)):
         for suffix, model in (("", bert(cls)), ("_swapped", hf_attnswap.swap(bert(cls), "relu_norm"))):
             model.save_pretrained(folder / f"{name}{suffix}")
@@ -268,6 +269,11 @@ def test_evaluate(attnswap, folders, name, metrics):
         ),
         ("evaluate {masked} --validation_file {text} --context_length 128", "has learned positions for 64"),
         ("evaluate {masked} --validation_file {text} --context_length 16 --stride 4", "--stride is for perplexity"),
+        ("evaluate {images} --validation_file {text}", "reads images: compare it with the original"),
+        (
+            "diagnose {images} --attention relu --validation_file {text}",
+            "reads images: compare it with the original by",
+        ),
         ("diagnose {labels} --attention relu --validation_file {text} --context_length 16", "predicts no tokens"),
     ],
 )

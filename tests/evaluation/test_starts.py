@@ -1,15 +1,22 @@
 """Whatever is measured begins as the tokenizer begins every text, once."""
 
+import json
+
 import pytest
 import torch
+from tiny_models import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hf_attnswap.evaluation.__main__ import main
 from hf_attnswap.evaluation.likelihood import encode_pair
+from hf_attnswap.evaluation.perplexity import perplexity
 from hf_attnswap.evaluation.tasks import TaskInputs
 from hf_attnswap.evaluation.tasks.needle import needles
 from hf_attnswap.evaluation.tasks.recall import recalls
 from hf_attnswap.evaluation.tasks.writing import WritingTask
+from hf_attnswap.sources.texts import TextSource, token_stream
+from hf_attnswap.tradeoff import Settings, measure
 
 BOS, END = 1, 2
 
@@ -60,3 +67,36 @@ def test_recall_and_starts_of_writing(letters):
         assert len(keys) == 2 and all(known[text[i]] == text[i + 1] for i in keys)
     starts = WritingTask(prompts=2, new_tokens=4).starts(tokenizer, TaskInputs(tokens=torch.arange(10, 90).repeat(3)))
     assert starts.shape == (2, 64) and all(once_first(row, start) for row in starts.tolist())
+
+
+def test_every_command_reads_the_same(tmp_path, attnswap):
+    """The perplexity of `evaluate`, of the script for several processes, and of the report is one number."""
+    vocabulary = {"?": 0, "<s>": BOS, "</s>": END, **{chr(code): code - 62 for code in range(65, 125)}, " ": 63}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", bos_token="<s>")
+    for part in (tiny(), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat and went out into the rain " * 30)
+    text = TextSource(str(tmp_path / "text.txt"))
+    stream = token_stream(text, tokenizer, 512)
+    expected = perplexity(tiny(), stream, 32, 512 // 32, start=[BOS])
+    assert expected.tokens == 16 * 31 and expected.mean != pytest.approx(perplexity(tiny(), stream, 32).mean)
+
+    line = ["evaluate", tmp_path / "model", "--validation_file", text.name, "--context_length", 32]
+    (row,) = json.loads(attnswap(*line, "--max_eval_tokens", 512, "--json").out)["perplexity"]
+    assert row["nll"] == pytest.approx(expected.mean) and row["tokens"] == expected.tokens
+
+    told = ["--model_name_or_path", str(tmp_path / "model"), "--validation_file", text.name, "--context_length", "32"]
+    main([*told, "--max_eval_tokens", "512", "--output_file", str(tmp_path / "found.json")])
+    (row,) = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert row["nll"] == pytest.approx(expected.mean) and row["tokens"] == expected.tokens
+
+    given = Settings(
+        arms=("softmax",), context_lengths=(32,), max_eval_tokens=512, lengths=(8,), rounds=1, decode_tokens=1,
+        align_tokens=0, block_size=32,
+    )  # fmt: skip
+    found = measure(tiny(), tokenizer, text, text, given, tmp_path / "out", model_name="tiny", command="test")
+    (entry,) = found.arms[0].perplexity
+    assert entry.nll == pytest.approx(expected.mean) and entry.tokens == expected.tokens

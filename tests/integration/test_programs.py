@@ -51,7 +51,7 @@ def test_one_compiled_graph_for_any_batch_and_length(name, learning):
     for batch, length in ((3, 20), (2, 64), (5, 65), (2, 130)):
         given, found = padded(batch, length), []
         seen = given["attention_mask"].bool()
-        for run in (compiled, model):
+        for run in (model, compiled):
             model.zero_grad(set_to_none=True)
             with torch.set_grad_enabled(learning):
                 with torch._dynamo.config.patch(error_on_recompile=True):

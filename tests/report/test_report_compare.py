@@ -1,6 +1,8 @@
 """Several runs in one table: what stands in a column, where it comes from, and what is refused."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +73,28 @@ def test_the_command(report: Report, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "bad.json").write_text("{")
     code, _, err = attnswap(tmp_path / "bad.json")
     assert code == 2 and "bad.json: not readable as JSON" in err and err.count("\n") == 1
+
+
+COMMITTED = [
+    path
+    for folder in ("benchmarks/results", "model_cards")
+    for path in sorted((Path(__file__).parents[2] / folder).rglob("report.json"))
+]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_the_command_reads_every_report_that_was_written(path, attnswap) -> None:
+    """Of every kind: trade-offs, training runs, and classifiers of texts and of images."""
+    shown = attnswap("report", path)
+    assert shown.code == 0 and shown.out.strip(), shown.err
+    assert json.loads(attnswap("report", path, "--json").out)["arms"]
+    assert attnswap("report", path, path).code == 0
+
+
+def test_the_command_says_what_is_wrong_with_a_file(tmp_path, attnswap) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "bytes.json").write_bytes(b"\xff{}")
+    wrong = {"deep.json": "nested too deep", "bytes.json": "not UTF-8", "none.json": "No such file", ".": "directory"}
+    for name, says in wrong.items():
+        result = attnswap("report", tmp_path / name)
+        assert result.code == 2 and says in result.err and len(result.err.splitlines()) == 1, result.err

@@ -1,5 +1,6 @@
 """The plots: PNG and SVG of the expected size, clipped arms said so, and the dial only where there is one."""
 
+import itertools
 import math
 import struct
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from changing import change
+from matplotlib.text import Text
 
 from hf_attnswap.report import Report, facts, plots, tradeoff, write_all
 from hf_attnswap.report.types import Arm, Comparison
@@ -162,3 +164,15 @@ def test_the_crossover_is_interpolated(report: Report) -> None:
     assert facts.crossover(elu, "prefill_speedup") == pytest.approx(512 * 4**share)
     power = powers(report)[0]
     assert facts.crossover(power, "prefill_speedup") is None
+
+
+def test_a_dollar_sign_in_a_name_is_no_mathematics(full: Report) -> None:
+    """matplotlib fails at what it cannot read as mathematics, and draws the rest of it without its signs."""
+    names = itertools.cycle(("$x$", r"\$\frac{1}{2}$", "a $ b", "$$", r"$\no{such}$"))
+    for arm, name in zip(full.arms, names, strict=False):
+        change(arm, label=f"{name}{arm.label}")
+    for picture in plots.pictures(full):
+        if picture.name in ("tradeoff", "positions"):
+            labels = {text.get_text() for text in picture.figure.findobj(Text)}
+            assert any(r"\$x\$" in label for label in labels)
+            picture.figure.canvas.draw()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UsageError
+from ...integration.objectives import require_positions
 from ...sources.blocks import cut, start_tokens
 from ..result import Result
 from .base import Task, TaskInputs
@@ -37,9 +38,11 @@ class WritingTask(Task):
     new_tokens: int = 64
 
     def answer(self, model, tokenizer, inputs) -> list[list[int]]:
+        require_positions(model, self.text_tokens + self.new_tokens, f"task {self.name!r}")
         return continuations(model, self.starts(tokenizer, inputs), self.new_tokens).tolist()
 
     def run(self, model, tokenizer, inputs, control=None) -> list[Result]:
+        require_positions(model, self.text_tokens + self.new_tokens, f"task {self.name!r}")
         starts = self.starts(tokenizer, inputs)
         if control is None:
             written = continuations(model, starts, self.new_tokens).tolist()
