@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from device_under_test import DEVICE
 from torch import Tensor
@@ -50,6 +51,16 @@ def case_id(value) -> str | None:
 # Every variant with every kind of attention that it is for.
 KINDS = [(name, kind) for name in NAMES for kind in attentions.get(name).kinds]
 WITH_OPTIONS = [(name, options) for name in NAMES for options in other_options(name)]
+
+
+def crossed(rows, columns, every: int = 3, whole: int = 1) -> list:
+    """Every pair of the two lists. Those of the first `whole` rows, and of the others each column in one of `every`
+    rows, are in the default suite; the rest is long."""
+    return [
+        pytest.param(row, column, marks=() if i < whole or (i + j) % every == 0 else pytest.mark.long)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
 
 
 def named(condition) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import NAMES, named, small_options
+from attention_cases import NAMES, crossed, named, small_options
 from tiny_models import FAMILIES, randomise, tiny, tokens
 
 import hf_attnswap
@@ -15,7 +15,7 @@ LENGTH, PADDED = 24, 7
 # transformers round to float32 on their way, so that a few last bits of those may differ.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_pair = pytest.mark.parametrize(("family", "name"), crossed(FAMILIES, NAMES))
 every_name = pytest.mark.parametrize("name", NAMES)
 
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..ops.programs import transformed
 from ..ops.spec import FeatureMap
 from .base import Option
 from .linear import LinearAttention, positions
@@ -43,7 +44,7 @@ class Cosformer(LinearAttention):
         position = positions(query, mask.new_tokens() if mask.causal else mask.valid, state)
         if torch.compiler.is_compiling():  # it sees no numbers: the compiled code looks
             torch._assert_async(position.max() < self.max_length, f"a text is longer than max_length={self.max_length}")
-        elif (last := int(position.max()) + 1) > self.max_length:
+        elif (last := query.shape[2] if transformed() else int(position.max()) + 1) > self.max_length:
             raise NotImplementedError(f"a text of {last} tokens is longer than max_length={self.max_length}")
         if state is not None:
             state["count"] = position[:, -1] + 1

@@ -36,11 +36,15 @@ class _EluPlusOne(torch.autograd.Function):
     products.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x):
-        phi = _elu_plus_one(x)
-        ctx.save_for_backward(phi)
-        return phi
+    def forward(x):
+        return _elu_plus_one(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, grad):

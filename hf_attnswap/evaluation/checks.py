@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..integration.objectives import objective
+from ..integration.objectives import learned_positions, objective
 from ..integration.observing import answering, softmax
 from .likeness import logits_or_hidden
 
@@ -58,7 +58,8 @@ def check_swap(original: nn.Module, swapped: nn.Module, tokens: Tensor) -> list[
         swapped: the same weights, swapped, in eval mode.
         tokens: int64, any shape, read as one stream of at least `TOKENS` tokens; the first `TOKENS` are used.
     """
-    text = tokens.reshape(-1)[None, :TOKENS].to(next(swapped.parameters()).device)
+    room = min(TOKENS, (learned_positions(swapped) or TOKENS + PADDING) - PADDING)
+    text = tokens.reshape(-1)[None, :room].to(next(swapped.parameters()).device)
     limit = 0.1 if next(swapped.parameters()).dtype in (torch.bfloat16, torch.float16) else 2e-3
     writes = objective(swapped) == "next tokens"
     whole = _logits(swapped, text)

@@ -1,6 +1,7 @@
 """The attention function: what transformers calls, by its name, for every attention module of a swapped model."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,10 @@ from transformers.utils.output_capturing import _active_collector
 from ..attentions import Attention, Heads
 from ..attentions.softmax import Softmax
 from ..config import MARKER, NAME
+from ..errors import UsageError
 from ..masks import Mask, Packed, unpack_rows, values_are_hidden
 from .read_mask import ANY_MASK, read_mask
+from .sharing import uses_keys_of_another
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
 # sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss,
@@ -75,6 +78,8 @@ def attnswap_attention(
             f"{where}: attention dropout {dropout} is not supported: set the dropout of attention in the model's "
             "config (attention_dropout, attention_probs_dropout_prob, attn_pdrop, ...) to 0 before it is loaded"
         )
+    if layer is not None and uses_keys_of_another(module):
+        layer.seen += key.shape[2]  # which no `update` tells it
     _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key, value)
     device = query.device.type
@@ -86,10 +91,15 @@ def attnswap_attention(
     try:
         with precision:
             mask = read_mask(module, attention, query, key, attention_mask, layer, kwargs)
-            out = attend(attention, query, key, value, mask, scaling, layer)
-            weights = _weights(attention, query, key, mask, scaling, layer) if _wanted(kwargs) else None
+            rows = query.shape[2]
+            if attention.stateful and isinstance(mask, Mask) and mask.causal and rows < key.shape[2]:
+                # Gemma 4 asks its last layers for the last rows alone; a recurrence goes through all of them.
+                query = F.pad(query, (0, 0, key.shape[2] - rows, 0))
+                mask = replace(mask, query_length=key.shape[2])
+            out = attend(attention, query, key, value, mask, scaling, layer)[:, :, -rows:]
+            weights = _weights(attention, query, key, mask, scaling, layer)[:, :, -rows:] if _wanted(kwargs) else None
     except (NotImplementedError, ValueError) as error:
-        kind = NotImplementedError if isinstance(error, NotImplementedError) else ValueError
+        kind = next(kind for kind in (UsageError, NotImplementedError, ValueError) if isinstance(error, kind))
         raise kind(f"{where}: {error}") from error
     return out.transpose(1, 2).contiguous(), weights
 

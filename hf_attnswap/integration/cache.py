@@ -13,6 +13,9 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
 )
 
 from .. import attentions
@@ -91,6 +94,8 @@ class StateLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note the dtype and the device of the first keys; the variant makes the state itself."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        # Mllama looks whether a layer has keys.
+        self.keys = self.values = torch.tensor([], dtype=self.dtype, device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -249,6 +254,39 @@ class StateLayer(CacheLayerMixin):
         self.past = []
 
 
+class StateAndConvolutionLayer(StateLayer, LinearAttentionAndFullAttentionLayer):
+    """Hold the state of a variant beside the convolutions and recurrent states that a layer of a hybrid model has."""
+
+    _layer_type = None
+    is_croppable = LinearAttentionLayer.is_croppable
+
+    @classmethod
+    def instead_of(cls, layer: LinearAttentionLayer) -> "StateAndConvolutionLayer":
+        """Return a layer with the convolutions and recurrent states of `layer`, which holds no keys yet."""
+        new = cls()
+        vars(new).update(vars(layer))
+        return new
+
+    def lazy_initialization(self, *keys_and_values, **states) -> None:
+        """Make room for states that come by keyword; note the dtype and the device of keys."""
+        (StateLayer if keys_and_values else LinearAttentionLayer).lazy_initialization(self, *keys_and_values, **states)
+
+    def _apply(self, change) -> None:
+        super()._apply(change)
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: change(t) for index, t in states.items() if t is not None})
+
+    def reset(self) -> None:
+        """Forget everything."""
+        StateLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens back."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        StateLayer.crop(self, tokens_to_remove)
+
+
 def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | None:
     """Return the `StateLayer` of this layer in the cache that a model passes to its attention, put there at first use.
 
@@ -270,7 +308,8 @@ def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | N
     if isinstance(found, StateLayer):
         found.expect(layer, variant)
         return found
-    if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    beside = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+    if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer, *beside):
         raise NotImplementedError(
             f"layer {layer} is swapped and cannot generate with a {type(found).__name__}: "
             "use the default (dynamic) cache"
@@ -280,19 +319,20 @@ def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | N
             f"the cache holds {found.get_seq_length()} tokens of softmax for layer {layer}, which is swapped: "
             "start from a new cache"
         )
-    cache.layers[layer] = found = StateLayer()
-    found.expect(layer, variant)
-    return found
+    new = StateAndConvolutionLayer.instead_of(found) if isinstance(found, beside) else StateLayer()
+    new.expect(layer, variant)
+    cache.layers[layer] = new
+    return new
 
 
 def cache_nbytes(cache: Cache) -> int:
     """Return the bytes that a cache holds, keys and values or states."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, StateLayer):
-            total += layer.nbytes()
-        else:
-            total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values) if torch.is_tensor(t))
+        kept = [vars(layer).get("keys"), vars(layer).get("values")]
+        for states in ("state", "conv_states", "recurrent_states"):
+            kept += vars(layer).get(states, {}).values()
+        total += sum(t.numel() * t.element_size() for t in kept if torch.is_tensor(t))
     return total
 
 
@@ -315,7 +355,9 @@ def with_state_layers(original):
             if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
                 for index in group["layers"]:
                     kind = types[index] if index < len(types) else None  # of a model that exits early
-                    if kind in ("full_attention", "sliding_attention"):  # others keep more than keys and values
+                    # Of a layer that uses the keys of another, transformers has a dummy. Others keep more than keys and
+                    # values.
+                    if kind in ("full_attention", "sliding_attention", "dummy"):
                         types[index], arguments[index] = StateLayer._layer_type, {}
         return types, arguments
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, modeling_utils
 
+from ..attentions import Attention
 from ..config import GUARD, NAME, Plan, plans_from_dict, plans_to_dict, select
 from ..errors import UsageError
 from .finding import AttentionModule, Group, counted, inspect
 from .parts import model_parts, parts_of
+from .sharing import check_shared_keys
 from .swapping import attach, build_variant, detach, mark_swapped, swapped_modules
 
 
@@ -40,6 +42,7 @@ def build_variants(model: PreTrainedModel) -> None:
                 f"{configs[part]._attn_implementation!r} would run softmax: leave attn_implementation out"
             )
     groups: dict[Group, dict[int, AttentionModule]] = {}
+    variants: dict[int, Attention] = {}
     modules = inspect(model)
     for entry in modules:
         groups.setdefault((entry.part, entry.kind), {})[entry.layer] = entry
@@ -53,7 +56,9 @@ def build_variants(model: PreTrainedModel) -> None:
             if index in plan:
                 if entry.reason:
                     raise UsageError(f"config.json says that {entry.name} is swapped, but {entry.reason}")
-                attach(entry.module, build_variant(model, entry, group[1], *plan[index]), group[1], index)
+                variants[id(entry.module)] = build_variant(model, entry, group[1], *plan[index])
+                attach(entry.module, variants[id(entry.module)], group[1], index)
+    check_shared_keys(modules, variants)
     mark_swapped(model, saved, modules)
 
 

@@ -40,6 +40,12 @@ def reads_mask(cls: type[nn.Module]) -> bool:
     return bool(re.search(r"mask(\[|\.[a-z]| [-+*&] )|[-+*&] \w*mask\b", _source(cls)))
 
 
+@functools.cache
+def cuts_masks(cls: type[nn.Module]) -> bool:
+    """Return whether a class cuts rows out of the masks that it has made, which must be matrices then."""
+    return bool(re.search(r"\w\[:, :, \w+, :\] if .* in \w*mask\w*\.items\(\)", _source(cls)))
+
+
 def _source(cls: type) -> str:
     """Return the source of a class, "" where there is none. `inspect.getsource` of a class parses its whole file."""
     try:

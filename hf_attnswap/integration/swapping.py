@@ -19,7 +19,8 @@ from .heads import heads_of
 from .parts import model_parts, part_of
 from .reach import check_reach
 from .read_mask import ANY_MASK
-from .sources import reads_mask
+from .sharing import check_shared_keys
+from .sources import cuts_masks, reads_mask
 
 # What transformers asks a model before a text is sharded over processes, whose states would never be exchanged.
 SHARDED = "_supports_context_parallel"
@@ -77,11 +78,14 @@ def swap(
         for index, choice in plan.items()
     ]
     check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
+    check_shared_keys(entries, {id(entry.module): new for entry, _, _, new in built})
     for entry, index, (_, kind), new in built:
         attach(entry.module, new, kind, index)
     # A model where other modules read the masks too goes on making those that they know.
     others_read_masks = any(
-        reads_mask(m.__class__) for m in model.modules() if not isinstance(m, PreTrainedModel | Attention)
+        cuts_masks(m.__class__) if isinstance(m, PreTrainedModel) else reads_mask(m.__class__)
+        for m in model.modules()
+        if not isinstance(m, Attention)
     )
     saved = {}
     for part, part_config in model_parts(model).items():
@@ -173,6 +177,7 @@ _SCORE_TERMS = {
     "sinks": "learned sinks in its softmax",
     "attn_logit_softcapping": "a soft cap on its scores",
     "has_relative_attention_bias": "a bias on its scores",
+    "rel_logits_proj": "a bias on its scores",
 }
 
 
@@ -207,7 +212,9 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         # Its name differs between models: past_key_values, layer_past, ...
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
         if cache is not None:
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, module.layer_idx, attention.described)}
+            # Where layers share their weights, the call says which one it is.
+            index = kwargs.get("layer_idx", module.layer_idx)
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention.described)}
     return args, kwargs
 
 

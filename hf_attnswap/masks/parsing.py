@@ -12,11 +12,13 @@ from .mask import Mask, Packed
 
 
 def values_are_hidden() -> bool:
-    """Return whether a program is made of this call (torch.compile, torch.export, torch.jit.trace).
+    """Return whether a program is made of this call (torch.compile, torch.export, torch.jit.trace, torch.func).
 
-    What is true of the entries of a mask now would become part of the program: they must not be looked at.
+    What is true of the entries of a mask now would become part of the program: they must not be looked at. Under
+    torch.func.vmap they are those of many calls.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    made = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return made or torch._C._are_functorch_transforms_active()
 
 
 _parsed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..masks import Tile
 from .heads import cast_like, compute_dtype, distinct
+from .programs import in_one_piece
 
 # Elements of one tile of scores: with a few temporaries of that size a tile stays in a core's cache.
 TILE_ELEMENTS = 1 << 20
@@ -48,6 +49,7 @@ def by_rows(
     """Run `attend(query_tile, key_columns, value_columns, bias_tile, tile, carry)` over tiles and join the rows.
 
     With a gradient, memory is O(n d): the backward pass calls `attend` again, tile by tile from the last to the first.
+    Under torch.compile, torch.export and torch.func autograd goes through all tiles.
 
     Args:
         attend: plain torch operations. Returns a tuple of tensors whose dimension 2 is the rows of the tile, and the
@@ -62,7 +64,8 @@ def by_rows(
         The tensors of `attend` over all rows, and what the last tile hands on, without a gradient.
     """
     tiles = tuple(tiles)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    by_hand = not torch.compiler.is_compiling() and not in_one_piece(query, key)
+    if torch.is_grad_enabled() and by_hand:
         *results, carry = _ByRows.apply(attend, tiles, query, key, value, bias, carry, *distinct(parameters))
         return tuple(results), carry
     results, carry, _ = _join(attend, tiles, query, key, value, bias, carry)

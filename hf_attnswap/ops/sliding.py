@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .chunks import blocks, in_large_kernels, product, to_chunks
 from .heads import compute_dtype, mix, scores
+from .programs import sizes_are_open, whole_chunks
 from .rows import Tile, rows_per_tile
 
 
@@ -70,7 +71,8 @@ class Context:
         key, value: `[B, Hkv, w + T, *]`; slot u holds the token at position `count + u - w` of its text (nothing where
             that is negative).
         sink_key, sink_value: `[B, Hkv, m, *]`; slot j holds position j (meaningful where a row is at j or later).
-        length: T. window, sinks: w and m.
+        given: T. length: the number of aligned tokens, T or more. window, sinks: w and m.
+        open: whether T is open; then `length` is a number of whole chunks.
         chunk: rows per chunk of the banded products, `min(64, w)` but at least 16.
         valid: bool `[B, T]`; None without padding.
         order: int `[B, T]`, the place in the call of each aligned token; None without padding.
@@ -88,8 +90,17 @@ class Context:
         sinks: int,
         state: WindowState | None = None,
     ):
-        self.window, self.sinks, self.length, self.valid = window, sinks, query.shape[2], valid
+        self.window, self.sinks, self.given = window, sinks, query.shape[2]
         self.chunk = max(16, min(CHUNK, window))
+        self.open = sizes_are_open(query)
+        if self.open and valid is None:
+            valid = query.new_ones(query.shape[0], self.given, dtype=torch.bool)
+        self.valid = valid
+        if self.open:  # whole chunks, of which those behind the last token are padding
+            more = whole_chunks(self.given, self.chunk) * self.chunk - self.given
+            valid = F.pad(valid, (0, more))
+            query, key, value = (F.pad(t, (0, 0, 0, more)) for t in (query, key, value))
+        self.length = query.shape[2]
         self.order = None if valid is None else torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
         self.lengths = None if valid is None else valid.sum(1)
         if self.order is not None:
@@ -145,7 +156,8 @@ class Context:
         if self.order is None:
             return rows
         seen = self.valid.cumsum(1) if self.count is None else self.valid.cumsum(1) + self.count[:, None]
-        return _gather(rows, torch.argsort(self.order, dim=1)).masked_fill((seen == 0)[:, None, :, None], 0)
+        rows = _gather(rows, torch.argsort(self.order, dim=1)[:, : self.given])
+        return rows.masked_fill((seen == 0)[:, None, :, None], 0)
 
     def leaving(self) -> Tensor:
         """Return whether slot u leaves the window as row u enters, bool `[1 or B, T]`.
@@ -172,6 +184,8 @@ class Context:
 
     def tiles(self) -> list[Tile]:
         """Return blocks of rows in whole chunks; the columns of a tile are its rows and the w slots before them."""
+        if self.open:
+            return [Tile(slice(0, self.length), slice(0, self.length + self.window), None)]
         batch, heads, _, _ = self.query.shape
         most = rows_per_tile(batch, heads, self.sinks + self.chunk + self.window)
         rows = blocks(self.length, self.chunk, most)
@@ -198,19 +212,19 @@ class Context:
         def columns(sinks: Tensor, slots: Tensor) -> Tensor:
             """Return what each chunk sees, `[c, B Hkv, D, m + chunk + w]`."""
             slots = slots.to(dtype).unfold(2, size + self.window, size).permute(2, 0, 1, 3, 4)
-            sinks = sinks.to(dtype).mT.expand(len(slots), -1, -1, -1, -1)
+            sinks = sinks.to(dtype).mT.expand(slots.shape[0], -1, -1, -1, -1)
             return torch.cat([sinks, slots], dim=-1).flatten(1, 2)
 
         # The factor goes to the keys: there are fewer of them, in groups.
         key, sink_key = (t.to(dtype) * (scaling * _LOG2_E) for t in (key, self.sink_key))
         s = product(to_chunks(query.to(dtype), key.shape[1], size), columns(sink_key, key))
-        s.view(len(s), batch, key.shape[1], -1, size, s.shape[-1]).add_(self.bias(tile.rows, size, dtype))
+        s.view(s.shape[0], batch, key.shape[1], -1, size, s.shape[-1]).add_(self.bias(tile.rows, size, dtype))
         e, c = _exponentials(s)
         return product(e, columns(self.sink_value, value).mT), e.sum(-1, keepdim=True), c
 
     def chunk_of(self, rows: Tensor) -> int:
         """Return the rows per chunk in a tile of rows `[B, H, t, D]`."""
-        return min(self.chunk, rows.shape[2])
+        return self.chunk if self.open else min(self.chunk, rows.shape[2])
 
 
 class Step:
@@ -310,5 +324,5 @@ def _exponentials(s: Tensor) -> tuple[Tensor, Tensor]:
     """
     # Rows of padding may see nothing at all; their maximum must not be -inf.
     lowest = torch.finfo(s.dtype).min
-    c = s.detach().amax(-1, keepdim=True).clamp_(min=lowest)
-    return s.sub_(c).exp2_(), (c / _LOG2_E).clamp_(min=lowest)
+    c = s.detach().amax(-1, keepdim=True).clamp(min=lowest)
+    return s.sub_(c).exp2_(), (c / _LOG2_E).clamp(min=lowest)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunks import product, tril_
+from .programs import in_one_piece
 
 
 def linear_step(q: Tensor, k: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,9 +42,18 @@ def linear_block(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor
     Returns:
         Numerator and denominator `[c, B Hkv, G t, Dv + 1]`, and the state after the last chunk.
     """
+    if in_one_piece(k):
+        return linear_block_at_once(q, k, v, state)
     before, state = running_sums(state, k, v)
     inside = product(tril_(product(q, k.mT), k.shape[2]), v)
     return product(q, before, add_to=inside), state
+
+
+def linear_block_at_once(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `linear_block` returns, without a loop over the chunks and without changing a tensor in place."""
+    sums = torch.cat([state[None], k.mT @ v]).cumsum(0)
+    inside = (q @ k.mT).unflatten(2, (-1, k.shape[2])).tril().flatten(2, 3) @ v
+    return inside + q @ sums[:-1], sums[-1]
 
 
 def running_sums(first: Tensor, x: Tensor, y: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:

@@ -66,5 +66,6 @@ def _speed(report: Report) -> str:
     if not runs:
         return "" if not facts.lengths(report) else tables.UNMEASURED
     median = f"median of {runs[0]} runs" if len(runs) == 1 else f"median of {runs[0]} to {runs[-1]} runs"
-    what = "prefill is the time to first token" if report.kind == "tradeoff" else "one input at a time"
+    prefilled = any(entry.prefill_s for arm in report.arms for entry in arm.speed)
+    what = "prefill is the time to first token" if prefilled else "one input at a time"
     return f"{median}; lowest and highest run in parentheses; {what}"

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from ..launch import build_accelerator, say
 from ..sources.checksums import require_whole
 from ..sources.files import holds_something, write_whole
 from ..sources.lock import alone_in
+from ..sources.models import architecture
 from ..sources.structured import read_yaml
 from . import stages
 from .options import command, parse, words
@@ -40,6 +42,9 @@ def convert(recipe: list[StageOptions], output_dir: Path) -> Path:
 def _convert(accelerator: Accelerator, recipe: list[StageOptions], output_dir: Path) -> Path:
     _keep(accelerator, recipe, output_dir / "recipe.yaml")
     model = teacher = recipe[0][1]["model_name_or_path"]
+    shape = architecture(model)
+    for name, given in recipe:
+        _stage(name, given, output_dir).require(shape)  # now, and not when the stages before it have run
     original = True  # whether the model with softmax switched on is the teacher still
     for number, (name, given) in enumerate(recipe, start=1):
         folder = output_dir / f"{number}_{name}"
@@ -48,8 +53,7 @@ def _convert(accelerator: Accelerator, recipe: list[StageOptions], output_dir: P
             teacher, original = model, True
         if "teacher_name_or_path" in keys_of(name) and not original:
             given.setdefault("teacher_name_or_path", teacher)
-        told = [*words(given), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
-        stage = parse(stages.get(name), told)
+        stage = _stage(name, given, folder)
         original = original and not stage.moves_the_original()
         model = str(folder / "model")
         if Path(model).exists():
@@ -61,6 +65,11 @@ def _convert(accelerator: Accelerator, recipe: list[StageOptions], output_dir: P
             stage.run(own)
         own.free_memory()
     return Path(model)
+
+
+def _stage(name: str, given: dict[str, Any], folder: Path) -> stages.Stage:
+    told = [*words(given), "--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+    return parse(stages.get(name), told)
 
 
 def _keep(accelerator: Accelerator, recipe: list[StageOptions], path: Path) -> None:

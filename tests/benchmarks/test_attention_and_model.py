@@ -113,6 +113,7 @@ def test_peers_compute_what_they_are_named_for(benchmark):
     assert peer.step(query, key, value)().shape == (1, 4, 8)
 
 
+@pytest.mark.long
 def test_model(benchmark, checkpoint, tmp_path, capsys):
     given = "--length 16 --context_length 32 --new_tokens 2 --rounds 2 --dtype float32 --arm elu --arm window".split()
     given += ["--model_name_or_path", checkpoint, "--output_dir", str(tmp_path / "out")]

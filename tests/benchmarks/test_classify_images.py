@@ -79,6 +79,7 @@ def test_metrics_are_those_of_scikit_learn(images):
     )
 
 
+@pytest.mark.long
 def test_every_arm_is_trained_and_compared(images, digits, tmp_path, capsys):
     out = tmp_path / "out"
     told = [

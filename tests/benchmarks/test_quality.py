@@ -142,6 +142,7 @@ def test_the_table_compares_each_stage_with_its_control(convert, script, held_ou
         quality.main([*command[:-1], str(tmp_path / "table"), "--max_eval_tokens", str(4 * BLOCK)])
 
 
+@pytest.mark.long
 def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_path):
     runs = [convert("softmax"), convert("window", window=4, sinks=1), convert("relu_norm", "longer", steps=4)]
     command = [*map(str, runs), "--validation_file", held_out, "--context_length", str(BLOCK), "--max_eval_tokens",
@@ -157,6 +158,7 @@ def test_a_run_trained_otherwise_is_no_control(convert, script, held_out, tmp_pa
     assert "an interval needs 8 blocks, there are 2" in page
 
 
+@pytest.mark.long
 def test_softmax_that_was_trained_before_the_swap_is_the_teacher(convert, script, held_out, tmp_path):
     def stages(attention):
         return [{"stage": "finetune"}, {"stage": "distill", "attention": attention}, {"stage": "distill"}]

@@ -58,14 +58,52 @@ def test_items_are_read_under_every_name(files):
         ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "line 2, is no item: 2 choices with answer 2"),
         ('{"prompt": "a", "choices": ["b"], "answer": 0}', "line 2, is no item: 1 choices with answer 0"),
         ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "line 2, is no item: 2 choices"),
-        ("[1]", "line 2, is no item"),
+        ("[1]", r"line 2, is no item: it is \[1]; expected an object"),
+        ("null", "line 2, is no item: it is null; expected an object"),
+        ('{"prompt": "a", "choices": "bc", "answer": 0}', "choices is 'bc'; expected a list of texts"),
+        ('{"prompt": "a", "choices": {"text": ["b"]}, "answer": 0}', "choices is {'text': .*; expected a list"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 1.9}', "answer is 1.9; expected a whole number"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "answer is True; expected a whole number"),
+        ('{"prompt": 3, "choices": ["b", "c"], "answer": 1}', "prompt is 3; expected a text"),
+        ('{"sentence_good": "a", "sentence_bad": null}', "sentence_bad is null; expected a text"),
+        ('{"context": "a", "continuation": ""}', "continuation is empty; expected a text"),
+        ('{"context": "a", "continuation": "\\ud800"}', "half of a surrogate pair at 0"),
+        ('{"sentence": "a b", "option1": "c", "option2": "d", "answer": "1"}', "sentence is 'a b'; expected one _"),
+        ('{"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "3"}', "answer is '3'; expected 1 or 2"),
+        ('{"sentence": "a _ b", "option1": "c", "answer": "1"}', "option2 is null; expected a text"),
+        ("[" * 100_000, "nested too deep"),
     ],
 )
 def test_what_is_no_item_is_refused_with_its_line(tmp_path, line, says):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(CHOICES[0]) + "\n" + line + "\n")
-    with pytest.raises(UsageError, match=says.replace("[", r"\[")):
+    with pytest.raises(UsageError, match=says) as error:
         read_items(path)
+    assert "line 2, is no item" in str(error.value) and "\n" not in str(error.value)
+
+
+WINOGRANDE = [
+    {"sentence": "Once upon a time a little _ was happy.", "option1": "girl", "option2": "of the", "answer": "1"},
+    {"sentence": "Lily saw a dog. The _ ran to her.", "option1": "and", "option2": "dog", "answer": "2", "qID": "x"},
+]
+
+
+def test_items_of_winogrande(stories260k, tmp_path):
+    """What stands behind the blank is scored after each option, as lm-eval does."""
+    items = read_items(write(tmp_path / "winogrande.jsonl", WINOGRANDE))
+    before = ("Once upon a time a little girl", "Once upon a time a little of the")
+    assert items[0] == Item(before, ("was happy.", "was happy."), 0) and items[1].answer == 1
+    model, tokenizer = load(stories260k)
+    found = score_choices(model, tokenizer, items)
+    assert found.acc_norm == []
+    for item, acc in zip(items, found.acc, strict=True):
+        values = []
+        for prompt, choice in item.pairs:
+            start, whole = tokenizer(prompt).input_ids, tokenizer(f"{prompt} {choice}", return_tensors="pt").input_ids
+            with torch.no_grad():
+                logits = model(whole).logits[0].log_softmax(-1)
+            values.append(sum(logits[i - 1, whole[0, i]].item() for i in range(len(start), whole.shape[1])))
+        assert acc == (values.index(max(values)) == item.answer)
 
 
 def test_files_that_are_not_there_and_unknown_tasks_are_refused(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ def answer(model, pipe):
     pipe.send(logits(model))
 
 
+@pytest.mark.long
 def test_another_process_gets_the_model():
     model = swapped("hedgehog+window")
     context = multiprocessing.get_context("spawn")

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from attention_cases import small_options
+from attention_cases import NAMES, crossed, small_options
 from swapped_models import (
     CLOSE,
     LENGTH,
     PADDED,
     STATEFUL,
-    every_family,
     every_name,
+    every_pair,
     greedy,
     left_padded,
     logits,
@@ -27,8 +27,7 @@ from hf_attnswap.benchmark.generation import decode
 from hf_attnswap.integration.cache import cache_nbytes
 
 
-@every_family
-@every_name
+@every_pair
 def test_greedy_with_cache_without_and_by_hand(family, name):
     model, (ids, mask) = swapped(name, family), left_padded()
     cached, recomputed = (greedy(model, ids, mask, new=6, use_cache=use_cache) for use_cache in (True, False))
@@ -170,13 +169,23 @@ def test_state_has_one_size_however_many_tokens_are_written(name):
     assert len(set(sizes)) == 1 and (sizes[0] > 0 or name == "none")
 
 
+ASSISTED = ("assistant", "swapped assistant", "lookup", "static")
+
+
 @pytest.mark.parametrize("layers", ([1], None), ids=("one", "all"))
-@pytest.mark.parametrize("kind", ("assistant", "swapped assistant", "lookup", "static"))
-@every_name
-def test_assistants_and_static_caches(name, kind, layers):
+@pytest.mark.parametrize(("kind", "name"), crossed(ASSISTED, ["window", "elu", "relu", "elu+window"], every=2))
+def test_assistants_and_static_caches_of_each_sort(name, kind, layers):
+    """A mix of layers is tried with one variant of each sort."""
+    _assisted(name, kind, layers)
+
+
+@pytest.mark.parametrize(("kind", "name"), crossed(ASSISTED, NAMES, whole=0))
+def test_assistants_and_static_caches(name, kind):
+    _assisted(name, kind, None)
+
+
+def _assisted(name, kind, layers):
     """The result of greedy search; candidates that are not taken are taken back."""
-    if layers and name not in ("window", "elu", "relu", "elu+window"):
-        pytest.skip("a mix of layers is tried with one variant of each sort")
     model, ids = swapped(name, layers=layers), tokens(LENGTH, batch=1)
     ids[:, -6:] = ids[:, :6]  # something to look up
     how = {

@@ -9,8 +9,8 @@ from swapped_models import (
     LENGTH,
     PADDED,
     SPARSE,
-    every_family,
     every_name,
+    every_pair,
     greedy,
     left_padded,
     logits,
@@ -25,8 +25,7 @@ import hf_attnswap
 LEAST = torch.finfo(torch.float64).min
 
 
-@every_family
-@every_name
+@every_pair
 def test_swap_changes_logits_and_restore_gives_them_back(family, name):
     model, ids = plain(family), tokens(LENGTH)
     before, keys, config = logits(model, ids), list(model.state_dict()), model.config.to_dict()
@@ -54,8 +53,7 @@ def test_restored_model_generates_as_before(name):
     assert torch.equal(greedy(model, ids, mask).sequences, before.sequences)
 
 
-@every_family
-@every_name
+@every_pair
 def test_softmax_layers_beside_a_variant(family, name):
     """A layer that is kept is the layer that the softmax variant would be."""
     ids, mask = left_padded()
@@ -72,8 +70,7 @@ def test_softmax_layers_beside_a_variant(family, name):
         torch.testing.assert_close(one[rows], logits(all_three, ids, **given)[rows], **CLOSE)
 
 
-@every_family
-@every_name
+@every_pair
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_padding_changes_nothing(family, name, side):
     model, ids = swapped(name, family), tokens(LENGTH)
@@ -86,8 +83,7 @@ def test_padding_changes_nothing(family, name, side):
     torch.testing.assert_close(found[1:, kept], logits(model, ids[1:, kept]), **CLOSE)
 
 
-@every_family
-@every_name
+@every_pair
 def test_packed_texts_are_texts_alone(family, name):
     model, ids, lengths = swapped(name, family), tokens(LENGTH, batch=1), (3, 12, 9)
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]

@@ -36,7 +36,7 @@ def test_every_run_is_swapped(name, tmp_path):
 
 def test_it_is_diagnosed_and_aligned_over_all_its_runs():
     model = hf_attnswap.swap(albert(), "hedgehog")
-    (layer,) = diagnose(model, IDS)["layers"]
+    (layer,) = diagnose(model, IDS, mask_token_id=2)["layers"]
     assert layer["kl"] > 0 and layer["distance"] > 0 and layer["gradient"]["query"] > 0
     with aligning(model) as losses:
         assert alignment_loss(model, IDS, losses) > 0 and len(losses) == 1

@@ -9,18 +9,28 @@ import sys
 
 import pytest
 import torch
+from encoders import bert, sentences, words_tokenizer
 from tiny_models import tiny
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 
 from hf_attnswap import UsageError, attentions, report, swap
-from hf_attnswap.evaluation.tasks.writing import agreement, continuations
+from hf_attnswap.evaluation.tasks.writing import WritingTask, agreement, continuations
+from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.report.pages import paper
 from hf_attnswap.sources.texts import TextSource, token_blocks
 from hf_attnswap.statistics import paired_bootstrap
 from hf_attnswap.tradeoff import Arm, Settings, measure, with_controls
+from hf_attnswap.tradeoff.arms import build
 from hf_attnswap.tradeoff.rows import row
 from hf_attnswap.tradeoff.speed import training_step
 
 LABELS = ("softmax", "elu")
+
+
+@pytest.fixture(autouse=True)
+def _memory_as_it_is(monkeypatch):
+    """Collecting garbage before each measurement of memory takes seconds in a process of tests."""
+    monkeypatch.setattr("hf_attnswap.benchmark.measure._return_freed_memory", lambda *given: None)
 
 
 class Letters:
@@ -189,7 +199,7 @@ def test_growth_of_three_lengths_and_three_rounds():
 
 def test_every_step_says_how_much_of_the_whole_is_done(text, tmp_path):
     said = []
-    given = settings(arms=("softmax", "hedgehog"), align_tokens=64, diagnose_tokens=0, lengths=(16,), train_lengths=())
+    given = settings(arms=("softmax", "hedgehog"), align_tokens=64, diagnose_tokens=0)
     measure(tiny(), Letters(), text, None, given, tmp_path, model_name="tiny", command="test", observe=said.append)
     shares = [progress.done / progress.total for progress in said]
     assert shares[0] == 0 and shares == sorted(shares) and shares[-1] == pytest.approx(1)
@@ -247,6 +257,145 @@ def test_what_was_measured_survives_kill_9(stories260k, text_file, tmp_path, lin
 def test_what_cannot_be_measured_is_refused(text, tmp_path, changes, says):
     with pytest.raises(UsageError, match=says):
         measure(tiny(), Letters(), text, None, settings(**changes), tmp_path, model_name="tiny", command="test")
+
+
+def run(text, folder, model=None, **changes):
+    model, given = model or tiny(), settings(**{"rounds": 1, "train_lengths": (), "lengths": (16,)} | changes)
+    return measure(model, Letters(), text, None, given, folder, model_name="tiny", command="test")
+
+
+def gpt2(positions=64):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=positions, attn_pdrop=0.0, bos_token_id=1,
+        eos_token_id=None,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lengths": (16, 63)}, "--length 63 with --decode_tokens 2 takes 65 tokens"),
+        ({"context_lengths": (80,)}, "--context_length takes 80 tokens"),
+        ({"diagnose_tokens": 65}, "--diagnose_tokens takes 65 tokens"),
+        ({"arms": ("hedgehog",), "align_tokens": 64, "block_size": 65}, "--block_size takes 65 tokens"),
+    ],
+)
+def test_what_the_model_has_no_positions_for_is_said_before_anything_runs(text, tmp_path, changes, says):
+    with pytest.raises(UsageError, match=f"{says}, and GPT2LMHeadModel has learned positions for 64: give at most 64"):
+        run(text, tmp_path / "out", gpt2(), **changes)
+    assert not (tmp_path / "out").exists()
+
+
+class Limited(torch.nn.Module):
+    """Stands in the place of a layer of a model and raises where it reads more than `longest` tokens."""
+
+    def __init__(self, layer, longest):
+        super().__init__()
+        self.layer, self.longest = layer, longest
+
+    def forward(self, ids):
+        if ids.shape[1] > self.longest:
+            raise IndexError("index out of range in self")
+        return self.layer(ids)
+
+
+def test_one_failing_length_takes_nothing_else_along(text, tmp_path):
+    """Of softmax too, and whatever a model raises."""
+    model = tiny()
+    model.model.embed_tokens = Limited(model.model.embed_tokens, 60)
+    found = run(
+        text, tmp_path / "out", model, arms=("elu",), context_lengths=(32, 64), lengths=(16, 62), train_lengths=(62,),
+        diagnose_tokens=0,
+    )  # fmt: skip
+    softmax, elu = found.arms
+    reason = "perplexity at context 64: index out of range in self"
+    assert (softmax.status, softmax.reason) == ("failed", reason)
+    assert [entry.context for entry in softmax.perplexity] == [32] and elu.perplexity[0].ratio is not None
+    short, long = softmax.speed
+    assert short.prefill_s is not None and short.note is None
+    assert long.prefill_s is None and long.note == "index out of range in self"
+    report.validate(found)
+    assert reason in paper(found, [])
+
+
+def test_one_failing_task_takes_no_other_along(text, tasks, tmp_path, monkeypatch):
+    def fails(self, model, *given):
+        if swapped_modules(model):
+            raise KeyError("lost")
+        return original(self, model, *given)
+
+    original = WritingTask.run
+    monkeypatch.setattr(WritingTask, "run", fails)
+    found = run(text, tmp_path / "out", arms=("elu", "relu"), diagnose_tokens=0, **tasks)
+    softmax, *arms = found.arms
+    assert len(softmax.metrics) == 6 and softmax.status == "measured"
+    for arm in arms:
+        assert (arm.status, arm.reason) == ("failed", "writing: 'lost'")
+        assert [entry.task for entry in arm.metrics] == ["pairs", "pairs"] and arm.metrics[0].difference is not None
+        assert arm.perplexity and arm.speed[0].prefill_s is not None
+
+
+def test_an_arm_that_cannot_be_swapped_takes_no_other_along(text, tmp_path, monkeypatch):
+    def fails(arm, *given):
+        if arm.attention == "relu":
+            raise MemoryError
+        return build(arm, *given)
+
+    monkeypatch.setattr("hf_attnswap.tradeoff.quality.build", fails)
+    found = run(text, tmp_path / "out", arms=("relu", "elu"), diagnose_tokens=0)
+    assert [(arm.label, arm.status, arm.reason) for arm in found.arms] == [
+        ("softmax", "measured", None), ("relu", "failed", "MemoryError()"), ("elu", "measured", None),
+    ]  # fmt: skip
+    assert [len(arm.speed) for arm in found.arms] == [1, 0, 1]
+
+
+def test_a_conversion_alone_and_two_of_one_name(stories260k, text_file, tmp_path, attnswap):
+    line = ["tradeoff", stories260k, "--train_file", text_file, "--no_controls", "--context_length", 32]
+    line += ["--max_eval_tokens", 128, "--block_size", 32, "--length", 16, "--rounds", 1, "--align_tokens", 0, "--json"]
+    for folder in ("a", "b"):
+        given = ["--output_dir", tmp_path / folder / "same", "--attention", "relu_norm"]
+        assert attnswap("convert", stories260k, *given).code == 0
+    result = attnswap(*line, "--arm", tmp_path / "a" / "same", "--output_dir", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert [arm["label"] for arm in json.loads(result.out)["arms"]] == ["softmax", "relu_norm of same"]
+    both = ["--arm", tmp_path / "a" / "same", "--arm", tmp_path / "b" / "same"]
+    result = attnswap(*line, *both, "--output_dir", tmp_path / "two")
+    assert result.code == 2 and "two arms are called 'relu_norm of same' and 'relu_norm of same'" in result.err
+
+
+@pytest.mark.parametrize(
+    ("cls", "metrics"),
+    [(BertForMaskedLM, ["accuracy", "pseudo-perplexity"]), (BertForSequenceClassification, ["agreement", "cosine"])],
+)
+def test_models_that_predict_no_next_tokens(tmp_path, cls, metrics):
+    (tmp_path / "text.txt").write_text(sentences())
+    text = TextSource(str(tmp_path / "text.txt"))
+    given = settings(
+        arms=("hedgehog",), context_lengths=(16,), max_eval_tokens=64, lengths=(8, 16), train_lengths=(16,),
+        block_size=16, align_tokens=32, rounds=1, diagnose_tokens=16 if cls is BertForMaskedLM else 0, task_limit=8,
+    )  # fmt: skip
+    found = measure(
+        bert(cls), words_tokenizer(), text, text, given, tmp_path / "out", model_name="bert", command="test"
+    )
+    softmax, arm = found.arms
+    assert [a.status for a in found.arms] == ["measured", "measured"], arm.reason
+    assert [check.name for check in arm.checks] == ["padding", "definition", "seam"] and arm.alignment.tokens == 32
+    assert arm.perplexity == [] and [entry.metric for entry in arm.metrics] == metrics
+    assert all(entry.difference.items == 8 for entry in arm.metrics)
+    assert all(entry.forward_s and not entry.prefill_s for entry in (*softmax.speed, *arm.speed))
+    assert arm.speed[1].forward_speedup.runs == 1 and arm.speed[1].train_speedup.runs == 1
+    assert (arm.diagnostics is not None) == (cls is BertForMaskedLM)
+    report.validate(found)
+    assert "refill" not in paper(found, []) and "Forward pass: " in paper(found, [])
+
+
+def test_texts_that_are_compared_one_by_one_are_held_out(text, tmp_path):
+    with pytest.raises(UsageError, match="held-out ones: give them by --validation_file"):
+        run(text, tmp_path, bert(BertForSequenceClassification), diagnose_tokens=0)
+    with pytest.raises(UsageError, match="BertModel predicts no tokens"):
+        run(text, tmp_path, bert(BertModel))
 
 
 def test_a_run_with_other_settings_is_not_continued(measured, text):

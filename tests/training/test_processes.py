@@ -83,7 +83,7 @@ def kill_at_random(started, folder, seconds):
 
 
 def test_killed_in_a_checkpoint_and_once_more_a_run_ends_as_if_nothing_had_happened(process, command, train, tmp_path):
-    more = ["--max_train_steps", "60", "--checkpointing_steps", "2"]
+    more = ["--max_train_steps", "24", "--checkpointing_steps", "2"]
     train("align", command("align", tmp_path / "whole", *more)[3:])
     killed = command("align", tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
     started = process("-c", TORN, *killed[1:])
@@ -183,6 +183,7 @@ def test_asking_for_two_processes_and_getting_one_stops(process, command, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_failure_under_the_launcher_is_one_line_and_an_exit_code(process, command, tmp_path):
     given = command("finetune", tmp_path / "nan", "--max_train_steps", "4", "--learning_rate", "inf")
     _, err = finish(process(*LAUNCH, "-q", "--config_file", f"{CONFIGS}/cpu.yaml", *given), code=1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_models import tiny_encoder
 
 from hf_attnswap import UsageError, attentions, cli, report
 from hf_attnswap.integration.swapping import describe
@@ -376,6 +377,14 @@ def test_a_conversion_that_has_not_ended_is_no_arm(convert, recipe, tmp_path, mo
     given = ["tradeoff", checkpoint, "--arm", tmp_path / "out", "--train_file", "t.txt", "--output_dir", tmp_path / "r"]
     assert attnswap(monkeypatch, *given) == 2
     assert "has not ended: 1_align has no model; give the command of its recipe again" in capsys.readouterr().err
+
+
+def test_what_a_later_stage_cannot_train_is_refused_before_the_first_runs(convert, recipe, letters, tmp_path):
+    tiny_encoder().save_pretrained(tmp_path / "encoder")
+    letters.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UsageError, match="encoder' is a BertModel, which predicts no next tokens"):
+        convert(recipe(model_name_or_path=str(tmp_path / "encoder"), attention="hedgehog", options=None))
+    assert not (tmp_path / "out" / "1_align").exists()
 
 
 def test_a_stage_whose_model_has_changed_is_not_done(convert, recipe, tmp_path):

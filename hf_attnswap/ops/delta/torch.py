@@ -12,17 +12,22 @@ import torch
 
 from ..chunks import to_rows, tril_
 from ..heads import compute_dtype
+from ..programs import in_one_piece
 
 
 def run(query, key, value, beta, state, chunk):
     """Return what `causal_delta` returns: one token after a state by the recurrence, all else by chunks.
 
+    The whole text is one chunk where the call has to go in one piece.
+
     Takes the arguments of `causal_delta` in order. O(n d) memory, with a gradient too.
     """
+    if query.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        return _step(query, key, value, beta, state)
+    if in_one_piece(query):
+        return _at_once(query, key, value, beta, state)
     if torch.is_grad_enabled():
         return _CausalDelta.apply(query, key, value, beta, state, chunk)
-    if query.shape[2] == 1 and state is not None:
-        return _step(query, key, value, beta, state)
     return _forward(query, key, value, beta, state, chunk, keep_states=False)[:2]
 
 
@@ -35,6 +40,19 @@ def _step(query, key, value, beta, state):
     u = torch.baddbmm(v, k, S, alpha=-1).mul_(b)
     S = torch.baddbmm(S, k.transpose(1, 2), u)
     return torch.bmm(q, S).view(batch, heads, 1, -1).to(query.dtype), S.view_as(state)
+
+
+def _at_once(query, key, value, beta, state):
+    """Return what `causal_delta` returns, the whole text as one chunk: O(n^2) memory, differentiable by autograd."""
+    batch, heads, length, dim = query.shape
+    kv_heads, dtype = value.shape[1], compute_dtype(query.dtype)
+    q, k, v, b = _chunk(query, key, value, beta, slice(None), dtype)
+    S = k.new_zeros(k.shape[0], dim, v.shape[-1]) if state is None else state.to(dtype).flatten(0, 1)
+    U = _additions(k, v, b, S)[0]
+    A = torch.bmm(q, k.mT).unflatten(1, (-1, length)).tril().flatten(1, 2)
+    mixed = (torch.bmm(A, U) + torch.bmm(q, S)).view(batch, heads, length, -1)
+    S = torch.baddbmm(S, k.mT, U).detach()
+    return mixed.to(query.dtype), S.unflatten(0, (batch, kv_heads))
 
 
 def _chunk(query, key, value, beta, part, dtype):

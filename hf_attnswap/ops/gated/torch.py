@@ -12,21 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chunks import to_rows
+from ..chunks import from_chunks, to_chunks, to_rows
 from ..heads import compute_dtype
-from ..states import numerator_grad
+from ..programs import in_one_piece, sizes_are_open, whole_chunks
+from ..states import divided, numerator_grad
 
 
 def run(query, key, value, log_gate, state, eps, chunk):
     """Return what `causal_gated` returns: one token after a state by the recurrence, all else by chunks.
 
+    Chunks follow each other, or go together where the call has to go in one piece.
+
     Takes the arguments of `causal_gated` in order. O(n d) memory, with a gradient too.
     """
     arguments = (query, key, value, log_gate, state, eps, chunk)
+    if query.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        return _step(*arguments[:-1])
+    if in_one_piece(query):
+        return _at_once(*arguments)
     if torch.is_grad_enabled():
         return _CausalGated.apply(*arguments)
-    if query.shape[2] == 1 and state is not None:
-        return _step(*arguments[:-1])
     return _forward(*arguments, keep_states=False)[:3]
 
 
@@ -54,8 +59,35 @@ def _decays(log_gate: Tensor) -> tuple[Tensor, Tensor]:
         `prod_{s < l <= i} g_l` as `[B Hkv, t, t]`, 0 in the future, and `prod_{l <= i} g_l` as `[B Hkv, t, 1]`.
     """
     size = log_gate.shape[1]
-    between = log_gate[:, :, None].expand(-1, -1, size).tril(-1).cumsum_(1)
-    return between.exp_().tril_(), log_gate.cumsum(1).exp_()[..., None]
+    between = log_gate[:, :, None].expand(-1, -1, size).tril(-1).cumsum(1)
+    return between.exp_().tril(), log_gate.cumsum(1).exp_()[..., None]
+
+
+def _at_once(query, key, value, log_gate, state, eps, chunk):
+    """Return what `causal_gated` returns, all chunks together: no loop, differentiable by autograd.
+
+    The states before the chunks are sums over the chunks before, by the gates of whole chunks: O((n / chunk)^2 F Dv)
+    more time than `_forward`.
+    """
+    batch, heads, length, _ = query.shape
+    kv_heads, dtype = value.shape[1], compute_dtype(query.dtype)
+    chunks = whole_chunks(length, chunk) if sizes_are_open(query) else -(-length // chunk)
+    # Tokens with key 0 and log_gate 0 behind the last one leave the state as it is.
+    more = chunks * chunk - length
+    v = F.pad(value.to(dtype), (0, 1), value=1.0)
+    q, k, v = (to_chunks(F.pad(t.to(dtype), (0, 0, 0, more)), kv_heads, chunk) for t in (query, key, v))
+    gates = to_chunks(F.pad(log_gate.to(dtype), (0, more))[..., None], kv_heads, chunk)[..., 0]
+    between, since = (t.unflatten(0, (chunks, -1)) for t in _decays(gates.flatten(0, 1)))
+    of_chunks, since_start = _decays(gates.sum(-1).T)
+    S = k.new_zeros(k.shape[1], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype).flatten(0, 1)
+    added = (k * between[:, :, -1, :, None]).mT @ v
+    sums = torch.einsum("rij,jrfe->irfe", of_chunks, added) + since_start.transpose(0, 1)[..., None] * S
+    before = torch.cat([S[None], sums[:-1]])
+    A = (q @ k.mT).unflatten(2, (-1, chunk)) * between[:, :, None]
+    mixed = (q @ before).unflatten(2, (-1, chunk)) * since[:, :, None]
+    mixed = from_chunks(A.flatten(2, 3) @ v + mixed.flatten(2, 3), batch, chunk)[:, :, :length]
+    out, den = divided(mixed, eps)
+    return out if eps is None else out.to(query.dtype), den, sums[-1].detach().unflatten(0, (batch, kv_heads))
 
 
 def _per_group(stacked: Tensor, length: int) -> Tensor:

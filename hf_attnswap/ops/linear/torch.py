@@ -1,7 +1,8 @@
 """Compute linear attention with torch alone, on any device.
 
-One token after a state is the recurrence. Long texts go by blocks in a CPU's cache (`_blocks.py`) or, elsewhere and
-where torch.compile traces the code, by all chunks at once in a handful of large kernels.
+One token after a state is the recurrence. Long texts go by blocks in a CPU's cache (`_blocks.py`) or, elsewhere,
+where torch.compile traces the code and inside torch.func's transforms, by all chunks at once in a handful of large
+kernels.
 """
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ..chunks import BLOCK, from_chunks, in_large_kernels, to_chunks, to_rows
 from ..heads import compute_dtype
-from ..states import divided, linear_step
+from ..programs import in_one_piece, sizes_are_open, whole_chunks
+from ..states import divided, linear_block_at_once, linear_step
 from ._blocks import by_blocks, by_blocks_with_gradient
 from ._features import empty_result, mapped, scaled, write_result
 
@@ -24,7 +26,7 @@ def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chun
         return full(query, key, value, map_query, map_key, scale, key_mask, eps)
     if query.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
         form = one_token
-    elif in_large_kernels(query):
+    elif in_large_kernels(query) or in_one_piece(query):
         form = at_once
     else:
         form = by_blocks_with_gradient if torch.is_grad_enabled() else by_blocks
@@ -51,28 +53,22 @@ def at_once(query, key, value, map_query, map_key, scale, key_mask, state, eps, 
     q = mapped(scaled(query, dtype, scale), map_query)
     k = mapped(scaled(key, dtype, scale), map_key, key_mask)
     v = F.pad(value.to(dtype), (0, 1), value=1.0)
+    chunks = whole_chunks(length, chunk) if sizes_are_open(query) else -(-length // chunk)
     # Tokens without features behind the last one leave no trace.
-    q, k, v = (to_chunks(F.pad(t, (0, 0, 0, -length % chunk)), kv_heads, chunk) for t in (q, k, v))
-    first = (
-        k.new_zeros(1, *k.shape[1:2], k.shape[-1], v.shape[-1])
-        if state is None
-        else state.to(dtype).flatten(0, 1)[None]
-    )
-    sums = torch.cat([first, k.mT @ v]).cumsum(0)
-    A = (q @ k.mT).unflatten(2, (-1, chunk)).tril().flatten(2, 3)
-    mixed = from_chunks(A @ v + q @ sums[:-1], batch, chunk)[:, :, :length]
-    out, den = divided(mixed, eps)
-    return out if eps is None else out.to(query.dtype), den, sums[-1].detach().unflatten(0, (batch, kv_heads))
+    q, k, v = (to_chunks(F.pad(t, (0, 0, 0, chunks * chunk - length)), kv_heads, chunk) for t in (q, k, v))
+    first = k.new_zeros(k.shape[1], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype).flatten(0, 1)
+    mixed, after = linear_block_at_once(q, k, v, first)
+    out, den = divided(from_chunks(mixed, batch, chunk)[:, :, :length], eps)
+    return out if eps is None else out.to(query.dtype), den, after.detach().unflatten(0, (batch, kv_heads))
 
 
 def full(query, key, value, map_query, map_key, scale, key_mask, eps):
     """Return what `full_linear` returns, and None: one sum over the keys, then one product per block of queries."""
     # With a gradient, autograd keeps all features anyway.
-    block = max(query.shape[2], key.shape[2], 1) if in_large_kernels(query) or torch.is_grad_enabled() else BLOCK
+    whole = in_large_kernels(query) or torch.is_grad_enabled() or in_one_piece(query, key)
     rows, dtype = value.shape[0] * value.shape[1], compute_dtype(query.dtype)
     S = None
-    for start in range(0, key.shape[2], block):
-        part = slice(start, start + block)
+    for part in _parts(key.shape[2], whole):
         k = to_rows(mapped(scaled(key[:, :, part], dtype, scale), map_key, key_mask, part), rows)
         v = F.pad(value[:, :, part].to(dtype), (0, 1), value=1.0).flatten(0, 1)
         S = torch.bmm(k.mT, v) if S is None else S.baddbmm_(k.mT, v)
@@ -83,11 +79,15 @@ def full(query, key, value, map_query, map_key, scale, key_mask, eps):
         mixed = torch.bmm(to_rows(q, rows), S).view(*q.shape[:3], -1)
         return mixed[..., :-1], mixed[..., -1:]
 
-    if block >= query.shape[2]:
+    if whole or query.shape[2] <= BLOCK:
         numerator, denominator = of_rows(slice(None))
         return numerator if eps is None else numerator / (denominator + eps), denominator.squeeze(-1), None
     out, den = empty_result(query, value, dtype)
-    for start in range(0, query.shape[2], block):
-        part = slice(start, start + block)
+    for part in _parts(query.shape[2], whole):
         write_result(*of_rows(part), out[:, :, part], den[:, :, part], eps)
     return out, den, None
+
+
+def _parts(length: int, whole: bool) -> list[slice]:
+    """Return all tokens as one slice where they go as a whole, else in blocks."""
+    return [slice(None)] if whole else [slice(start, start + BLOCK) for start in range(0, length, BLOCK)]

@@ -1,7 +1,7 @@
 """Compute scores with torch alone, on any device.
 
 One row goes at once, long plain texts on a CPU by blocks that fit its cache (`_blocks.py`), all else by tiles of rows
-(`ops/rows.py`).
+(`ops/rows.py`). All rows go at once where a program for any length is made, and inside torch.func's transforms.
 """
 
 import torch
@@ -9,18 +9,19 @@ import torch
 from ...masks import Tile
 from ..chunks import in_large_kernels
 from ..heads import compute_dtype, mix
+from ..programs import in_one_piece
 from ..rows import by_rows, rows_per_tile
 from ._blocks import WORTH_IT, blocked_scores
 from .reference import weights_and_denominator, with_gain
 
 
 def run(query, key, value, mask, scaling, activation, gain, result_dtype):
-    """Return what `score_attention` returns, by the fastest of `one_row`, `by_blocks` and `by_tiles`; O(n d) memory.
+    """Return what `score_attention` returns, by the fastest of `at_once`, `by_blocks` and `by_tiles`; O(n d) memory.
 
-    Takes the arguments of `score_attention` in order.
+    O(n^2) where the call has to go in one piece. Takes the arguments of `score_attention` in order.
     """
-    if query.shape[2] == 1:
-        form = one_row
+    if query.shape[2] == 1 or in_one_piece(query, key):
+        form = at_once
     else:
         form = by_blocks if fits_blocks(query, key, mask, activation) else by_tiles
     return form(query, key, value, mask, scaling, activation, gain, result_dtype)
@@ -38,8 +39,11 @@ def _attend(query, key, value, bias, tile: Tile, mask, scaling, activation, gain
     return with_gain(out, gain).to(result_dtype)
 
 
-def one_row(query, key, value, mask, scaling, activation, gain, result_dtype):
-    """Return the output of a single query row, such as a step of generation; O(S d) time. Arguments as in `run`."""
+def at_once(query, key, value, mask, scaling, activation, gain, result_dtype):
+    """Return the output of all rows together, such as the one of a step of generation; O(T S d) time, O(T S) memory.
+
+    Arguments as in `run`.
+    """
     tile = Tile(slice(None), slice(None), mask.matrix(query.device))
     return _attend(query, key, value, mask.bias, tile, mask, scaling, activation, gain, result_dtype)
 
