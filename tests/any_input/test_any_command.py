@@ -49,7 +49,8 @@ LINES = (
     "--max_train_tokens 64 --output_dir {full}",
     "hf_attnswap.evaluation --model_name_or_path {llama} --validation_file {text} --context_length 16 "
     "--max_eval_tokens 64 --output_file {out}.json",
-    "attnswap diagnose {converted} --validation_file {text} --context_length 8 --texts 1 --output_file {out}.json",
+    "attnswap diagnose {converted} --validation_file {text} --context_length 8 --texts 1 "
+    "--output_file {out}.json --json",
 )
 # A file that is absolute would be one of this machine's; what is only a name lies in the folder of the test.
 named = texts.filter(lambda text: "\0" not in text and not text.startswith(("/", "~")) and len(text) < 300)
