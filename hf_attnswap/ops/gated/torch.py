@@ -82,7 +82,7 @@ def _at_once(query, key, value, log_gate, state, eps, chunk):
     S = k.new_zeros(k.shape[1], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype).flatten(0, 1)
     added = (k * between[:, :, -1, :, None]).mT @ v
     sums = torch.einsum("rij,jrfe->irfe", of_chunks, added) + since_start.transpose(0, 1)[..., None] * S
-    before = torch.cat([S[None], sums[:-1]])
+    before = torch.cat([S[None], sums])[:-1]
     A = (q @ k.mT).unflatten(2, (-1, chunk)) * between[:, :, None]
     mixed = (q @ before).unflatten(2, (-1, chunk)) * since[:, :, None]
     mixed = from_chunks(A.flatten(2, 3) @ v + mixed.flatten(2, 3), batch, chunk)[:, :, :length]
