@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..config import NAME
 from ..integration.attention import attend
-from ..integration.cache import cache_nbytes
+from ..integration.cache import cache_nbytes, state_layer
 from ..integration.finding import head_shape, inspect
 from ..masks import Mask
 from .attention import random_inputs
@@ -85,9 +85,11 @@ def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
     for entry in inspect(model):
         heads, module = head_shape(model, [entry]), entry.module
         query, key, value = random_inputs(heads, length, dtype=model.dtype, device=model.device)
-        cache.update(key, value, module.layer_idx)
         variant = getattr(module, NAME, None)
-        if variant is not None and variant.stateful:
-            layer = cache.layers[module.layer_idx]
+        if variant is None or not variant.stateful:
+            cache.update(key, value, module.layer_idx)
+        else:
+            layer = state_layer(cache, module.layer_idx, variant.described)
+            layer.update(key, value)
             attend(variant, query, key, value, Mask(length, length), heads.head_dim**-0.5, layer)
     return cache

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hf_attnswap.masks import Mask
 
-modest = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+modest = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 # Of query, key and value.
 MAGNITUDES = {
     "usual": st.just((1.0, 1.0, 1.0)),

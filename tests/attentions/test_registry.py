@@ -145,6 +145,7 @@ def test_looking_a_variant_up_costs_microseconds():
         assert seconds < 5e-6
 
 
+@pytest.mark.long
 def test_the_first_lookups_may_come_from_many_threads():
     code = (
         "import threading; from hf_attnswap import attentions; out = []\n"

@@ -108,7 +108,7 @@ def test_a_conversion_trains_as_it_is(script, arguments, tmp_path):
     assert found["attention"] == "hedgehog in 3 bidirectional layers" and found["alignment"] is None
 
 
-@pytest.mark.parametrize("cut_at", ["alignment", "out"])
+@pytest.mark.parametrize("cut_at", ["alignment", pytest.param("out", marks=pytest.mark.long)])
 def test_resuming_ends_with_the_same_weights(script, arguments, tmp_path, monkeypatch, cut_at):
     classify, save_checkpoint = script("benchmarks/classify"), loop.save_checkpoint
     arguments = [*arguments, *SWAP, "--checkpointing_steps", "2"]
@@ -234,6 +234,7 @@ def test_a_comparison_trains_every_arm_once(comparison, script, tmp_path, monkey
         comparison("--learning_rate", "1e-3")
 
 
+@pytest.mark.long
 def test_an_arm_that_fails_is_reported(comparison, script, monkeypatch):
     classify = script("benchmarks/classify")
     real = classify.main

@@ -42,6 +42,7 @@ def test_shared_keys_caches_and_parameters_are_looked_at(process, tmp_path):
     assert set(kept) == {"gemma3n_text", "bert", "llama"}
 
 
+@pytest.mark.long
 def test_what_linear_variants_refuse(process, tmp_path):
     found, _ = coverage(process, tmp_path, "--attention", "elu", "--model_types", "t5,gemma2,gpt_oss,opt")
     assert found["opt"]["verdict"] == "covered"

@@ -68,7 +68,8 @@ def test_a_text_in_pieces_is_the_text(family, name):
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
     found, cache = pieces(model, ids)
-    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    # Recurrences of these models compute in float32, and step by step in another order.
+    torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
     assert any(isinstance(layer, StateLayer) for layer in cache.layers) == (name != "relu_power")
 
 

@@ -182,8 +182,7 @@ def test_a_decoder_that_goes_by_its_mask_alone_is_causal(name):
 @pytest.mark.parametrize(
     "kinds", (["causal"], ["causal", "bidirectional"], ["causal", "bidirectional", "cross"]), ids=str
 )
-@pytest.mark.parametrize("family", ("bart", "t5", "marian"))
-@pytest.mark.parametrize("name", ("relu_norm", "elu", "hedgehog"))
+@pytest.mark.parametrize(("family", "name"), crossed(("bart", "t5", "marian"), ("relu_norm", "elu", "hedgehog")))
 def test_generation_of_encoder_decoders_is_recomputation(name, family, kinds):
     if name not in names_for(family):
         pytest.skip("a position bias is for variants on the scores")

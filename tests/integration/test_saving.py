@@ -265,6 +265,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_a_name_that_is_registered_already_is_no_licence_to_run_softmax(saved):
     run = subprocess.run(
         [sys.executable, "-c", REGISTERED, *(str(saved / case) for case in ("elu", "slice", "hedgehog+window"))],

@@ -29,6 +29,7 @@ def needs(module: str) -> None:
         pytest.skip(f"{module} is not installed")
 
 
+@pytest.mark.long
 def test_the_public_interface_is_type_checked(tmp_path):
     needs("mypy")
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]

@@ -73,6 +73,7 @@ def test_pushed_in_one_process_and_loaded_by_id_in_another(hub, conversion, tmp_
     assert found["text"] == here
 
 
+@pytest.mark.long
 def test_an_interrupted_upload_continues(here, conversion, tmp_path):
     here.hang_after = 3
     code = "from test_push import *; push_whole(Path(sys.argv[1]))"

@@ -301,10 +301,10 @@ def test_write_all_writes_every_file(report: Report, tmp_path: Path) -> None:
 
 
 def test_the_room_imports_no_other() -> None:
-    """Its types alone: no torch, no other room but statistics and whole files, matplotlib only for a plot."""
+    """No torch, no other room but errors, statistics and the files of sources, matplotlib only for a plot."""
     folder = Path(pages.__file__).parent
     code = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
-    allowed = r"sources\.files import|statistics import| import statistics"
+    allowed = r"sources\.(files|structured) import|errors import|statistics import| import statistics"
     assert not re.search(rf"^\s*(from|import) (torch|transformers|hf_attnswap|\.\.(?!{allowed}))", code, re.MULTILINE)
     script = (
         "import sys, types\n"

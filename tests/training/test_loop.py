@@ -422,6 +422,7 @@ with one_line_errors("train"):
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path):
     """On a file system of its own, which has room for one checkpoint and a half."""
     size = run(output_dir=tmp_path / "whole", checkpointing_steps=6) and sum(

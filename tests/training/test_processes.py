@@ -176,6 +176,7 @@ def test_two_processes_measure_the_same_perplexity_as_one(process, _fresh_accele
     assert out.count("perplexity") == 1
 
 
+@pytest.mark.long
 def test_asking_for_two_processes_and_getting_one_stops(process, command, tmp_path):
     launch = [*LAUNCH, "-q", "--cpu", "--num_processes", "2"]
     _, err = finish(process(*launch, *command("finetune", tmp_path / "out", "--max_train_steps", "1")), code=1)
