@@ -1,6 +1,7 @@
 """Define what a variant is: its description, its definition, its parameters, and its fast form."""
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ class Attention(nn.Module):
     @classmethod
     def options(cls) -> dict[str, Option]:
         """Return the options that the class and its bases declare, by name."""
-        return {n: o for base in reversed(cls.__mro__) for n, o in vars(base).items() if isinstance(o, Option)}
+        return dict(_declared(cls))
 
     @classmethod
     def check_options(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -245,6 +246,11 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}={v!r}" for n, v in self.option_values().items())
+
+
+@functools.cache  # a swap asks several times per layer
+def _declared(cls: type[Attention]) -> dict[str, Option]:
+    return {n: o for base in reversed(cls.__mro__) for n, o in vars(base).items() if isinstance(o, Option)}
 
 
 # (the variant, query, key, value, mask, scaling) -> what its layer gives, `[B, H, T, Dv]`

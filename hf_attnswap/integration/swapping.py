@@ -234,9 +234,12 @@ def mark_swapped(model: PreTrainedModel, saved: dict[str, dict[str, Any]], entri
     """
     parts = model_parts(model)
     configs: list[tuple[str | None, PreTrainedConfig]] = list(parts.items())
+    known = {id(config) for config in parts.values()}
     for name, module in model.named_modules():  # some hold copies
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            configs.append((part_of(model, name, module, parts), module.config))
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) not in known:
+            known.add(id(config))
+            configs.append((part_of(model, name, module, parts), config))
     for part, config in configs:
         if part not in saved:
             continue
