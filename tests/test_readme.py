@@ -19,6 +19,7 @@ README = (Path(hf_attnswap.__file__).parents[1] / "README.md").read_text()
 BLOCKS = [block.strip("\n") for block in re.findall(r"(?:^    .+\n)+", README, re.M)]
 COMMANDS = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [re.sub(r"\s{2,}#.*", "", line) for line in COMMANDS]
+WORDS = [f"Ġ{first}{second}" for first in "abcdefgh" for second in "abcdefgh"]  # for the task that recalls words
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,?"
 
 
@@ -27,11 +28,12 @@ def folder(tmp_path_factory) -> Path:
     """A folder to work in: `MODEL`, a tiny model with a tokenizer of letters, and `book.txt`."""
     folder = tmp_path_factory.mktemp("readme")
     config = transformers.LlamaConfig(
-        vocab_size=len(LETTERS) + 1, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16384, bos_token_id=None, eos_token_id=None,
+        vocab_size=len(LETTERS) + 1 + len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16384, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "MODEL")
-    tokenizer = Tokenizer(models.WordLevel({"?!": 0, **{c: i + 1 for i, c in enumerate(LETTERS)}}, unk_token="?!"))
+    vocabulary = {piece: i for i, piece in enumerate(["?!", *LETTERS, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?!").save_pretrained(folder / "MODEL")
     lines = (f"The cat number {i} sat on mat {i % 7}, and the dog saw {i * i} of them." for i in range(4000))

@@ -9,9 +9,12 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import hf_attnswap
+from hf_attnswap import UsageError
 from hf_attnswap.evaluation.likelihood import Request, encode_pair, log_likelihoods
+from hf_attnswap.evaluation.tasks import TaskInputs
 from hf_attnswap.evaluation.tasks.needle import found_needles, needles
 from hf_attnswap.evaluation.tasks.recall import recalled, recalls, word_tokens
+from hf_attnswap.evaluation.tasks.registry import get
 from hf_attnswap.evaluation.tasks.writing import agreement, continuations, repetition_rate
 
 
@@ -66,6 +69,13 @@ def test_a_model_that_copies_finds_every_needle_and_one_with_a_window_only_the_n
     made = needles(Letters(), [400], [0.0, 1.0])
     assert found_needles(Copies(match=15), made) == [True, True]
     assert found_needles(Copies(match=15, reach=150), made) == [False, True]
+
+
+def test_a_tokenizer_without_words_is_refused():
+    letters = Letters()
+    letters.get_vocab = lambda: {"a": 0}
+    with pytest.raises(UsageError, match="recall at 64 tokens: .* it has 0. Leave recall out"):
+        get("recall").run(tiny(), letters, TaskInputs(lengths=(64,)))
 
 
 def test_recall_by_hand():

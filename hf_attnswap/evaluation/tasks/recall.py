@@ -33,6 +33,11 @@ class RecallTask(Task):
             room = length - len(start)
             queries = min(32, length // 8)
             pairs = min(room // 2 - queries, len(words) // 2)
+            if pairs < 1:
+                raise UsageError(
+                    f"recall at {length} tokens: a text needs room for a pair, and the tokenizer two tokens that are "
+                    f"words with a space before them; it has {len(words)}. Leave recall out, or give longer contexts"
+                )
             try:
                 items = recalls(words, pairs, min(queries, pairs), inputs.limit or self.texts, inputs.seed, start)
             except ValueError as error:
@@ -128,4 +133,4 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, most: int = 4096) -> Tensor:
         for piece, index in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
         if piece[:1] in ("Ġ", "▁") and piece[1:].isascii() and piece[1:].isalpha() and len(piece) > 2
     ]
-    return torch.tensor(ids[:most])
+    return torch.tensor(ids[:most], dtype=torch.long)
