@@ -27,7 +27,7 @@ def show(report: Report, page: Path | None = None) -> Group:
     """
     shown = arms(report)
     table = Table.of("", _columns(report), shown)
-    notes = _notes(report, len(report.arms) - len(shown))
+    notes = _notes(report, table, len(report.arms) - len(shown))
     where = f"All of it: {page}" if page else "All of it: report.html, which attnswap report --output_dir DIR writes"
     return Group(
         *(Text(_cut(line)) for line in [*verdict(report), "", _title(report)]),
@@ -152,11 +152,13 @@ def _speed(report: Report, arm: Arm, key: str, length: int) -> str:
     return times(spread.median) + (NOISE if facts.is_noise(report, arm, key, length) else "")
 
 
-def _notes(report: Report, left_out: int) -> list[str]:
-    """Return at most three lines: the arms left out, what is marked, what is missing."""
+def _notes(report: Report, table: Table, left_out: int) -> list[str]:
+    """Return at most three lines: the arms left out, what is marked in `table`, what is missing."""
+    marked = any(NOISE in cell for row in table.rows for cell in row)
     every = tables.tables(report)
     notes = [f"{left_out} more arms are on the page."] if left_out else []
-    return [*notes, *dict.fromkeys(note for table in every for note in table.notes)][:3]
+    said = dict.fromkeys(note for each in every for note in each.notes if marked or not note.startswith(NOISE))
+    return [*notes, *said][:3]
 
 
 def _name(arm: Arm) -> str:

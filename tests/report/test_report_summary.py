@@ -1,14 +1,17 @@
 """The words: each statement follows from the numbers, and turns when they do."""
 
 import copy
+import io
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from changing import change
+from rich.console import Console
 
 from hf_attnswap.report import Report, facts, tables
 from hf_attnswap.report.details import details
+from hf_attnswap.report.screen import show
 from hf_attnswap.report.short import short
 from hf_attnswap.report.summary import summary
 from hf_attnswap.report.tradeoff import tradeoff
@@ -285,6 +288,18 @@ def test_a_loss_is_never_among_the_gains(report: Report) -> None:
         entry.prefill_speedup = Spread(1.01, 0.9, 1.2, 5)  # neither: some runs were slower, some faster
     said = dict(short(report))
     assert "×1.010" not in said["Gains"] + said["Costs"]
+
+
+@pytest.mark.parametrize("place", (-1, 0), ids=("shown", "on the page alone"))
+def test_the_terminal_explains_the_mark_where_it_shows_it(report: Report, place: int) -> None:
+    """The terminal shows the speeds at the longest length; `none` is 4 times as fast there."""
+    for entry in arm(report, "elu").speed:
+        entry.prefill_speedup = Spread(1.0, 0.9, 1.1, 5)
+    arm(report, "elu").speed[place].prefill_speedup = Spread(4.5, 4.4, 4.6, 5)
+    console = Console(width=80, file=io.StringIO())
+    console.print(show(report))
+    text = console.file.getvalue()
+    assert ("‡ faster than without any attention" in text) == ("×4.500‡" in text) == (place == -1)
 
 
 def test_what_is_faster_than_no_attention_is_noise_and_never_praised(report: Report) -> None:
