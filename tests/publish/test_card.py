@@ -81,7 +81,7 @@ def test_controls_formula_machine_and_limits_are_there(demo):
     arm = next(arm for arm in demo.arms if arm.attention == "hedgehog+window")
     text = render(demo, config_of(arm.attention, arm.options))
     for said in (
-        "softmax (control)", "none (control)", "window (control)", "| hedgehog |", "16,384 tokens",
+        "softmax (control)", "none (control)", "window (control)", "| hedgehog |", "8,192 tokens",
         "too few rounds to say from which length on it is faster", demo.machine.processor, demo.date,
         "attnswap tradeoff", "import hf_attnswap", 'pipeline("text-generation", "user/smollm2-swapped")',
         "SmolLM2-135M-Instruct.Q4_1.gguf, dequantised", "is for causal attention only", "any other mask raises",
