@@ -48,11 +48,16 @@ def instruction_set() -> str:
     Raises:
         UsageError: HF_ATTNSWAP_CPU names one that is not built or that this processor does not have.
     """
-    runs = [name for name in instruction_sets() if _loaded().attnswap_runs(name.encode())]
-    wanted = os.environ.get(VARIABLE) or runs[0]
-    if wanted not in runs:
-        raise UsageError(f"{VARIABLE}={wanted}: this processor runs {', '.join(runs)}")
+    found = [name for name in instruction_sets() if runs(name)]
+    wanted = os.environ.get(VARIABLE) or found[0]
+    if wanted not in found:
+        raise UsageError(f"{VARIABLE}={wanted}: there are kernels for {', '.join(found)} that this processor runs")
     return wanted
+
+
+def runs(name: str) -> bool:
+    """Return whether the library has kernels for an instruction set, and this processor runs them."""
+    return hasattr(_loaded(), f"linear_forward_{name}_f32") and bool(_loaded().attnswap_runs(name.encode()))
 
 
 def missing() -> str | None:
@@ -80,7 +85,7 @@ def _structures() -> dict[str, type[ctypes.Structure]]:
 
 
 _STRUCTURES = _structures()
-Linear, Window, Scores = (_STRUCTURES[name] for name in ("Linear", "Window", "Scores"))
+Linear, Window, Scores, Delta = (_STRUCTURES[name] for name in ("Linear", "Window", "Scores", "Delta"))
 _Tensor = _STRUCTURES["Tensor"]
 NOTHING = _Tensor()
 

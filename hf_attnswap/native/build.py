@@ -25,6 +25,7 @@ _X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "plain": [],
 }
+KERNELS = ("delta", "linear", "scores", "window")
 REALS = {"f32": "float", "f64": "double"}
 # Without fast-math: NaN and inf go through as the definitions say.
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -ffp-contract=fast -Wall -Wno-psabi".split()
@@ -71,9 +72,9 @@ def build(library: Path = LIBRARY, flags: list[str] | None = None, sets: list[st
         jobs = {"threads": [*more, f'-DFINGERPRINT="{mark}"', str(SOURCES / "threads.cpp")]}
         for name, own in instruction_sets().items():
             for suffix, real in REALS.items():
-                if sets is None or name in sets:
-                    given = [f"-DREAL={real}", f"-DTARGET={name}_{suffix}", str(SOURCES / "kernels.cpp")]
-                    jobs[f"{name}_{suffix}"] = [*more, *own, *given]
+                given = [*more, *own, f"-DREAL={real}", f"-DTARGET={name}_{suffix}"]
+                for kernel in KERNELS if sets is None or name in sets else ():
+                    jobs[f"{kernel}_{name}_{suffix}"] = [*given, str(SOURCES / f"{kernel}.cpp")]
         objects = [f"{folder}/{name}.o" for name in jobs]
         commands = [[*command, *job, "-c", "-o", to] for job, to in zip(jobs.values(), objects, strict=True)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -9,7 +9,7 @@ from hf_attnswap import native
 from hf_attnswap.native.build import instruction_sets
 
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-SETS = [] if native.missing() else [s for s in instruction_sets() if native._loaded().attnswap_runs(s.encode())]
+SETS = [] if native.missing() else [name for name in instruction_sets() if native.runs(name)]
 
 
 @pytest.fixture(params=SETS)

@@ -106,7 +106,7 @@ def test_torch_knows_the_operator():
     """Schema, fake results, autograd, and a program for any length, as torch's own check looks at them."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 5, 8, requires_grad=True) for h in (2, 1, 1))
-    given = (q, k, v, None, None, None, None, None, 1, 1.0, 1e-6)
+    given = (q, k, v, None, None, None, None, None, 1, 1.0, 1e-6, False)
     torch.library.opcheck(
         cpu.forward, given, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

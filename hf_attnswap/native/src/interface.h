@@ -65,7 +65,8 @@ struct Linear {
 // Softmax over the last `window` keys and the first `sinks`, all as computed. The token of row r stands in slot
 // `ahead` + r of k and v, and count[b] + r is its position (count: int64 [B], or null for 0); sink_k and sink_v hold
 // positions 0 to `sinks` - 1. lse: [B, H, T], the log of the mass of each row. Dimensions are whole vectors
-// (multiples of 16). Gradients: go of out, glse of lse (or null), added to dk, dv and those of the sinks.
+// (multiples of 16). Gradients: go of out, glse of lse; dk, dv and those of the sinks, [parts B, Hkv, *, *], to which the
+// parts of the rows add.
 struct Window {
   int64_t threads;
   int64_t batch;
@@ -77,6 +78,7 @@ struct Window {
   int64_t window;
   int64_t sinks;
   int64_t ahead;
+  int64_t parts;
   double scaling;
   struct Tensor q;
   struct Tensor k;
@@ -131,4 +133,23 @@ struct Scores {
   void* offset;
   void* total;
   void* doffset;
+};
+
+// The delta rule. type: as in Linear. beta: [B, Hkv, T], as computed. state, after: [B, Hkv, D, Dv]; either may be null.
+struct Delta {
+  int64_t threads;
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t length;
+  int64_t dim;
+  int64_t value_dim;
+  int64_t type;
+  struct Tensor q;
+  struct Tensor k;
+  struct Tensor v;
+  struct Tensor beta;
+  struct Tensor out;
+  void* state;
+  void* after;
 };

@@ -36,7 +36,7 @@ struct Matrices {
 };
 
 // [softmax(y), softmax(-y)] of rows y [t, padded], into rows [t, ld]. `beside`: [exp(y - m), exp(-y - m)] instead, m the
-// largest |y| of the row, which is written to `left`, [t] with stride ldl. y is overwritten.
+// largest |y| of the row, which is written to `left`, [t] with stride ldl, or nowhere. y is overwritten.
 void hedgehog(L t, L dim, L padded, real* y, real* f, L ld, bool beside, real* left, L ldl) {
   Buffer other(padded);
   I lane = lanes();
@@ -50,7 +50,8 @@ void hedgehog(L t, L dim, L padded, real* y, real* f, L ld, bool beside, real* l
     real top = largest(high), bottom = -largest(-low);
     if (beside) {
       real m = most(top, -bottom);
-      left[i * ldl] = m, top = m, bottom = -m;
+      if (left) left[i * ldl] = m;
+      top = m, bottom = -m;
     }
     V plus{}, minus{};
     for (L e = 0; e < padded; e += LANES) {
@@ -91,11 +92,13 @@ void mapped(L map, L t, L dim, L padded, real* x, const real* W, real* room, rea
 
 // The gradient of x from that of its features: df [t, ld] -> dx [t, padded]; f as `mapped` made them. For HEDGEHOG
 // W: transposed; `room`: [t, padded], in which the gradient of x + x W is left.
-void map_gradient(L map, L t, L dim, L padded, const real* f, L ld, const real* df, const real* W, real* room, real* dx) {
+void map_gradient(L map, L t, L dim, L padded, const real* f, L ld, const real* df, const real* W, real* room, real* dx,
+                  bool beside = false) {
   if (map == HEDGEHOG) {
     for (L i = 0; i < t; i++, f += ld, df += ld) {
       real p = 0, n = 0;
-      for (L e = 0; e < dim; e++) p += f[e] * df[e], n += f[dim + e] * df[dim + e];
+      if (!beside)
+        for (L e = 0; e < dim; e++) p += f[e] * df[e], n += f[dim + e] * df[dim + e];
       for (L e = 0; e < dim; e++) room[i * padded + e] = f[e] * (df[e] - p) - f[dim + e] * (df[dim + e] - n);
       for (L e = dim; e < padded; e++) room[i * padded + e] = 0;
     }

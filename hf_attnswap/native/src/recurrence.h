@@ -180,6 +180,13 @@ void denominators(L t, L F, L G, const real* k, const real* q, const real* gate,
   }
 }
 
+// Parts that the columns of a matrix are cut into, so that all threads have something to do.
+INLINE L parts_of(L columns, L tasks, L threads) {
+  L parts = 1;
+  while (threads > 1 && tasks * parts < 2 * threads && columns / (parts * 2) >= COLUMNS) parts *= 2;
+  return parts;
+}
+
 // A state [F, ld] in memory, columns first .. first + width, into blocks and back; `padded` columns, the others zero.
 void state_in(const real* x, L ld, L F, L first, L width, L padded, real* S) {
   for (L c = 0; c < padded; c += COLUMNS) {

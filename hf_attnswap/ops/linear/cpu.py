@@ -35,19 +35,34 @@ def unfit(query, key, value, map_query, map_key, scale, key_mask, state, eps, ch
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
     """Return what `causal_linear` returns; takes its arguments in order, and `causal`."""
-    dtype, given, kind = compute_dtype(query.dtype), query.dtype, kernel_of(map_query, map_key)
+    dtype, kind = compute_dtype(query.dtype), kernel_of(map_query, map_key)
     if kind is None:
         return _of_features(query, key, value, map_query, map_key, scale, key_mask, state, eps)
-    matrices: tuple[Tensor | None, Tensor | None] = (None, None)
-    if kind == _HEDGEHOG:
-        matrices = tuple(m.tensors["delta"].to(dtype) for m in (map_query, map_key))
-    common = torch.float32 if given == torch.float16 else query.dtype
-    query, key, value = (x.to(common) for x in (query, key, value))
+    matrices = _matrices(kind, map_query, map_key, dtype)
+    return _run(query, key, value, None, key_mask, state, *matrices, kind, float(scale), eps)
+
+
+def on_features(query, key, value, log_gate, state, eps) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `causal_gated` returns: output, denominator and last state, by the recurrence over features.
+
+    Takes the arguments of `causal_gated`, with the gate in `compute_dtype`.
+    """
+    return _run(query, key, value, log_gate, None, state, None, None, 0, 1.0, eps)
+
+
+def _run(query, key, value, log_gate, mask, state, wq, wk, kind, scale, eps):
+    given, dtype = query.dtype, compute_dtype(query.dtype)
+    common = torch.float32 if given == torch.float16 else given
+    q, k, v = (x.to(common) for x in (query, key, value))
     state = None if state is None else state.to(dtype)
-    arguments = (query, key, value, None, key_mask, state, *matrices, kind, float(scale), eps)
-    run = _forward if native.by_hand(query, key, value, *matrices) else forward
-    out, den, after = run(*arguments)
+    call = _forward if native.by_hand(q, k, v, log_gate, wq, wk) else forward
+    out, den, after, _ = call(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, False)
     return out if eps is None else out.to(given), den, after.detach()
+
+
+def _matrices(kind, map_query, map_key, dtype) -> list[Tensor | None]:
+    """Return the matrices of the maps of queries and of keys; None for a map without."""
+    return [m.tensors["delta"].to(dtype) for m in (map_query, map_key)] if kind == _HEDGEHOG else [None, None]
 
 
 def kernel_of(map_query, map_key) -> int | None:
@@ -65,8 +80,8 @@ def hybrid_branch(query, key, value, mask, state, map_query, map_key, log_mix, o
         out: `[B, H, T, Dv]`, the output of the softmax; becomes that of both. lse: `[B, H, T]`, the log of its mass.
     """
     kind, dtype = kernel_of(map_query, map_key), query.dtype
-    matrices = [m.tensors["delta"].to(dtype) for m in (map_query, map_key)] if kind == _HEDGEHOG else [None, None]
-    _, den, after = _results(query, key, value, kind, 0.0)
+    matrices = _matrices(kind, map_query, map_key, dtype)
+    _, den, after, _ = _results(query, key, value, kind, 0.0)
     state = None if state is None else state.to(dtype)
     tensors = _prepared(query, key, value, None, mask, state, *matrices)
     call = _call(*tensors, kind, 1.0, 0.0, out, den)
@@ -75,6 +90,18 @@ def hybrid_branch(query, key, value, mask, state, map_query, map_key, log_mix, o
     call.lse, call.log_mix = native.pointer(lse), native.pointer(log_mix)
     native.run("linear_forward", dtype, call)
     return after
+
+
+def branch(query, key, value, mask, state, map_query, map_key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what a hybrid joins, with a gradient: numerator, denominator, last state, and what the queries left out.
+
+    Takes the first arguments of `hybrid_branch`. The last output is the log of a factor of each row, `[B, H, T]`, a
+    constant to the gradient.
+    """
+    kind = kernel_of(map_query, map_key)
+    matrices = _matrices(kind, map_query, map_key, query.dtype)
+    numerator, den, after, left = forward(query, key, value, None, mask, state, *matrices, kind, 1.0, None, True)
+    return numerator, den, after.detach(), left.detach()
 
 
 def _of_features(query, key, value, map_query, map_key, scale, key_mask, state, eps):
@@ -86,7 +113,7 @@ def _of_features(query, key, value, map_query, map_key, scale, key_mask, state, 
         q, k = (mapped(scaled(x[:, :, part], dtype, scale), m) for x, m in ((query, map_query), (key, map_key)))
         mask = None if key_mask is None else key_mask[:, part]
         now = (q, k, value[:, :, part].to(dtype), None, mask, None if state is None else state.to(dtype), None, None)
-        out[:, :, part], den[:, :, part], state = _forward(*now, 0, 1.0, eps)
+        out[:, :, part], den[:, :, part], state, _ = _forward(*now, 0, 1.0, eps, False)
     return out, den, state
 
 
@@ -119,14 +146,15 @@ def _call(q, k, v, gate, mask, state, wq, wk, kind, scale, eps, out, den) -> nat
     )
 
 
-def _results(q, k, v, kind, eps) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory for the output, the denominator and the state."""
+def _results(q, k, v, kind, eps, beside=False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for the output, the denominator, the state, and what the queries leave out (where `beside`)."""
     batch, heads, length, dim = q.shape
     dtype, features = compute_dtype(q.dtype), dim * (2 if kind == _HEDGEHOG else 1)
     # Laid out as [B, T, H, Dv]: the model's output projection reads it without a copy.
     out = q.new_empty(batch, length, heads, v.shape[-1], dtype=q.dtype if eps is not None else dtype).transpose(1, 2)
     den = q.new_empty(batch, heads, length, dtype=dtype)
-    return out, den, q.new_empty(batch, k.shape[1], features, v.shape[-1] + 1, dtype=dtype)
+    after = q.new_empty(batch, k.shape[1], features, v.shape[-1] + 1, dtype=dtype)
+    return out, den, after, q.new_empty((batch, heads, length) if beside else 0, dtype=dtype)
 
 
 def _prepared(q, k, v, gate, mask, state, wq, wk):
@@ -136,13 +164,14 @@ def _prepared(q, k, v, gate, mask, state, wq, wk):
     return *(native.rows(t) for t in (q, k, v)), gate, mask, state, wq, wk
 
 
-def _forward(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps) -> tuple[Tensor, Tensor, Tensor]:
-    out, den, after = _results(q, k, v, kind, eps)
+def _forward(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, den, after, left = _results(q, k, v, kind, eps, beside)
     tensors = _prepared(q, k, v, log_gate, mask, state, wq, wk)
     call = _call(*tensors, kind, scale, eps, out, den)
-    call.after = native.pointer(after)
+    call.beside, call.after = beside, native.pointer(after)
+    call.left = native.pointer(left) if beside else None
     native.run("linear_forward", den.dtype, call)
-    return out, den, after
+    return out, den, after, left
 
 
 @torch.library.custom_op("hf_attnswap::linear", mutates_args=(), device_types="cpu")
@@ -158,18 +187,21 @@ def forward(
     kind: int,
     scale: float,
     eps: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output, denominator and last state; see `native/src/interface.h` for the arguments.
+    beside: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, denominator and last state; see `Linear` in `native/src/interface.h` for the arguments.
 
     Args:
         log_gate: log of what is left of the state as a token comes, `[B, Hkv, T]`; None for 0.
+        beside: whether queries keep their scale, as beside a softmax; then the last output is the log of a factor that
+            their features leave out, `[B, H, T]`, a constant to the gradient. Empty otherwise.
     """
-    return _forward(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps)
+    return _forward(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside)
 
 
 @forward.register_fake
-def _(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps):
-    return _results(q, k, v, kind, eps)
+def _(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside):
+    return _results(q, k, v, kind, eps, beside)
 
 
 @torch.library.custom_op("hf_attnswap::linear_backward", mutates_args=(), device_types="cpu")
@@ -189,6 +221,7 @@ def backward(
     kind: int,
     scale: float,
     eps: float | None,
+    beside: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v, log_gate, wq and wk, in the dtype of `den`; empty for what is None."""
     results = _gradients(den, q, k, v, log_gate, wq, wk)
@@ -196,6 +229,7 @@ def backward(
     grad_out, tensors = native.rows(grad_out.to(den.dtype)), _prepared(q, k, v, log_gate, mask, state, wq, wk)
     grad_den = grad_den.contiguous()
     call = _call(*tensors, kind, scale, eps, out, den)
+    call.beside = beside
     call.go, call.gden = native.strided(grad_out), native.pointer(grad_den)
     call.dq, call.dk, call.dv = (native.strided(t) for t in (dq, dk, dv))
     if wq is not None:
@@ -220,25 +254,26 @@ def _gradients(den, q, k, v, log_gate, wq, wk) -> tuple[Tensor, ...]:
 
 
 @backward.register_fake
-def _(grad_out, grad_den, out, den, q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps):
+def _(grad_out, grad_den, out, den, q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside):
     return _gradients(den, q, k, v, log_gate, wq, wk)
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.kind, ctx.scale, ctx.eps = inputs
-    out, den, after = output
+    *tensors, kind, scale, eps, beside = inputs
+    ctx.numbers = kind, scale, eps, beside
+    out, den, _, _ = output
     ctx.save_for_backward(out, den, *tensors)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_out, grad_den, _grad_state):
+def _backward(ctx, grad_out, grad_den, _grad_state, _grad_left):
     out, den, *tensors = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grad_den = torch.zeros_like(den) if grad_den is None else grad_den
-    dq, dk, dv, dgate, dwq, dwk = backward(grad_out, grad_den, out, den, *tensors, ctx.kind, ctx.scale, ctx.eps)
+    dq, dk, dv, dgate, dwq, dwk = backward(grad_out, grad_den, out, den, *tensors, *ctx.numbers)
     q, k, v, log_gate, _, _, wq, wk = tensors
     pairs = ((dq, q), (dk, k), (dv, v), (dgate, log_gate), (None, None), (None, None), (dwq, wq), (dwk, wk))
-    return *(None if t is None else grad.to(t.dtype) for grad, t in pairs), None, None, None
+    return *(None if t is None else grad.to(t.dtype) for grad, t in pairs), None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_keep)

@@ -1,5 +1,5 @@
 // Softmax over a window and the first tokens, by tiles of rows; what a hybrid joins with linear attention.
-#pragma once
+#include "kernels.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -29,16 +29,20 @@ struct SoftmaxTile {
 
   // Rows r0 .. r0 + rows of heads h .. of text b; scores are left as weights in `st`: sinks, then the slots from `low`.
   void run(const Sight& s, L b, L kv, L h, L r0, L rows) {
+    see(s, b, kv, h, r0, rows);
+    soften(s, r0);
+    memset(out, 0, C * columns * sizeof(real));
+    if (first) mix(first, st, C, at(a.sink_v, b, kv, 0), a.sink_v.n, columns, out);
+    if (low < high) mix(high - low, st + first * C, C, at(a.v, b, kv, low), a.v.n, columns, out);
+  }
+  // The scores of the keys that these rows may see.
+  void see(const Sight& s, L b, L kv, L h, L r0, L rows) {
     low = s.first_slot(r0), first = s.sinks_seen(r0 + rows - 1);
     high = s.row_slot(r0 + rows - 1) + 1;
     read_transposed(a.q, b, h, heads, r0, rows, a.dim, (real)a.scaling, qt);
     if (first) scores_of(first, at(a.sink_k, b, kv, 0), a.sink_k.n, a.dim, qt, C, st);
     if (low < high) scores_of(high - low, at(a.k, b, kv, low), a.k.n, a.dim, qt, C, st + first * C);
     else high = low;
-    soften(s, r0);
-    memset(out, 0, C * columns * sizeof(real));
-    if (first) mix(first, st, C, at(a.sink_v, b, kv, 0), a.sink_v.n, columns, out);
-    if (low < high) mix(high - low, st + first * C, C, at(a.v, b, kv, low), a.v.n, columns, out);
   }
   // Rows (bits of lanes, vector by vector) that see key i of the tile.
   I sees(const Sight& s, L r0, L i, L vector) const {
@@ -98,4 +102,73 @@ void window_forward(const Window& a) {
   });
 }
 
+// With p the weights and d = go . out: ds = p (go . v - d + glse), dq = sum_j ds k_j, dk = sum_i ds q_i, dv = sum_i p go_i.
+struct WindowGradient : SoftmaxTile {
+  L wide, b, kv, part;
+  Buffer ds, q, go, got, shift, bias, dq;
+
+  WindowGradient(const Window& a, L heads, L b, L kv, L part)
+      : SoftmaxTile(a, heads), wide(up(a.dim, LANES)), b(b), kv(kv), part(part), ds(most_keys * C), q(C * wide), go(C * columns), got(columns * C),
+        shift(C), bias(C), dq(C * wide) {}
+
+  // Scores are made again, and become weights; `ds` becomes their gradients.
+  void run(const Sight& s, L h, L r0, L rows) {
+    see(s, b, kv, h, r0, rows);
+    for (L x = 0; x < C; x++) {
+      real *row = go + x * columns, d = 0;
+      shift[x] = INFINITY, bias[x] = 0;
+      memset(row, 0, columns * sizeof(real)), memset(q + x * wide, 0, wide * sizeof(real));
+      if (x % ROWS < rows) {
+        L head = h + x / ROWS, n = r0 + x % ROWS, at = (b * a.heads + head) * a.length + n;
+        read_rows(a.q, AS_COMPUTED, b, head, n, 1, 0, a.dim, wide, (real)a.scaling, q + x * wide, wide);
+        read_rows(a.go, AS_COMPUTED, b, head, n, 1, 0, a.value_dim, columns, 1, row, columns);
+        const real* out = (const real*)a.out.p + b * a.out.b + head * a.out.h + n * a.out.n;
+        for (L e = 0; e < a.value_dim; e++) d += row[e] * out[e];
+        if (((const real*)a.lse)[at] > -INFINITY) shift[x] = ((const real*)a.lse)[at];
+        bias[x] = ((const real*)a.glse)[at] - d;
+      }
+      for (L e = 0; e < columns; e++) got[e * C + x] = row[e];
+    }
+    const L keys = first + high - low;
+    if (first) scores_of(first, at(a.sink_v, b, kv, 0), a.sink_v.n, columns, got, C, ds);
+    if (low < high) scores_of(high - low, at(a.v, b, kv, low), a.v.n, columns, got, C, ds + first * C);
+    for (L x = 0; x < C; x += LANES) {
+      V c = load(shift + x), add = load(bias + x);
+      for (L i = 0; i < keys; i++) {
+        real *w = st + i * C + x, *d = ds + i * C + x;
+        V p = kept(sees(s, r0, i, x % ROWS / LANES), exponential(load(w) - c));
+        store(d, p * (load(d) + add)), store(w, p);
+      }
+    }
+    memset(dq, 0, C * wide * sizeof(real));
+    if (first) add(first, st, ds, a.sink_k, a.dsink_k, a.dsink_v, 0);
+    if (low < high) add(high - low, st + first * C, ds + first * C, a.k, a.dk, a.dv, low);
+    for (L x = 0; x < C; x++)
+      if (x % ROWS < rows) write_row(a.dq, AS_COMPUTED, b, h + x / ROWS, r0 + x % ROWS, 0, a.dim, dq + x * wide, a.scaling);
+  }
+
+ private:
+  void add(L keys, const real* w, const real* d, const Tensor& k, const Tensor& dk, const Tensor& dv, L from) {
+    const L pair = (part * a.batch + b) * a.kv_heads + kv;
+    mix(keys, d, C, at(k, b, kv, from), k.n, wide, dq);
+    product<true>(keys, wide, C, d, C, 1, q, wide, (real*)dk.p + pair * dk.h + from * dk.n, dk.n);
+    product<true>(keys, columns, C, w, C, 1, go, columns, (real*)dv.p + pair * dv.h + from * dv.n, dv.n);
+  }
+};
+
+// Part p of the rows has its own sums for keys, values and sinks; their first dimension is that of the parts.
+void window_backward(const Window& a) {
+  const L group = a.heads / a.kv_heads, heads = heads_per_tile(group), tiles = (a.length + ROWS - 1) / ROWS;
+  parallel(a.threads, a.batch * a.kv_heads * a.parts, [&](L task) {
+    L pair = task / a.parts, part = task % a.parts, b = pair / a.kv_heads, kv = pair % a.kv_heads;
+    WindowGradient tile(a, heads, b, kv, part);
+    Sight s{a.window, a.sinks, a.ahead, a.count ? ((const int64_t*)a.count)[b] : 0};
+    for (L g = 0; g < group; g += heads)
+      for (L i = part; i < tiles; i += a.parts) tile.run(s, kv * group + g, i * ROWS, least(ROWS, a.length - i * ROWS));
+  });
+}
+
 }  // namespace
+
+KERNEL(window_backward, Window)
+KERNEL(window_forward, Window)

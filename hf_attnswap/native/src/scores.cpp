@@ -1,6 +1,6 @@
 // Attention by an activation on the scores, and its gradient, by tiles of rows: no tensor of T x S exists.
-#pragma once
 #include "activations.h"
+#include "kernels.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -266,3 +266,6 @@ void scores_forward(const Scores& a) { BY_ACTIVATION(score_forward) }
 void scores_backward(const Scores& a) { BY_ACTIVATION(score_backward) }
 
 }  // namespace
+
+KERNEL(scores_forward, Scores)
+KERNEL(scores_backward, Scores)

@@ -1,5 +1,5 @@
 // Linear attention and its gradient by the recurrence: features, sums and division in one pass over the tokens.
-#pragma once
+#include "kernels.h"
 #include "maps.h"
 #include "recurrence.h"
 #include "rows.h"
@@ -136,13 +136,6 @@ void linear_columns(const LinearCall& c, L b, L h, L first, L width) {
     for (L e = 0; e < F; e++) after[e * ld + a.value_dim] = z[e];
 }
 
-// Parts that the columns of a matrix are cut into, so that all threads have something to do.
-INLINE L parts_of(L columns, L tasks, L threads) {
-  L parts = 1;
-  while (threads > 1 && tasks * parts < 2 * threads && columns / (parts * 2) >= COLUMNS) parts *= 2;
-  return parts;
-}
-
 void linear_forward(const Linear& a) {
   LinearCall c(a);
   L pairs = a.batch * a.kv_heads, parts = parts_of(c.columns, pairs, a.threads), each = up(c.columns / parts, LANES);
@@ -253,7 +246,7 @@ void gradient_of_queries(const LinearCall& c, L b, L h) {
       if (a.gate_q) ((real*)a.gate_q)[(b * a.kv_heads + h) * a.length + i + n] = passed;
     }
     for (L g = 0; g < G; g++) {
-      map_gradient(a.map, t, a.dim, c.padded, now.fq + g * wide, G * wide, df + g * wide, now.wq_t[g], now.room, dx);
+      map_gradient(a.map, t, a.dim, c.padded, now.fq + g * wide, G * wide, df + g * wide, now.wq_t[g], now.room, dx, a.beside);
       for (L n = 0; n < t; n++) write_gradient(a.dq, b, h * G + g, i + n, a.dim, dx + n * c.padded, a.scale);
       if (a.map == HEDGEHOG) {
         read_rows(a.q, a.type, b, h * G + g, i, t, 0, a.dim, c.padded, a.scale, now.x, c.padded);
@@ -318,3 +311,6 @@ void linear_backward(const Linear& a) {
 }
 
 }  // namespace
+
+KERNEL(linear_forward, Linear)
+KERNEL(linear_backward, Linear)

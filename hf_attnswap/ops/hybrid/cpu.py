@@ -1,0 +1,65 @@
+"""Compute the hybrid by the CPU kernels: softmax by tiles of rows, then the recurrence, which joins both as it goes.
+
+The maps are those of the form `cpu` of the op `linear`.
+"""
+
+import torch
+
+from ... import native
+from ..heads import compute_dtype
+from ..linear.cpu import branch, hybrid_branch, kernel_of
+from ..programs import transformed
+from ..sliding import HybridState, Step, context
+from ..window.cpu import softmax_of_context
+from .reference import NO_MASS, log_of_mass, one_for_none
+
+devices = ("cpu",)
+dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+available = native.missing
+
+
+def unfit(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+    """Return why the kernel cannot serve the call, in words, or None."""
+    if transformed() or torch.compiler.is_compiling():
+        return "torch's own operations only are compiled and transformed"
+    if kernel_of(map_query, map_key) is None:
+        return f"the map {map_query.name} is not one of the kernel's"
+    return None
+
+
+def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+    """Return what `hybrid_attention` returns; takes its arguments in order."""
+    dtype = compute_dtype(query.dtype)
+    at = context(query, key, value, valid, window, sinks, state and state.window)
+    if isinstance(at, Step):
+        numerator, denominator, peak = at.softmax_parts(scaling)
+        out, lse = numerator / denominator, (peak + denominator.log()).squeeze(-1)
+        leaving_key, leaving_value, leaves = at.leaving()
+    else:
+        out, lse = softmax_of_context(at, scaling)
+        rows = slice(0, at.length)
+        leaving_key, leaving_value, leaves = at.key[:, :, rows], at.value[:, :, rows], at.leaving()
+    leaves = None if leaves is None else leaves.expand(query.shape[0], -1)
+    leaving = (at.query.to(dtype), leaving_key.to(dtype), leaving_value.to(dtype), leaves)
+    before = state and state.linear.to(dtype)
+    learned = (*map_query.tensors.values(), *map_key.tensors.values(), log_mix)
+    if native.by_hand(query, key, value, *learned):
+        S = hybrid_branch(*leaving, before, map_query, map_key, log_mix, out, lse)
+    else:
+        numerator, den, S, left = branch(*leaving, before, map_query, map_key)
+        out = _joined(out, lse, numerator, den, left + log_mix.to(dtype)[:, None])
+    out = out if isinstance(at, Step) else at.unalign(out)
+    return out.to(query.dtype), HybridState(at.state(), S) if keep_state else None
+
+
+def _joined(out, lse, numerator, den, log_scale):
+    """Return the output of both branches with a gradient; what the kernel does in `hybrid_branch`.
+
+    Args:
+        out, lse: output of the softmax, `[B, H, T, Dv]`, and log of its mass, `[B, H, T]`. numerator, den: of the
+            linear branch. log_scale: `[B, H, T]`, log of the factor of the linear branch.
+    """
+    none = den <= NO_MASS
+    mass = (log_scale + log_of_mass(den)).masked_fill(none, torch.finfo(den.dtype).min)
+    lead = (lse - mass)[..., None]
+    return out * torch.sigmoid(lead) + numerator * (torch.sigmoid(-lead) / one_for_none(den)[..., None])
