@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
 
-.PHONY: demo report test lint docs clean
+.PHONY: demo report test sanitize lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
@@ -21,6 +21,13 @@ report: $(VENV)/.demo
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, whose library has to be loaded before Python's.
+sanitize: $(VENV)/.test
+	$(BIN)/python -m hf_attnswap.native --sanitize
+	LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest tests/ops -k cpu -p no:cacheprovider; \
+		status=$$?; $(BIN)/python -m hf_attnswap.native && exit $$status
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def _loaded() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(LIBRARY))
         library.attnswap_fingerprint.restype = ctypes.c_char_p
-        if library.attnswap_fingerprint().decode() != fingerprint():
+        if library.attnswap_fingerprint().decode().split()[0] != fingerprint():
             return "the CPU kernels were built from other sources (python -m hf_attnswap.native builds them again)"
     except (OSError, AttributeError) as error:
         return f"the CPU kernels cannot be loaded: {error}"
@@ -85,7 +85,9 @@ def _structures() -> dict[str, type[ctypes.Structure]]:
 
 
 _STRUCTURES = _structures()
-Linear, Window, Scores, Delta = (_STRUCTURES[name] for name in ("Linear", "Window", "Scores", "Delta"))
+Linear, Window, WindowStep, Scores, Delta = (
+    _STRUCTURES[name] for name in ("Linear", "Window", "WindowStep", "Scores", "Delta")
+)
 _Tensor = _STRUCTURES["Tensor"]
 NOTHING = _Tensor()
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,10 +26,12 @@ _X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "plain": [],
 }
-KERNELS = ("delta", "linear", "scores", "window")
+KERNELS = ("delta", "linear", "scores", "step", "window")
 REALS = {"f32": "float", "f64": "double"}
 # Without fast-math: NaN and inf go through as the definitions say.
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -ffp-contract=fast -Wall -Wno-psabi".split()
+
+SANITIZERS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def instruction_sets() -> dict[str, list[str]]:
@@ -52,40 +55,41 @@ def compiler() -> list[str] | None:
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def build(library: Path = LIBRARY, flags: list[str] | None = None, sets: list[str] | None = None) -> str | None:
-    """Build the library, unless it is there and was built from these sources; return why it was not, in words, or None.
+def build(flags: Sequence[str] = ()) -> str | None:
+    """Build the library, unless it is there and was built like this; return why it was not, in words, or None.
+
+    It appears whole.
 
     Args:
-        library: where it goes; it appears whole.
-        flags: more flags for the compiler, such as those of a sanitizer. sets: the instruction sets; all by default.
+        flags: more flags for the compiler.
     """
     if sys.platform == "win32":
         return "there are no CPU kernels for Windows"
     command = compiler()
     if command is None:
         return "no C++ compiler was found (CXX, c++, g++, clang++)"
-    mark = fingerprint()
-    if flags is None and library.exists() and mark.encode() in library.read_bytes():
+    mark = " ".join([fingerprint(), *flags])
+    if LIBRARY.exists() and f"{mark}\n".encode() in LIBRARY.read_bytes():
         return None
-    more = [*FLAGS, *(flags or [])]
+    more = [*FLAGS, *flags]
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {"threads": [*more, f'-DFINGERPRINT="{mark}"', str(SOURCES / "threads.cpp")]}
+        jobs = {"threads": [*more, f'-DFINGERPRINT="{mark}\\n"', str(SOURCES / "threads.cpp")]}
         for name, own in instruction_sets().items():
             for suffix, real in REALS.items():
                 given = [*more, *own, f"-DREAL={real}", f"-DTARGET={name}_{suffix}"]
-                for kernel in KERNELS if sets is None or name in sets else ():
+                for kernel in KERNELS:
                     jobs[f"{kernel}_{name}_{suffix}"] = [*given, str(SOURCES / f"{kernel}.cpp")]
         objects = [f"{folder}/{name}.o" for name in jobs]
         commands = [[*command, *job, "-c", "-o", to] for job, to in zip(jobs.values(), objects, strict=True)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             runs = list(pool.map(_run, commands))
-        runs.append(_run([*command, *(flags or []), "-shared", "-pthread", "-o", f"{folder}/whole.so", *objects]))
+        runs.append(_run([*command, *flags, "-shared", "-pthread", "-o", f"{folder}/whole.so", *objects]))
         failed = next((run for run in runs if run.returncode), None)
         if failed is not None:
             return f"{shlex.join(failed.args)} failed:\n{failed.stderr.strip()}"
-        appears = library.with_suffix(f".{os.getpid()}.so")
+        appears = LIBRARY.with_suffix(f".{os.getpid()}.so")
         shutil.copy(f"{folder}/whole.so", appears)
-        os.replace(appears, library)
+        os.replace(appears, LIBRARY)
     return None
 
 

@@ -75,6 +75,28 @@ def test_a_text_without_a_state(seed):
     torch.testing.assert_close(ours * keep, expected * keep)
 
 
+@pytest.mark.parametrize("window_size, sinks", ((1, 0), (3, 2), (8, 4), (64, 1)))
+def test_steps_of_generation(each_set, window_size, sinks):  # noqa: F811
+    """Token by token, from a state that is not full until it is, for texts of different lengths in a batch."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, h, 30, 16, dtype=torch.float64) for h in (6, 2, 2)]
+    shape, own = (0.4, window_size, sinks), (ELU, ELU, torch.randn(6, dtype=torch.float64))
+    valid = torch.arange(12)[None] >= torch.tensor([0, 9])[:, None]
+    with torch.no_grad():
+        for op, arguments in ((window, ()), (hybrid, own)):
+            found = []
+            for form in (op.cpu, op.torch):
+                out, state = form.run(*(t[:, :, :12] for t in given), *arguments, *shape, valid, None, True)
+                outs = []
+                for i in range(12, 30):
+                    token = (t[:, :, i : i + 1] for t in given)
+                    out, state = form.run(*token, *arguments, *shape, None, state, True)
+                    outs.append(out)
+                found.append([torch.cat(outs, 2), *([state.linear] if arguments else [])])
+            for ours, expected in zip(*found, strict=True):
+                torch.testing.assert_close(ours, expected)
+
+
 def test_inputs_of_half_the_size():
     torch.manual_seed(0)
     given = [torch.randn(1, h, 100, 16) for h in (6, 2, 2)]

@@ -153,3 +153,29 @@ struct Delta {
   void* state;
   void* after;
 };
+
+// One token after a state, all as computed: old_k and old_v hold `slots` slots, the `sinks` first ones among them, new_k
+// and new_v get one more while there are fewer than sinks + window. count: int64 [B], the position of the token.
+// lse: [B, H]. Dimensions are whole vectors.
+struct WindowStep {
+  int64_t threads;
+  int64_t batch;
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t dim;
+  int64_t value_dim;
+  int64_t window;
+  int64_t sinks;
+  int64_t slots;
+  double scaling;
+  struct Tensor q;
+  struct Tensor k;
+  struct Tensor v;
+  struct Tensor old_k;
+  struct Tensor old_v;
+  struct Tensor new_k;
+  struct Tensor new_v;
+  struct Tensor out;
+  void* count;
+  void* lse;
+};

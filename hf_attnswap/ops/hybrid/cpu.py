@@ -10,7 +10,7 @@ from ..heads import compute_dtype
 from ..linear.cpu import branch, hybrid_branch, kernel_of
 from ..programs import transformed
 from ..sliding import HybridState, Step, context
-from ..window.cpu import softmax_of_context
+from ..window.cpu import fits_step, softmax_of_context, step
 from .reference import NO_MASS, log_of_mass, one_for_none
 
 devices = ("cpu",)
@@ -30,6 +30,8 @@ def unfit(query, key, value, map_query, map_key, log_mix, scaling, window, sinks
 def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
     """Return what `hybrid_attention` returns; takes its arguments in order."""
     dtype = compute_dtype(query.dtype)
+    if state is not None and fits_step(query, key, value, valid, state.window):
+        return _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state)
     at = context(query, key, value, valid, window, sinks, state and state.window)
     if isinstance(at, Step):
         numerator, denominator, peak = at.softmax_parts(scaling)
@@ -50,6 +52,21 @@ def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, 
         out = _joined(out, lse, numerator, den, left + log_mix.to(dtype)[:, None])
     out = out if isinstance(at, Step) else at.unalign(out)
     return out.to(query.dtype), HybridState(at.state(), S) if keep_state else None
+
+
+def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state):
+    """Return what `hybrid_attention` returns for one token after a state, where `fits_step` of the window holds."""
+    old = state.window
+    out, lse, after = step(query, key, value, scaling, window, sinks, old)
+    # The oldest token beside the sinks leaves, where the window is full of tokens.
+    leaving, slots = slice(sinks, sinks + 1), old.key.shape[2]
+    if slots < sinks + window:
+        leaves = torch.zeros(query.shape[0], 1, dtype=torch.bool)
+    else:
+        leaves = (old.count >= slots)[:, None]
+    given = (query, old.key[:, :, leaving], old.value[:, :, leaving], leaves, state.linear.to(query.dtype))
+    S = hybrid_branch(*given, map_query, map_key, log_mix, out, lse)
+    return out, HybridState(after, S)
 
 
 def _joined(out, lse, numerator, den, log_scale):

@@ -53,11 +53,16 @@ def on_features(query, key, value, log_gate, state, eps) -> tuple[Tensor, Tensor
 def _run(query, key, value, log_gate, mask, state, wq, wk, kind, scale, eps):
     given, dtype = query.dtype, compute_dtype(query.dtype)
     common = torch.float32 if given == torch.float16 else given
-    q, k, v = (x.to(common) for x in (query, key, value))
-    state = None if state is None else state.to(dtype)
-    call = _forward if native.by_hand(q, k, v, log_gate, wq, wk) else forward
-    out, den, after, _ = call(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, False)
-    return out if eps is None else out.to(given), den, after.detach()
+    # A step of generation lasts microseconds, as each of these conversions does.
+    q, k, v = (x if x.dtype == common else x.to(common) for x in (query, key, value))
+    state = state if state is None or state.dtype == dtype else state.to(dtype)
+    arguments = (q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, False)
+    if native.by_hand(q, k, v, log_gate, wq, wk):
+        out, den, after, _ = _forward(*arguments)
+    else:
+        out, den, after, _ = forward(*arguments)
+        after = after.detach()
+    return out if eps is None or out.dtype == given else out.to(given), den, after
 
 
 def _matrices(kind, map_query, map_key, dtype) -> list[Tensor | None]:
@@ -146,15 +151,15 @@ def _call(q, k, v, gate, mask, state, wq, wk, kind, scale, eps, out, den) -> nat
     )
 
 
-def _results(q, k, v, kind, eps, beside=False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return memory for the output, the denominator, the state, and what the queries leave out (where `beside`)."""
+def _results(q, k, v, kind, eps, beside=False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return memory for the output, the denominator, the state, and, where `beside`, what the queries leave out."""
     batch, heads, length, dim = q.shape
     dtype, features = compute_dtype(q.dtype), dim * (2 if kind == _HEDGEHOG else 1)
     # Laid out as [B, T, H, Dv]: the model's output projection reads it without a copy.
     out = q.new_empty(batch, length, heads, v.shape[-1], dtype=q.dtype if eps is not None else dtype).transpose(1, 2)
     den = q.new_empty(batch, heads, length, dtype=dtype)
     after = q.new_empty(batch, k.shape[1], features, v.shape[-1] + 1, dtype=dtype)
-    return out, den, after, q.new_empty((batch, heads, length) if beside else 0, dtype=dtype)
+    return out, den, after, q.new_empty(batch, heads, length, dtype=dtype) if beside else None
 
 
 def _prepared(q, k, v, gate, mask, state, wq, wk):
@@ -164,12 +169,14 @@ def _prepared(q, k, v, gate, mask, state, wq, wk):
     return *(native.rows(t) for t in (q, k, v)), gate, mask, state, wq, wk
 
 
-def _forward(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     out, den, after, left = _results(q, k, v, kind, eps, beside)
     tensors = _prepared(q, k, v, log_gate, mask, state, wq, wk)
     call = _call(*tensors, kind, scale, eps, out, den)
     call.beside, call.after = beside, native.pointer(after)
-    call.left = native.pointer(left) if beside else None
+    call.left = native.pointer(left)
     native.run("linear_forward", den.dtype, call)
     return out, den, after, left
 
@@ -196,12 +203,14 @@ def forward(
         beside: whether queries keep their scale, as beside a softmax; then the last output is the log of a factor that
             their features leave out, `[B, H, T]`, a constant to the gradient. Empty otherwise.
     """
-    return _forward(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside)
+    *results, left = _forward(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside)
+    return *results, q.new_empty(0) if left is None else left
 
 
 @forward.register_fake
 def _(q, k, v, log_gate, mask, state, wq, wk, kind, scale, eps, beside):
-    return _results(q, k, v, kind, eps, beside)
+    *results, left = _results(q, k, v, kind, eps, beside)
+    return *results, q.new_empty(0) if left is None else left
 
 
 @torch.library.custom_op("hf_attnswap::linear_backward", mutates_args=(), device_types="cpu")

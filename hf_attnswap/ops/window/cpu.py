@@ -6,7 +6,7 @@ from torch import Tensor
 from ... import native
 from ..heads import compute_dtype
 from ..programs import transformed
-from ..sliding import Context, Step, context
+from ..sliding import Context, Step, WindowState, context
 
 devices = ("cpu",)
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,6 +25,9 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     if valid is None and state is None and not keep_state:
         parts = softmax_of_text(query, key, value, scaling, window, sinks)
         return parts[0].to(query.dtype), None
+    if fits_step(query, key, value, valid, state):
+        out, _, after = step(query, key, value, scaling, window, sinks, state)
+        return out, after if keep_state else None
     at = context(query, key, value, valid, window, sinks, state)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
@@ -32,6 +35,49 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     else:
         out = at.unalign(softmax_of_context(at, scaling)[0])
     return out.to(query.dtype), at.state() if keep_state else None
+
+
+def fits_step(query, key, value, valid, state) -> bool:
+    """Return whether `step` serves the call: a token after a state, no padding, no gradient, whole vectors."""
+    if query.shape[2] != 1 or valid is not None or state is None or torch.is_grad_enabled():
+        return False
+    kept = all(t.dtype == compute_dtype(t.dtype) == query.dtype for t in (key, value, state.key, state.value))
+    return kept and key.shape[-1] % 16 == 0 and value.shape[-1] % 16 == 0
+
+
+def step(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Tensor, WindowState]:
+    """Return the output of one token after a state, the log of its mass `[B, H, 1]`, and the state with the token."""
+    query, key, value, old_k, old_v = (native.rows(t) for t in (query, key, value, state.key, state.value))
+    batch, heads, _, dim = query.shape
+    slots = old_k.shape[2]
+    now, value_dim = min(slots + 1, sinks + window), value.shape[-1]
+    new_k = key.new_empty(batch, key.shape[1], now, dim)
+    new_v = value.new_empty(batch, key.shape[1], now, value_dim)
+    out, lse = query.new_empty(batch, heads, 1, value_dim), query.new_empty(batch, heads, 1)
+    call = native.WindowStep(
+        threads=torch.get_num_threads(),
+        batch=batch,
+        heads=heads,
+        kv_heads=key.shape[1],
+        dim=dim,
+        value_dim=value_dim,
+        window=window,
+        sinks=sinks,
+        slots=slots,
+        scaling=scaling,
+        q=native.strided(query),
+        k=native.strided(key),
+        v=native.strided(value),
+        old_k=native.strided(old_k),
+        old_v=native.strided(old_v),
+        new_k=native.strided(new_k),
+        new_v=native.strided(new_v),
+        out=native.strided(out),
+        count=native.pointer(state.count),
+        lse=native.pointer(lse),
+    )
+    native.run("window_step", query.dtype, call)
+    return out, lse, WindowState(new_k, new_v, state.count + 1)
 
 
 def softmax_of_text(query, key, value, scaling, window, sinks) -> tuple[Tensor, Tensor]:
