@@ -86,10 +86,11 @@ INLINE real largest(V x) {
   return m;
 }
 
-// e^x; 0 or near it below the range, inf above it, NaN of NaN. x = n ln 2 + f, 2^n by the exponent's bits.
+// e^x; 0 below the range of normal numbers, inf above it, NaN of NaN. x = n ln 2 + f, 2^n by the exponent's bits.
 INLINE V exponential(V x) {
   const real low = DOUBLE ? -708.39 : -87.33f, high = DOUBLE ? 709.9 : 88.8f;
-  x = x < low ? set(low) : x;
+  const I below = x < low;
+  x = below ? set(low) : x;
   x = x > high ? set(high) : x;
   // Added, it leaves the whole number in the low bits; the exponent's bias stands there too.
   const real magic = DOUBLE ? 6755399441055744.0 + 1023 : 12582912.f + 127;
@@ -102,7 +103,7 @@ INLINE V exponential(V x) {
     const double c[] = {1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040, 1. / 720,
                         1. / 120, 1. / 24, 1. / 6, 1. / 2, 1, 1};
     UNROLL for (int i = 0; i < 13; i++) p = p * f + (real)c[i];
-    return p * power;
+    return kept(~below, p * power);
   }
   V f = x - n * 0.693359375f;
   f = f - n * -2.12194440e-4f;
@@ -113,7 +114,7 @@ INLINE V exponential(V x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1;
-  return p * power;
+  return kept(~below, p * power);
 }
 
 // Numbers for the time of a task, aligned.
