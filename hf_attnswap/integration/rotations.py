@@ -9,7 +9,6 @@ import ast
 import functools
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -73,13 +72,15 @@ def _calls_of(cls: type[nn.Module]) -> tuple[tuple[tuple[Callable, tuple[Conditi
     Raises:
         NotImplementedError: it rotates in another way.
     """
-    if not re.search(r"rotary|\brope\b|rotate_|freqs", source_of(cls), re.I):
+    written = "".join(source_of(base) for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
+    if not re.search(r"rotar|rotate_|(?<![a-z])rope|freqs", written, re.I):
         return (), -1
+    forward = inspect.unwrap(cls.forward)
     try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
-        arguments = list(inspect.signature(cls.forward).parameters.values())[1:]
-        calls = [(getattr(sys.modules[cls.__module__], f), c) for f, c in _calls(ast.parse(source).body, ())]
-    except (OSError, TypeError, ValueError, AttributeError):
+        source = textwrap.dedent(inspect.getsource(forward))
+        arguments = list(inspect.signature(forward).parameters.values())[1:]
+        calls = [(forward.__globals__[f], c) for f, c in _calls(ast.parse(source).body, ())]
+    except (OSError, TypeError, ValueError, KeyError):
         calls = []
     place = next((i for i, a in enumerate(arguments) if a.name == "position_embeddings"), None) if calls else None
     if place is None or not re.search(r"\bcos, sin = position_embeddings$", source, re.M):
