@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader
 
 from .. import attentions
 from ..attentions.base import KINDS
-from ..config import NAME, known_architectures, plans_from_dict
+from ..config import NAME, known_architectures
 from ..errors import UsageError
+from ..plans import plans_from_dict
 from ..report.facts import swapped_layers
 from ..report.table import Table, escape, markdown
 from ..report.text import count, listing, plain
