@@ -42,6 +42,7 @@ from hf_attnswap.sources.blocks import start_tokens
 from hf_attnswap.sources.files import write_whole
 from hf_attnswap.sources.models import load
 from hf_attnswap.sources.texts import TextSource, token_blocks
+from hf_attnswap.statistics import FEW
 from hf_attnswap.tradeoff import describe_model, machine, now, versions
 from hf_attnswap.tradeoff.rows import describe as variants
 from hf_attnswap.tradeoff.rows import perplexity_ratio
@@ -68,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that the run of a recipe left")
     parser.add_argument("--validation_file", required=True, help="text that no run trained on")
     parser.add_argument("--context_length", type=int, default=512, help="(default: %(default)s)")
-    parser.add_argument("--max_eval_tokens", type=int, default=16384, help="(default: %(default)s)")
+    parser.add_argument("--max_eval_tokens", type=int, help="(default: 500 blocks, or as many as the text has)")
     parser.add_argument("--output_dir", type=Path, required=True, help="see below")
     args = parser.parse_args(argv)
+    args.max_eval_tokens = args.max_eval_tokens or FEW * args.context_length
     recipes = {run.name: read(run) for run in args.runs}
     original = next(iter(recipes.values()))[0]["model_name_or_path"]
     for name, stages in recipes.items():

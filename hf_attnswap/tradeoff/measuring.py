@@ -36,7 +36,7 @@ from .quality import measure_quality
 from .rows import row, stage_of
 from .speed import Rounds, measure_speed
 
-FORMAT = 6  # of the files in `measured`
+FORMAT = 7  # of the files in `measured`
 SPEED = "speed.json"
 
 
@@ -79,9 +79,7 @@ def measure(
         arm.label: _quality(arm, model, tokenizer, train_blocks, held_out, settings, measured, course) for arm in arms
     }
     units = {
-        context: count_units(
-            tokenizer, held_out.tokens, context, settings.max_eval_tokens // context, start=held_out.start
-        )
+        context: count_units(tokenizer, held_out.tokens, context, settings.blocks(context), start=held_out.start)
         for context in settings.context_lengths
     }
     runs = _speed(arms, results, model, held_out, settings, measured, course)
@@ -131,6 +129,7 @@ def _check_settings(
     longest, more = max(settings.lengths), settings.decode_tokens if writes else 0
     require_positions(model, longest + more, f"--length {longest} with --decode_tokens {more}" if more else "--length")
     require_positions(model, max(settings.context_lengths), "--context_length")
+    require_positions(model, max(settings.task_lengths, default=0), "--task_length")
     require_positions(model, settings.diagnose_tokens, "--diagnose_tokens")
     if aligned:
         require_positions(model, settings.block_size, "--block_size")
