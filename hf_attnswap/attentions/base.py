@@ -166,6 +166,15 @@ class Attention(nn.Module):
         """Return the value of every option of this instance, by name."""
         return {name: getattr(self, name) for name in self.options()}
 
+    def choice(self) -> Any:
+        """Return what runs here, as a plan has it: the name and all options."""
+        return self.name, self.option_values()
+
+    @property
+    def linear_branch(self) -> "Attention | None":
+        """Return the linear variant beside a window, which can be aligned alone; None where there is none."""
+        return None
+
     def reset_parameters(self) -> None:
         """Set every parameter of the variant to its starting value, with `torch.nn.init` functions only.
 

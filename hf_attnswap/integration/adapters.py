@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..config import GUARD, NAME, plans_from_dict
+from ..config import GUARD, NAME
 from ..errors import UsageError
+from ..plans import plans_from_dict
 from .loading import build_variants
 from .parts import model_parts
 from .swapping import describe, own_configs, swapped_modules

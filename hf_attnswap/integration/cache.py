@@ -22,6 +22,7 @@ from .. import attentions
 from ..attentions import Attention
 from ..config import NAME
 from ..masks import Mask, Packed, values_are_hidden
+from ..plans import layers_in
 
 Replay = Callable[[dict[str, Tensor], int], object]
 
@@ -129,7 +130,7 @@ class StateLayer(CacheLayerMixin):
         return -1
 
     def nbytes(self) -> int:
-        """Return the bytes of the state, which do not depend on the number of tokens."""
+        """Return the bytes of the state, which grow with the tokens only where some groups of the layer keep keys."""
         return sum(t.numel() * t.element_size() for t in self.state.values())
 
     def _apply(self, change) -> None:
@@ -353,7 +354,7 @@ def with_state_layers(original):
             return types, arguments
         for group in (getattr(config, NAME, None) or {}).get("swapped") or ():
             if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
-                for index in group["layers"]:
+                for index in layers_in(group):
                     kind = types[index] if index < len(types) else None  # of a model that exits early
                     # Of a layer that uses the keys of another, transformers has a dummy. Others keep more than keys and
                     # values.

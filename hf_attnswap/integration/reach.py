@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .. import attentions
-from ..config import Plan
 from ..errors import UsageError
+from ..plans import Plan, choices
 from .read_mask import ANY_MASK
 from .sources import mentions
 
@@ -77,7 +77,8 @@ def check_reach(
         modules = groups[group]
         near = {
             index: (name, modules[index].reach)
-            for index, (name, _) in sorted(plan.items())
+            for index, planned in sorted(plan.items())
+            for name, _ in choices(planned)
             if _passes(modules[index]) and not attentions.get(name).any_mask
         }
         if not near:

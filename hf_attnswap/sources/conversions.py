@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import NAME, plans_from_dict
+from ..config import NAME
 from ..errors import UsageError
+from ..plans import layers_in, plans_from_dict
 from .structured import read_object, read_yaml
 
 # What the run of a recipe leaves, and in the folder of each stage its log and what it did.
@@ -55,7 +56,7 @@ def find(path: str | Path) -> Conversion:
     if saved is not None:
         plans_from_dict(saved, str(folder / "config.json"))  # says what is damaged
     swapped = tuple((saved or {}).get("swapped") or ())
-    layers = sorted(index for group in swapped for index in group["layers"])
+    layers = sorted({layer for entry in swapped for layer in layers_in(entry)})
     whole = len(layers) in (0, config.get("num_hidden_layers"))
     return Conversion(path.resolve().name, folder, swapped, None if whole else _slice(layers), training)
 
