@@ -50,7 +50,7 @@ class Settings:
         include_path: a folder of task files (yaml) for lm-eval.
         train_lengths: which of the `lengths` a training step is timed at.
         equal_controls: whether the windows of equal state and of equal time stand beside every arm with a state, see
-            `matching`.
+            `controls`.
     """
 
     arms: tuple[str, ...]
@@ -93,6 +93,7 @@ class Arm:
         layers: which layers are swapped, as `SwapConfig` takes them; None for all.
         keep: the key/value groups that keep softmax in these layers, as `SwapConfig` takes them; None for none.
         conversion: a saved model to measure; None for a swap of the model that is compared.
+        is_control: whether it stands here only as a control of others, see `controls`.
     """
 
     label: str
@@ -101,6 +102,7 @@ class Arm:
     layers: Any = None
     keep: Any = None
     conversion: Conversion | None = None
+    is_control: bool = False
 
     @property
     def swap(self) -> SwapConfig:

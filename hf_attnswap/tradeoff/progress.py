@@ -17,7 +17,7 @@ class Progress:
 
     Attributes:
         line: what is done now, in words.
-        done, total: weight of the finished steps and of all steps, in tokens read.
+        done, total: weight of the finished steps and of all steps, in tokens read; 0 as long as these are not known.
     """
 
     line: str
