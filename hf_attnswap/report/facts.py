@@ -284,11 +284,11 @@ def controls(report: Report, arm: Arm) -> list[tuple[Control, Arm | None]]:
     return [(control, arms.get(control.arm or "")) for control in arm.controls]
 
 
-def beside_control(report: Report, arm: Arm, control: Arm, context: int | None) -> Comparison | None:
+def beside_control(arm: Arm, control: Arm, context: int | None) -> Comparison | None:
     """Return the perplexity of `arm` over that of a control at `context`, block by block; None where there is none."""
     entry = perplexity_at(arm, context)
-    if control is reference(report):
-        return entry and entry.ratio
+    if entry and entry.ratio and entry.ratio.arm == control.label:
+        return entry.ratio
     return entry and _against(entry, control)
 
 
@@ -299,7 +299,7 @@ def better_control(report: Report, arm: Arm) -> tuple[Control, Arm, Comparison] 
     """
     context = headline_context(report)
     pairs = [(control, other) for control, other in controls(report, arm) if other]
-    found = [(control, other, beside_control(report, arm, other, context)) for control, other in pairs]
+    found = [(control, other, beside_control(arm, other, context)) for control, other in pairs]
     known = [(control, other, compared) for control, other, compared in found if compared]
     return max(known, key=lambda each: each[2].value, default=None)
 

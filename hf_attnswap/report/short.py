@@ -131,7 +131,7 @@ def _beside(report: Report, arm: Arm) -> list[str]:
     shown = [(best[1], what)] if best else [(facts.window_control(report, arm), "the window alone")]
     for control, what in (*shown, (facts.without_attention(report), "no attention")):
         if control and (facts.headline(report, control) or best):
-            against = facts.beside_control(report, arm, control, context)
+            against = facts.beside_control(arm, control, context)
             verdict = f", {plain(arm.label)} is {_than(against.verdict)}" if against else ""
             said.append(f"{what} has {score(report, control)}{verdict}")
     return said

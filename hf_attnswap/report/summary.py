@@ -259,7 +259,7 @@ def _verdicts(report: Report, arm: Arm, control: Arm) -> str:
     """Return in words what the paired differences allow to say, by context."""
     found: dict[str, list[str]] = {}
     for context in facts.contexts(report):
-        compared = facts.beside_control(report, arm, control, context)
+        compared = facts.beside_control(arm, control, context)
         if compared:
             found.setdefault(compared.verdict or "too few blocks to say", []).append(
                 f"{count(context)}, {interval(compared)}"

@@ -132,7 +132,7 @@ def _found(arm: Arm, model: PreTrainedModel, length: int) -> list[dict[str, Any]
     """Return what `equal_windows` returns; the reason where that fails, which takes nothing else along."""
     try:
         swapped = build(arm, model)
-        return equal_windows(arm, swapped, model, length) if _has_controls(swapped) else []
+        return equal_windows(arm, swapped, model, length) if has_controls(swapped) else []
     except Exception as error:
         if os.environ.get("ATTNSWAP_DEBUG"):
             raise
@@ -140,7 +140,7 @@ def _found(arm: Arm, model: PreTrainedModel, length: int) -> list[dict[str, Any]
         return [{"equal": equal, "note": reason} for equal in ("state", "time")]
 
 
-def _has_controls(model: PreTrainedModel) -> bool:
+def has_controls(model: PreTrainedModel) -> bool:
     """Return whether something in a model keeps a state and is no control, or a window stands in some groups alone."""
     layers = list(swapped_modules(model).values())
     parts = [part for layer in layers for part in (layer.parts if isinstance(layer, Groups) else [layer])]
@@ -286,7 +286,11 @@ def _training(arm: Arm) -> list[tuple[Any, Any, Any]]:
 
 def _is_same(arm: Arm, made: Arm) -> bool:
     """Return whether an arm is a window in the same places that keeps as many keys, or nearly."""
-    if arm.attention != WINDOW or (arm.layers, arm.keep) != (made.layers, made.keep):
-        return False
-    ours, wanted = (sum(a.options.get(key, 0) for key in ("window", "sinks")) for a in (arm, made))
-    return abs(ours - wanted) <= CLOSE * wanted
+    same = arm.attention == WINDOW and (arm.layers, arm.keep) == (made.layers, made.keep)
+    return same and is_close(arm.options, made.options)
+
+
+def is_close(options: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Return whether windows of two `window` and `sinks` keep as many keys, or nearly."""
+    ours, theirs = (given.get("window", 0) + given.get("sinks", 0) for given in (options, wanted))
+    return abs(ours - theirs) <= CLOSE * theirs

@@ -99,7 +99,7 @@ def test_what_arms_recall_stands_in_the_headline_with_its_items(controlled: Repo
         "needles found at 512 and 2,048 tokens (20 to 640 items each): softmax 0.950, 0.900; relu_power:p=16 0.950, "
         "0.850; hedgehog+window 0.250, 0.400."
     )
-    said = "Needles at 512, 2,048 (of 20): 0.25 0.40, softmax 0.95 0.90, with hedgehog+window"
+    said = "Needles at 512, 2,048 (of 20): 0.25 0.40, softmax 0.95 0.90, with hedgehog"
     assert said in printed(controlled)
     for one in controlled.arms:
         for entry in one.metrics:
