@@ -8,7 +8,7 @@ from .arms import Arm, Settings
 TRAINING = 4  # what a token costs that is trained on, beside one that is read: two forward passes and a backward one
 DECODING = 8  # a token that is written alone
 CHECKS = 500  # tokens that the checks of a swap read
-TASK_ITEMS = 20
+TASK_ITEMS = 100
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Progress:
 
     Attributes:
         line: what is done now, in words.
-        done, total: weight of the finished steps and of all steps, in tokens read.
+        done, total: weight of the finished steps and of all steps, in tokens read; 0 as long as these are not known.
     """
 
     line: str
@@ -61,7 +61,8 @@ def diagnosis(settings: Settings, layers: int) -> float:
 
 def tasks(settings: Settings) -> float:
     """Return the weight of the tasks of an arm."""
-    return len(settings.tasks) * (settings.task_limit or TASK_ITEMS) * max(settings.context_lengths)
+    lengths = settings.task_lengths or settings.context_lengths
+    return len(settings.tasks) * (settings.task_limit or TASK_ITEMS) * sum(lengths)
 
 
 def quality(arm: Arm, settings: Settings, layers: int, aligned: bool) -> float:
@@ -72,7 +73,7 @@ def quality(arm: Arm, settings: Settings, layers: int, aligned: bool) -> float:
         aligned: whether the run trains the arm.
     """
     swapped = arm.attention != "softmax"
-    weight = settings.max_eval_tokens * len(settings.context_lengths) + tasks(settings)
+    weight = settings.eval_tokens + tasks(settings)
     weight += alignment(settings) if aligned else 0
     return weight + (CHECKS + diagnosis(settings, layers) if swapped else 0)
 
