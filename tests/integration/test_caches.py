@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from swapped_models import greedy
+from swapped_models import greedy, left_padded, swapped
 from tiny_models import randomise, tokens
 
 import hf_attnswap
