@@ -35,7 +35,8 @@ from hf_attnswap import report as reports
 from hf_attnswap.config import NAME
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.perplexity import Perplexity, block_perplexity
-from hf_attnswap.integration.swapping import describe, swapped_modules
+from hf_attnswap.integration.swapping import describe, softmax_groups, swapped_modules
+from hf_attnswap.plans import layers_in
 from hf_attnswap.report import types
 from hf_attnswap.report.types import Data, Report
 from hf_attnswap.sources.blocks import start_tokens
@@ -49,8 +50,8 @@ from hf_attnswap.tradeoff.rows import perplexity_ratio
 ORIGINAL, CONTROL, BESIDE = "original", "softmax", "window"
 # Of the arguments of a stage, those that make it no other training: what stands in the layers, and what is looked at.
 ASIDE = frozenset(
-    "attention options layers new_parameters_learning_rate validation_file validation_steps max_validation_tokens "
-    "checkpointing_steps".split()
+    "attention options layers keep plan new_parameters_learning_rate validation_file validation_steps "
+    "max_validation_tokens checkpointing_steps".split()
 )
 OUTPUT = """\
 output_dir:
@@ -172,11 +173,11 @@ def measured(
     saved = (getattr(loaded.config, NAME, None) or {}).get("swapped") or []
     names = list(dict.fromkeys(group["attention"] for group in saved)) or [CONTROL]
     shape = describe_model(loaded, original)
-    kept = shape.attention_layers - sum(len(group["layers"]) for group in saved)
+    kept = shape.attention_layers - len({layer for group in saved for layer in layers_in(group)})
     own = [p.numel() for variant in swapped_modules(loaded).values() for p in variant.parameters()]
     arm = types.Arm(
         label=label, attention=names[0] if len(names) == 1 else "mixed", options=saved[0]["options"] if saved else {},
-        **variants(names[0] if len(names) == 1 else "mixed", saved, kept),
+        **variants(names[0] if len(names) == 1 else "mixed", saved, kept, list(softmax_groups(loaded))),
         swapped=[types.Group(**group) for group in saved], new_parameters=sum(own), status="measured",
         perplexity=[entry(result)], **about,
     )  # fmt: skip

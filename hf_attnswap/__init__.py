@@ -13,8 +13,12 @@ from .integration.finding import AttentionModule, inspect
 from .integration.swapping import restore, swap
 from .publish import portable as _portable
 from .publish import push as _push
+from .sources.plans import read_plan
 
-__all__ = ["AttentionModule", "SwapConfig", "UsageError", "__version__", "available", "inspect", "restore", "swap"]
+__all__ = [
+    "AttentionModule", "SwapConfig", "UsageError", "__version__", "available", "inspect", "read_plan", "restore",
+    "swap",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -226,6 +226,23 @@ def _get(name: Any) -> type[attentions.Attention]:
         raise UsageError(str(error)) from None
 
 
+def layers_of(text: str | None) -> Any:
+    """Return layers as `SwapConfig` takes them: "0,2" as a list, JSON as a dict, a slice as it is, None for None."""
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError(f"layers is {shown(text)}, which is not JSON") from None
+    return text if ":" in text else [part.strip() for part in text.split(",")]
+
+
+def places_of(text: str | None) -> list[str] | None:
+    """Return the places that a text names, such as "18.2,8.0"; None for None."""
+    return None if text is None else [place.strip() for place in text.split(",")]
+
+
 def parse_options(assignments: list[str]) -> dict[str, Any]:
     """Return options such as `["window=64", "shift=none"]` as a dict.
 

@@ -1,6 +1,7 @@
 """Hold the command that shows what each swapped layer does to gradients, to the distribution, and to the output."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,6 @@ from .options import (
     Model,
     TextColumn,
     TrustRemoteCode,
-    layers_of,
     show,
     status,
     table_of,
@@ -66,6 +66,7 @@ def diagnose(
 
     Example: attnswap diagnose HuggingFaceTB/SmolLM2-135M-Instruct --attention relu --validation_file book.txt
     """
+    from ..config import layers_of
     from ..evaluation.damage import least_damaged
     from ..evaluation.diagnose import diagnose as look
     from ..evaluation.diagnose import summary_rows
@@ -94,7 +95,7 @@ def diagnose(
     with status("looking") as say:
         for arm in arms or [None]:
             if arm is not None:
-                swap(loaded, arm.attention, layers=layers_of(layers), **arm.options)
+                swap(loaded, arm.swap if layers is None else replace(arm.swap, layers=layers_of(layers)))
             looked = look(loaded, blocks, say, mask) | {"label": arm.label if arm else model}
             if arm is not None:
                 restore(loaded)

@@ -152,6 +152,23 @@ def describe(model: PreTrainedModel) -> str:
     return ", ".join(text.format(n) for text, n in counts.items()) or "softmax"
 
 
+def softmax_groups(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how many key/value groups run softmax, and how many there are; heads that cannot be read are not counted.
+
+    A layer that was swapped to `softmax` runs it.
+    """
+    kept = total = 0
+    for entry in inspect(model):
+        shape = heads_of(entry.module) if entry.reason is None else None
+        if shape is None:
+            continue
+        count, attention = shape.num_key_value_heads, getattr(entry.module, NAME, None)
+        parts = attention.each() if isinstance(attention, Groups) else [(attention, range(count))]
+        total += count
+        kept += sum(len(groups) for part, groups in parts if part is None or part.name == "softmax")
+    return kept, total
+
+
 def swapped_modules(model: nn.Module) -> dict[str, Attention]:
     """Return the variants of a swapped model, by the path of the module that each stands on."""
     return {
@@ -162,7 +179,7 @@ def swapped_modules(model: nn.Module) -> dict[str, Attention]:
 def key_value_groups(modules: Mapping[int, AttentionModule]) -> dict[int, int | None]:
     """Return the number of key/value groups of each of these layers, in order; None where it cannot be read."""
     shapes = {index: heads_of(modules[index].module) for index in sorted(modules)}
-    return {index: shape and shape.num_key_value_heads for index, shape in shapes.items()}
+    return {index: shape.num_key_value_heads if shape else None for index, shape in shapes.items()}
 
 
 @torch.inference_mode(False)  # parameters that are made inside it can never train

@@ -13,7 +13,7 @@ from .. import attentions
 from ..attentions.base import KINDS
 from ..config import NAME, known_architectures
 from ..errors import UsageError
-from ..plans import plans_from_dict
+from ..plans import layers_in, plans_from_dict
 from ..report.facts import swapped_layers
 from ..report.table import Table, escape, markdown
 from ..report.text import count, listing, plain
@@ -75,7 +75,7 @@ def render(
     require_repo_id(repo_id)
     groups = swapped_groups(config)
     names = list(dict.fromkeys(group["attention"] for group in groups))
-    layers, all_layers = sum(len(group["layers"]) for group in groups), _layers(config, report)
+    layers, all_layers = sum(len(layers_in(group)) for group in groups), _layers(config, report)
     arm = measured_arm(report, groups) if report else None
     results = _results(config, report, arm) if report and arm else []
     name = repo_id.rpartition("/")[2]

@@ -211,8 +211,15 @@ def without_attention(report: Report) -> Arm | None:
 
 
 def swapped_layers(arm: Arm) -> int:
-    """Return how many layers `arm` swaps."""
-    return sum(len(group.layers) for group in arm.swapped)
+    """Return how many layers `arm` swaps, in all or some of their key/value groups."""
+    return len({(kind, int(place.partition(".")[0])) for kind, place in _places(arm)})
+
+
+def swapped_share(report: Report, arm: Arm) -> float:
+    """Return the part of the key/value groups of the model that `arm` swaps."""
+    per_layer = max(1, report.model.num_key_value_heads)
+    groups = sum(len(group.layers) * per_layer + len(group.groups) for group in arm.swapped)
+    return groups / max(1, report.model.attention_layers * per_layer)
 
 
 def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
@@ -257,12 +264,12 @@ def linear_control(report: Report, hybrid: Arm) -> Arm | None:
 
 
 def same_layers(arm: Arm, other: Arm) -> bool:
-    """Return whether the same layers are swapped in both arms."""
+    """Return whether the same layers and groups are swapped in both arms."""
     return _places(arm) == _places(other)
 
 
-def _places(arm: Arm) -> set[tuple[str, int]]:
-    return {(group.kind, layer) for group in arm.swapped for layer in group.layers}
+def _places(arm: Arm) -> set[tuple[str, str]]:
+    return {(group.kind, place) for group in arm.swapped for place in (*map(str, group.layers), *group.groups)}
 
 
 def with_positions(report: Report) -> list[Arm]:

@@ -257,12 +257,13 @@ class CurvePoint:
 
 @dataclass(config=STRICT)
 class Group:
-    """Describe layers of one kind that have one attention."""
+    """Describe what of one kind has one attention: whole layers, and key/value groups of other layers ("18.2")."""
 
     attention: Name
     options: dict[str, Any]
     layers: list[Count]
     kind: Name = "causal"
+    groups: list[Name] = Field(default_factory=list)
 
 
 @dataclass(config=STRICT)

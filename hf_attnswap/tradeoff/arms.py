@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .. import attentions
-from ..config import SwapConfig, parse_options
+from ..config import SwapConfig, parse_options, places_of
+from ..errors import UsageError
 from ..integration.swapping import swap
 from ..sources.conversions import Conversion, find
 from ..sources.models import load
+from ..sources.plans import read_plan
 from ..training.align import DEFAULT_LEARNING_RATE
 
 DEFAULT_ARMS = "softmax none window relu_norm relu_power elu hedgehog hedgehog+window".split()
@@ -73,6 +75,7 @@ class Arm:
         attention: name of the variant; "mixed" for a conversion whose layers differ.
         options: options of the variant, with all their values; empty where the layers differ.
         layers: which layers are swapped, as `SwapConfig` takes them; None for all.
+        keep: the key/value groups that keep softmax in these layers, as `SwapConfig` takes them; None for none.
         conversion: a saved model to measure; None for a swap of the model that is compared.
     """
 
@@ -80,25 +83,45 @@ class Arm:
     attention: str
     options: dict[str, Any]
     layers: Any = None
+    keep: Any = None
     conversion: Conversion | None = None
+
+    @property
+    def swap(self) -> SwapConfig:
+        """Return the swap of an arm that is no conversion."""
+        return SwapConfig(self.attention, self.layers, self.options, keep=self.keep)
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
         """Return the arm that a text names.
 
-        The text is a variant with its options, such as "relu_power:p=8,shift=none" or "none:layers=1::2", or the folder
-        of a conversion. A text that is the name of a variant means the variant, even where a folder has that name.
+        The text is a variant with its options, such as "relu_power:p=8,shift=none", "none:layers=1::2" or
+        "window:window=128,keep=[18.2,8.0]"; a plan file (.yaml); or the folder of a conversion. A text that is the name
+        of a variant means the variant, even where a folder has that name.
 
         Raises:
-            UsageError: an unknown attention or option, an unfit value, or a folder without a model.
+            UsageError: an unknown attention or option, an unfit value, a plan that cannot be read, or a folder without
+                a model.
         """
         name, _, rest = text.partition(":")
         if name not in attentions.names() and Path(text).is_dir():
             return cls.of(find(text))
-        options = parse_options([part for part in re.split(r",(?![^[]*\])", rest) if part])
+        if text.endswith((".yaml", ".yml")):
+            plan = read_plan(text).swap
+            mixed = isinstance(plan.layers, Mapping)
+            values = {} if mixed else attentions.get(plan.attention).check_options(plan.options)
+            return cls(Path(text).stem, "mixed" if mixed else plan.attention, values, plan.layers, plan.keep)
+        told = [part for part in re.split(r",(?![^[]*\])", rest) if part]
+        kept = [part for part in told if part.startswith("keep=")]  # which as numbers would lose the 0 of 8.10
+        options = parse_options([part for part in told if part not in kept])
         layers = options.pop("layers", None)
-        ((_, (_, values)),) = SwapConfig(name, options=options).plan([0]).items()
-        return cls(text, name, values, layers)
+        keep = [place for part in kept for place in places_of(part.removeprefix("keep=").strip("[]"))]
+        SwapConfig(name, layers, options, keep=keep or None)
+        try:
+            values = attentions.get(name).check_options(options)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return cls(text, name, values, layers, keep or None)
 
     @classmethod
     def of(cls, conversion: Conversion) -> "Arm":
@@ -110,7 +133,7 @@ class Arm:
             names[0] if len(groups) < 2 else "mixed",
             attentions.get(names[0]).check_options(groups[0]["options"]) if len(groups) == 1 else {},
             conversion.layers,
-            conversion,
+            conversion=conversion,
         )
 
 
@@ -118,15 +141,17 @@ def with_controls(arms: Sequence[str]) -> list[str]:
     """Return the given arms after the controls that are missing among them, without which their numbers mean little.
 
     Controls are softmax; no attention; for every hybrid its window alone and its linear part alone, with the same
-    options; and a window in any case. The controls of an arm that swaps some layers swap the same layers. Alignment
-    trains only what a variant adds, and softmax adds nothing, so softmax with the same training is softmax.
+    options; and a window in any case. The controls of an arm that swaps some layers swap the same layers; an arm that
+    keeps some groups of its layers has those of all layers beside it. Alignment trains only what a variant adds, and
+    softmax adds nothing, so softmax with the same training is softmax.
 
     Raises:
         UsageError: `Arm.parse` cannot read an arm.
     """
     given = [Arm.parse(text) for text in arms]
     wanted: list[tuple[str, dict[str, Any], Any]] = [("softmax", {}, None)]
-    swapped = [arm for arm in given if arm.attention != "softmax"]
+    whole = [arm for arm in given if arm.keep is None and not isinstance(arm.layers, Mapping)]
+    swapped = [arm for arm in whole if arm.attention != "softmax"]
     for layers in list({json.dumps(arm.layers): arm.layers for arm in swapped}.values()) or [None]:
         wanted.append(("none", {}, layers))
         for arm in [arm for arm in swapped if arm.layers == layers]:
@@ -142,7 +167,7 @@ def with_controls(arms: Sequence[str]) -> list[str]:
         told += [] if layers is None else [f"layers={layers if isinstance(layers, str) else json.dumps(layers)}"]
         label = ":".join(filter(None, [name, ",".join(told)]))
         control = Arm.parse(label)
-        same = [arm for arm in given if (arm.attention, arm.options) == (control.attention, control.options)]
+        same = [arm for arm in whole if (arm.attention, arm.options) == (control.attention, control.options)]
         if not any(arm.layers == control.layers and (name != "softmax" or not arm.conversion) for arm in same):
             labels.append(label)
     return list(dict.fromkeys([*labels, *arms]))
@@ -168,7 +193,7 @@ def build(arm: Arm, model: PreTrainedModel, parameters: Path | None = None) -> P
     if arm.attention == "softmax":
         return model
     torch.manual_seed(0)
-    swapped = swap(share_weights(model), arm.attention, layers=arm.layers, **arm.options)
+    swapped = swap(share_weights(model), arm.swap)
     if parameters is not None and parameters.is_file():
         swapped.load_state_dict(load_file(parameters), strict=False)
     return swapped.eval()

@@ -22,7 +22,7 @@ from ..evaluation.perplexity import perplexity
 from ..evaluation.tasks import apart
 from ..integration.finding import inspect
 from ..integration.objectives import objective
-from ..integration.swapping import restore, swapped_modules
+from ..integration.swapping import restore, softmax_groups, swapped_modules
 from ..ops.backends import watch
 from ..sources.files import write_whole
 from ..training.align import aligning, alignment_loss, calibrate, trainable_parameters
@@ -63,6 +63,7 @@ def measure_quality(
     """
     result: dict[str, Any] = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0}
     result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None, "tasks": [], "swapped": [], "kept": 0}
+    result |= {"kept_groups": [0, 0]}
     result |= {"backends": {}, "given": max(1, len(held_out.start)), "sound": False}
     failures: list[str] = []
 
@@ -137,6 +138,7 @@ def _sound(
     result["new_parameters"] = sum(p.numel() for p in own)
     result["swapped"] = list((getattr(swapped.config, NAME, None) or {}).get("swapped") or [])
     result["kept"] = sum(entry.swapped is None for entry in inspect(swapped))
+    result["kept_groups"] = list(softmax_groups(swapped))
     if own and settings.align_tokens and arm.conversion is None:
         result["alignment"] = _align(arm, swapped, train_blocks, settings, course)
         parameters = {name: p for name, p in swapped.state_dict().items() if ".attnswap." in name}

@@ -8,6 +8,7 @@ from typing import Any
 from .. import attentions
 from ..benchmark.measure import speedup
 from ..evaluation.perplexity import Perplexity, Units, ratio
+from ..plans import layers_in
 from ..report import types
 from ..statistics import Estimate, Spread, estimate, growth
 from .arms import Arm
@@ -32,7 +33,7 @@ def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units])
         label=arm.label,
         attention=arm.attention,
         options=arm.options,
-        **describe(arm.attention, result["swapped"], result["kept"]),
+        **describe(arm.attention, result["swapped"], result["kept"], result["kept_groups"]),
         swapped=[types.Group(**group) for group in result["swapped"]],
         alignment=alignment,
         training=training,
@@ -71,26 +72,31 @@ def diagnostics(found: dict[str, Any]) -> types.Diagnostics:
     return types.Diagnostics(**found | {"layers": layers})
 
 
-def describe(attention: str, groups: list[dict[str, Any]], kept: int) -> dict[str, Any]:
+def describe(attention: str, groups: list[dict[str, Any]], kept: int, kept_groups: list[int]) -> dict[str, Any]:
     """Return formula, cost, cost class and source of the variants of an arm, and whether all of them are controls.
 
-    The texts of several variants are joined. The cost class is the highest one, softmax's included where some layers
-    keep softmax.
+    The texts of several variants are joined. The cost class is the highest one, softmax's included where some layers or
+    groups keep softmax. A window that leaves some groups on softmax is no control.
 
     Args:
         attention: the variant of an arm without groups.
-        groups: groups of layers that are swapped, each with `attention` and `layers`.
+        groups: what is swapped, each with `attention`, `layers` and, where there are any, `groups`.
         kept: number of attention layers that are not swapped.
+        kept_groups: the number of key/value groups that run softmax, and of all groups.
     """
     names = dict.fromkeys(group["attention"] for group in groups) if groups else [attention]
     classes = [attentions.get(name) for name in names if name != "mixed"]
     costs = dict.fromkeys(cls.cost for cls in classes)
-    swapped = sum(len(group["layers"]) for group in groups)
-    ran = [*classes, attentions.get(SOFTMAX)] if kept and swapped else classes
+    swapped = len({layer for group in groups for layer in layers_in(group)})
+    parted = any(group.get("groups") for group in groups)
+    ran = [*classes, attentions.get(SOFTMAX)] if (kept or parted) and swapped else classes
+    beside = f", softmax in {kept} of {kept + swapped} layers" if kept and swapped else ""
+    if parted:
+        beside = f", softmax in {kept_groups[0]} of {kept_groups[1]} key/value groups"
     return {
-        "control": bool(classes) and all(cls.control for cls in classes),
+        "control": bool(classes) and all(cls.control for cls in classes) and not parted,
         "formula": "; ".join(cls.formula for cls in classes),
-        "cost": "; ".join(costs) + (f", softmax in {kept} of {kept + swapped} layers" if kept and swapped else ""),
+        "cost": "; ".join(costs) + beside,
         "cost_class": max((cls.cost_class for cls in ran), key=COST_CLASSES.index, default="quadratic"),
         "source": "; ".join(cls.source for cls in classes),
     }

@@ -68,10 +68,7 @@ class Stage(TextOptions):
         Raises:
             UsageError: the options do not fit each other or the model.
         """
-        if self.attention:
-            swap_as_asked(model, self, accelerator, self.attention)
-        elif self.layers or self.option:
-            raise UsageError("--layers and --option belong to --attention, which is missing")
+        swap_as_asked(model, self, accelerator)
         return model
 
     @contextmanager
