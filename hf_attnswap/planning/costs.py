@@ -24,10 +24,10 @@ from ..integration.swapping import restore, swap
 from .groups import Groups, Layer
 
 
-def require_costs(model: PreTrainedModel, groups: Groups, what: str) -> None:
-    """Raise UsageError where a model has no cost of this kind: only what writes text has a cache of its own text."""
-    if what == "cache" and (objective(model) != "next tokens" or "causal" not in groups.kinds):
-        raise UsageError(f"{type(model).__name__} keeps no cache of its text, so there is no budget of it")
+def require_cache(model: PreTrainedModel, groups: Groups) -> None:
+    """Raise UsageError where a model keeps no cache of the text that it attends to."""
+    if objective(model) != "next tokens" or "causal" not in groups.kinds:
+        raise UsageError(f"{type(model).__name__} keeps no cache of its text, so there is no budget of cache")
 
 
 def cache_bytes(model: PreTrainedModel, groups: Groups, length: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..integration.observing import answering, own, softmax
 from ..integration.swapping import restore, swap
 from .groups import Groups, by_heads
-from .losses import Loss, Text
+from .losses import Text, answer, distance
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def gated(model: nn.Module, groups: Groups, gates: Tensor) -> Iterator[None]:
         yield
 
 
-def gradient(model: nn.Module, groups: Groups, gates: Tensor, loss: Loss, text: Text) -> tuple[float, Tensor]:
+def gradient(model: nn.Module, groups: Groups, gates: Tensor, text: Text) -> tuple[float, Tensor]:
     """Return the loss of one text at these gates, and its gradient by them, float64 `[n]`.
 
     Cost: two forward passes and a backward one that goes through the activations alone.
@@ -60,8 +60,8 @@ def gradient(model: nn.Module, groups: Groups, gates: Tensor, loss: Loss, text: 
     device = next(model.parameters()).device
     gates = gates.detach().to(device, torch.float32).requires_grad_()
     with answering(model, softmax), torch.no_grad():
-        wanted = loss.answer(model, text)
+        wanted = answer(model, text)
     with gated(model, groups, gates), torch.enable_grad():
-        lost = loss.between(wanted, loss.answer(model, text))
+        lost = distance(wanted, answer(model, text), text)
         (found,) = torch.autograd.grad(lost, gates)
     return lost.item(), found.double().cpu()

@@ -63,7 +63,7 @@ class Groups:
             layers=self.chosen,
             options=dict(self.options),
             kinds=self.kinds,
-            keep=[self.names[place] for place in sorted(kept)],
+            keep=[self.names[place] for place in sorted(kept)] or None,
         )
 
     def by_layer(self) -> dict[int, list[int]]:
@@ -100,7 +100,8 @@ def find_groups(
         heads = heads_of(entry.module)
         if heads is None:
             raise UsageError(
-                f"{type(model).__name__} cannot be planned: the heads of {entry.name} ({entry.class_name}) cannot be read"
+                f"{type(model).__name__} cannot be planned: the heads of {entry.name} ({entry.class_name}) "
+                "cannot be read"
             )
         layers.append((entry, heads))
     names = sorted({(entry.layer, group) for entry, heads in layers for group in range(heads.num_key_value_heads)})

@@ -1,13 +1,11 @@
 """What planning found: the plan, whether it meets its budgets, and what stands beside it."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from ..config import SwapConfig
-from ..report.screen import interval
 from ..statistics import VERDICTS
 
 Interval = dict[str, Any]  # value, low, high, items, few; low and high are None for few items
@@ -86,7 +84,9 @@ class Outcome:
     def table(self) -> Table:
         """Return the arms as a table for the terminal."""
         plan = self.plan
-        table = Table(title=f"{len(plan.kept)} of {self.total} key/value groups keep softmax, elsewhere {self.elsewhere}")
+        table = Table(
+            title=f"{len(plan.kept)} of {self.total} key/value groups keep softmax, elsewhere {self.elsewhere}"
+        )
         titles = ["kept", "groups", "ppl ratio" if self.ratios else "distance", "over the plan"]
         optional = {
             "copy": self.softmax_copy is not None,
@@ -129,8 +129,3 @@ def shown(found: Interval | None) -> str:
     if found["low"] is None:
         return f"{found['value']:.4g}"
     return f"{found['value']:.4g} ({found['low']:.4g} to {found['high']:.4g}){'*' if found['few'] else ''}"
-
-
-def columns(arms: Sequence[Arm]) -> list[str]:
-    """Return the names of the arms, each once, in order."""
-    return list(dict.fromkeys(arm.name for arm in arms))

@@ -1,7 +1,7 @@
 """Search for the groups to keep: scores by gate gradients first, then gates that move together.
 
-Scores: all gates stand at 0.3, and the gradient of the loss by each says what the model gains by softmax there, on plain
-texts and on texts that are written twice (ours, `find_groups` and `gates` say what a gate is).
+Scores: all gates stand at 0.3, and the gradient of the loss by each says what the model gains by softmax there, on
+plain texts and on texts that are written twice (`gates` says what a gate is).
 
 Search: each further step takes the gradient on one text at the gates reached so far, and moves the gates towards the
 groups that gain most there (Frank and Wolfe, "An algorithm for quadratic programming", 1956; with averaged gradients:
