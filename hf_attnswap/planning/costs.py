@@ -30,6 +30,12 @@ def require_cache(model: PreTrainedModel, groups: Groups) -> None:
         raise UsageError(f"{type(model).__name__} keeps no cache of its text, so there is no budget of cache")
 
 
+def require_prefill(model: PreTrainedModel) -> None:
+    """Raise UsageError where a model reads more than one text, so that there is no one prompt to time."""
+    if objective(model) == "another text":
+        raise UsageError(f"{type(model).__name__} reads two texts, so there is no budget of prefill")
+
+
 def cache_bytes(model: PreTrainedModel, groups: Groups, length: int) -> dict[str, int]:
     """Return the bytes of the cache after `length` tokens, with softmax everywhere and with nothing kept, as measured.
 

@@ -21,23 +21,27 @@ class Text:
         ids: int64 `[n]`.
         labels: the token that is told at each place, `NOTHING` where none counts; int64 `[n]`, None for models that
             tell no tokens.
+        source: what the encoder of an encoder-decoder reads, int64 `[m]`; `ids` is then what its decoder reads.
     """
 
     ids: Tensor
     labels: Tensor | None
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Texts:
     """Make the texts of one model from a stream of tokens: plain ones, and ones that are written twice.
 
-    In a text that is written twice only what is told of the second half counts, which a model can copy.
+    In a text that is written twice only what is told of the second half counts, which a model can copy. Of an
+    encoder-decoder, the encoder reads the first half and the decoder tells the second.
 
     Attributes:
         length: tokens of a text.
         start, end: tokens that begin and end every text.
         predicts: what the model makes of a text, see `integration.objectives`.
         mask: the token that stands for a masked one; None where nothing is masked.
+        first: the token that begins what a decoder of another text reads; None for other models.
     """
 
     length: int
@@ -45,6 +49,7 @@ class Texts:
     end: tuple[int, ...]
     predicts: Objective
     mask: int | None
+    first: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int) -> "Texts":
@@ -54,7 +59,7 @@ class Texts:
             UsageError: the model reads something else than one text, has fewer positions, or has no token for a mask.
         """
         predicts = objective(model)
-        if predicts not in ("next tokens", "masked tokens", "labels", "vectors"):
+        if predicts in ("speech", "images", "several inputs"):
             raise UsageError(
                 f"{type(model).__name__} reads {predicts}, and a plan is made on plain texts: name the groups to keep "
                 "yourself, by swap(keep=...)"
@@ -65,8 +70,12 @@ class Texts:
         mask = getattr(tokenizer, "mask_token_id", None) if predicts == "masked tokens" else None
         if predicts == "masked tokens" and mask is None:
             raise UsageError(f"{type(model).__name__} predicts masked tokens, and its tokenizer has none for a mask")
-        end = () if predicts == "next tokens" else tuple(end_tokens(tokenizer))
-        return cls(length, tuple(start_tokens(tokenizer)), end, predicts, mask)
+        end = () if predicts in ("next tokens", "another text") else tuple(end_tokens(tokenizer))
+        first = getattr(model.config, "decoder_start_token_id", None) if predicts == "another text" else None
+        if predicts == "another text" and first is None:
+            raise UsageError(f"{type(model).__name__} has no decoder_start_token_id in its config to begin a text with")
+        start = () if predicts == "another text" else tuple(start_tokens(tokenizer))
+        return cls(length, start, end, predicts, mask, first)
 
     @property
     def own(self) -> int:
@@ -76,16 +85,23 @@ class Texts:
     @property
     def tells_tokens(self) -> bool:
         """Return whether the model predicts tokens, so that there is a perplexity, and texts can be copied."""
-        return self.predicts in ("next tokens", "masked tokens")
+        return self.predicts in ("next tokens", "masked tokens", "another text")
 
     def plain(self, stream: Tensor, at: int, seed: int = 0) -> Text:
         """Return the text that begins at token `at` of a stream `[n]`; `seed` draws what is masked."""
-        return self._text(stream[at : at + self.own], 0, seed)
+        own = stream[at : at + self.own]
+        return self._text(own, 0, seed) if self.first is None else self._another(*own.tensor_split(2))
 
     def twice(self, stream: Tensor, at: int, seed: int = 0) -> Text:
         """Return a text whose second half repeats its first half, as `plain`."""
         half = self.own // 2
-        return self._text(stream[at : at + half].repeat(2), half, seed)
+        own = stream[at : at + half]
+        return self._text(own.repeat(2), half, seed) if self.first is None else self._another(own, own)
+
+    def _another(self, source: Tensor, told: Tensor) -> Text:
+        told = told.long()
+        ids = torch.cat([torch.tensor([self.first]), told[:-1]])
+        return Text(ids, told, source.long())
 
     def _text(self, own: Tensor, first: int, seed: int) -> Text:
         begin, finish = (torch.tensor(tokens, dtype=torch.int64) for tokens in (self.start, self.end))
@@ -113,12 +129,17 @@ def answer(model: nn.Module, text: Text) -> Tensor:
     The vector is the logits of a model with another head, or the mean of the last hidden states.
     """
     device = next(model.parameters()).device
-    ids = text.ids.to(device)[None]
-    if text.labels is not None:
-        logits = model(input_ids=ids, use_cache=False).logits[0] if _caches(model) else model(input_ids=ids).logits[0]
-        return logits[(text.labels != NOTHING).to(logits.device)].float().log_softmax(-1)
-    found = logits_or_hidden(model(input_ids=ids))
-    return found.mean(1).flatten() if found.dim() == 3 else found.flatten()
+    given = {"input_ids": text.ids.to(device)[None]}
+    if text.source is not None:
+        given = {"input_ids": text.source.to(device)[None], "decoder_input_ids": given["input_ids"]}
+    if getattr(model.config, "use_cache", None):
+        given["use_cache"] = False
+    returned = model(**given)
+    if text.labels is None:
+        found = logits_or_hidden(returned)
+        return found.mean(1).flatten() if found.dim() == 3 else found.flatten()
+    logits = returned.logits[0]
+    return logits[(text.labels != NOTHING).to(logits.device)].float().log_softmax(-1)
 
 
 def distance(wanted: Tensor, found: Tensor, text: Text) -> Tensor:
@@ -135,7 +156,3 @@ def nll(found: Tensor, text: Text) -> float:
     """Return the mean negative log-likelihood of what is told of a text, nats per token, of an answer to it."""
     told = text.labels[text.labels != NOTHING].to(found.device)
     return nn.functional.nll_loss(found, told).item()
-
-
-def _caches(model: nn.Module) -> bool:
-    return hasattr(model.config, "use_cache")

@@ -104,6 +104,8 @@ class _Planning:
         self.model, self.settings = model, settings
         self.budgets = parse_budgets(settings.budget)
         self.groups = find_groups(model, settings.attention, settings.options, settings.kinds)
+        with swapped_everywhere(model, self.groups):
+            pass  # which says what cannot be swapped, before anything runs
         self.texts = Texts.of(model, tokenizer, settings.context_length)
         self._check_budgets()
         self.training, held_out = _streams(tokenizer, training_text, held_out_text, self.texts, settings)
@@ -120,6 +122,8 @@ class _Planning:
                 raise UsageError(f"{type(self.model).__name__} predicts no tokens, so there is no budget of perplexity")
             if budget.what == "cache":
                 costs.require_cache(self.model, self.groups)
+            if budget.what == "prefill":
+                costs.require_prefill(self.model)
             if budget.length is not None:
                 require_positions(self.model, budget.length, f"budget {budget.text!r}")
 
