@@ -1,12 +1,13 @@
-"""Search for the groups to keep: scores by gate gradients first, then gates that move together.
+"""Search for the groups to keep: scores by gate gradients first, then exchanges by what each group is worth in the plan.
 
 Scores: all gates stand at 0.3, and the gradient of the loss by each says what the model gains by softmax there, on
 plain texts and on texts that are written twice (`gates` says what a gate is).
 
-Search: each further step takes the gradient on one text at the gates reached so far, and moves the gates towards the
-groups that gain most there (Frank and Wolfe, "An algorithm for quadratic programming", 1956; with averaged gradients:
-Mokhtari et al., "Stochastic conditional gradient methods", 2020). So a group is scored beside the others that are kept,
-and what two groups do for one another counts once.
+Search: the gates of the groups that are kept stand high, those of all others low, and each step takes the gradient on
+one text. So a group is scored beside the others that are kept, and what two groups do for one another counts once.
+What a group is worth is its gradient halfway between kept and not, which is the whole difference where the loss is a
+parabola of its gate: near the teacher it is one of `1 - g`, so the gradient is scaled by that. After each step the plan
+keeps the groups that are worth most by the mean over the latest texts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from .controls import best_groups
 
 KINDS = ("plain", "twice")  # of texts, which take turns
 ALIKE, GATE = 8, 0.3  # first steps, in which all gates stay at this
+HIGH, LOW = 0.75, 0.1  # gates of the groups that the search keeps for now, and of all others
 LAST = 0.15  # the least weight of a new gradient in the mean of those of its kind, which is else 1 / number
 
 
@@ -55,14 +57,14 @@ def advance(
     step, gates = search["step"] + 1, torch.tensor(search["gates"], dtype=torch.float64)
     kind = kinds[search["step"] % len(kinds)]
     loss, found = gradient(kind, gates)
+    worth = -found.detach() / (2 * (1 - gates.detach()))
     number = {**search["number"], kind: search["number"][kind] + 1}
     weight = max(1 / number[kind], LAST)
-    mean = torch.lerp(torch.tensor(search["gains"][kind], dtype=torch.float64), -found, weight)
+    mean = torch.lerp(torch.tensor(search["gains"][kind], dtype=torch.float64), worth, weight)
     gains = {**search["gains"], kind: mean.tolist()}
-    if step > ALIKE:
-        chosen = torch.zeros_like(gates)
-        chosen[best_groups(scores(gains), count)] = 1
-        gates = torch.lerp(gates, chosen, 2 / (step - ALIKE + 5))
+    if step >= ALIKE:
+        gates = torch.full_like(gates, LOW)
+        gates[best_groups(scores(gains), count)] = HIGH
     return {
         "step": step,
         "gates": gates.tolist(),
@@ -83,6 +85,6 @@ def scores(gains: Mapping[str, Sequence[float]]) -> list[float]:
 
 
 def order(search: Mapping[str, Any]) -> list[int]:
-    """Return all groups, those first that are to be kept first: by their gates, and by their gains where alike."""
-    gains = scores(search["gains"])
-    return sorted(range(len(gains)), key=lambda place: (-search["gates"][place], -gains[place]))
+    """Return all groups, those first that are worth most."""
+    worth = scores(search["gains"])
+    return sorted(range(len(worth)), key=lambda place: -worth[place])
