@@ -18,7 +18,7 @@ def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, 
 
     Takes the arguments of `hybrid_attention` in order.
     """
-    at = context(query, key, value, valid, window, sinks, state and state.window)
+    at = context(query, key, value, valid, window, sinks, state and state.window, keep_state)
     dtype = compute_dtype(query.dtype)
     if state is not None:
         S = state.linear.to(dtype)
