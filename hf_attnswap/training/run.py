@@ -73,7 +73,7 @@ def swap_as_asked(
     if options.plan:
         read_plan(options.plan).require(model)
     if {variant.name for variant in swapped_modules(model).values()} == {"softmax"}:
-        say(accelerator, f"{options.model_name_or_path} has {describe(model)}, which gives way to what is asked for")
+        say(accelerator, f"{options.model_name_or_path} has {describe(model)}, which gives way to {config.attention}")
         restore(model)
     swap(model, config)
     return True

@@ -82,13 +82,19 @@ def test_controls_formula_machine_and_limits_are_there(demo):
     text = render(demo, config_of(arm.attention, arm.options))
     for said in (
         "softmax (control)", "none (control)", "window (control)", "| hedgehog |", "8,192 tokens",
-        "too few rounds to say from which length on it is faster", demo.machine.processor, demo.date,
+        demo.machine.processor, demo.date,
         "attnswap tradeoff", "import hf_attnswap", 'pipeline("text-generation", "user/smollm2-swapped")',
         "SmolLM2-135M-Instruct.Q4_1.gguf, dequantised", "is for causal attention only", "any other mask raises",
     ):  # fmt: skip
         assert said in text, said
     assert "| relu_power" not in text
     assert not re.search("more information needed|todo|placeholder", text, re.I)
+
+
+def test_few_rounds_say_nothing_of_a_length(demo):
+    for entry in (entry for arm in demo.arms if arm.attention in ("elu", "none") for entry in arm.speed):
+        entry.prefill_speedup = Spread(2.5, 2.25, 2.75, 1)
+    assert "too few rounds to say from which length on it is faster" in render(demo, config_of("elu", {}))
 
 
 def test_speed_is_said_as_it_was_measured(demo):
