@@ -242,9 +242,7 @@ def test_distillation_by_a_named_teacher(train, arguments, checkpoint, tmp_path)
 def test_blocks_that_are_longer_than_learned_positions(train, arguments, save_tiny, tmp_path):
     given = [*arguments, *WINDOW, "--model_name_or_path", save_tiny("gpt2"), "--block_size", "513"]
     for name in ("align", "finetune"):
-        with pytest.raises(
-            UsageError, match="--block_size takes 513 tokens, and GPT2LMHeadModel has"
-        ):
+        with pytest.raises(UsageError, match="--block_size takes 513 tokens, and GPT2LMHeadModel has"):
             train(name, given)
     assert not (tmp_path / "out").exists()
 
