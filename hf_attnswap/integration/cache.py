@@ -39,6 +39,10 @@ ANOTHER_PAST = (
     "attention_mask hides earlier tokens that the state of the layer has taken in, or shows some that it has not, "
     "and a state cannot follow: start from a new cache, or use a variant on the scores, which keeps keys and values"
 )
+UNDER_FUNC = (
+    "under torch.func nobody can look whether attention_mask agrees with what the state of the layer has taken in: "
+    "leave attention_mask out where nothing is padded, or call the model with use_cache=False"
+)
 
 
 class _OnceForAllLayers:
@@ -233,6 +237,8 @@ class StateLayer(CacheLayerMixin):
             if values_are_hidden():
                 if torch.compiler.is_compiling():
                     torch._assert_async(~differs.any(), ANOTHER_PAST)
+                elif torch._C._are_functorch_transforms_active():
+                    raise NotImplementedError(UNDER_FUNC)
                 return
             same = not differs.any()
         if not same:
