@@ -202,7 +202,7 @@ def build_variant(model: PreTrainedModel, entry: AttentionModule, kind: str, pla
         if heads is None or max(planned) >= heads.num_key_value_heads:
             found = "heads whose number cannot be read" if heads is None else f"{heads.num_key_value_heads} groups"
             raise UsageError(f"{where} has {found}, and the plan names group {max(planned)}")
-        new: Attention = Groups(heads, planned)
+        new: Attention = Groups(heads, {group: (attentions.get(name), opts) for group, (name, opts) in planned.items()})
     else:
         name, options = planned
         new = attentions.get(name)(heads or Heads(1, 1, 1), **options)

@@ -11,8 +11,8 @@ from hf_attnswap.masks import Mask
 HEADS, KV_HEADS, LENGTH = 6, 3, 29
 
 
-def choice(name: str) -> tuple[str, dict]:
-    return name, get(name).check_options(small_options(name))
+def choice(name: str) -> tuple[type, dict]:
+    return get(name), get(name).check_options(small_options(name))
 
 
 def mixed(*names: str) -> Groups:
