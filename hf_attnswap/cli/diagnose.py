@@ -83,13 +83,13 @@ def diagnose(
     arms = [Arm.parse(text) for text in attention or []]
     source = text_source(validation_file, dataset_name, dataset_config_name, split, text_column)
     loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    quality_task(loaded)  # which says what to use for models of something else than one text
+    task = quality_task(loaded)  # which says what to use for models of something else than one text
     if bool(swapped_modules(loaded)) == bool(arms):
         raise UsageError(
             f"{model!r} is already swapped: leave out --attention" if arms else "name what to look at: --attention"
         )
     require_positions(loaded, context_length, "--context_length")
-    blocks = token_blocks(source, tokenizer, context_length, context_length * texts)
+    blocks = token_blocks(source, tokenizer, context_length, context_length * texts, closed=task is not None)
     mask = getattr(tokenizer, "mask_token_id", None)
     found, tables = [], []
     with status("looking") as say:

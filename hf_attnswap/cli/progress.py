@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from ..tradeoff.progress import Progress
+from ..evaluation.course import Progress
 
 SELDOM_S = 10.0  # between two lines where nobody sees a bar
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attentions import Attention
+from ..integration.objectives import input_device
 from ..integration.observing import SOFTMAX, allowed_keys, answering
 from ..integration.swapping import swapped_modules
 from ..masks import Mask
@@ -102,7 +103,7 @@ def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
         return teacher
 
     with answering(model, look):
-        model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+        model(input_ids=input_ids.to(input_device(model)), use_cache=False)
     return [_mean(calls) for calls in found.values() if calls]
 
 

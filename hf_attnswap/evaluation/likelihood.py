@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..integration.objectives import input_device
 from ..sources.blocks import start_tokens
 
 
@@ -99,7 +100,7 @@ def log_likelihoods(
 
 
 def _batch(model: nn.Module, batch: Sequence[Request]) -> list[Likelihood]:
-    device = next(model.parameters()).device
+    device = input_device(model)
     rows = [torch.tensor(r.prompt + r.target[:-1]) for r in batch]
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)

@@ -74,7 +74,7 @@ def measure(
     settings = settings if task is None else replace(settings, tasks=tuple(dict.fromkeys((task, *settings.tasks))))
     _check_settings(settings, model, tokenizer, aligned=any(_is_aligned(arm, model, settings) for arm in arms))
     described = describe_model(model, model_name)
-    train_blocks, held_out = read_texts(tokenizer, training_text, evaluation_text, settings)
+    train_blocks, held_out = read_texts(tokenizer, training_text, evaluation_text, settings, task is not None)
     measured = _open(output_dir, settings, arms, model_name, training_text, evaluation_text)
     controls: dict[str, list[Control]] = {}
     if settings.equal_controls:

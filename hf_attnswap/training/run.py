@@ -112,11 +112,13 @@ def count_steps(options: TextOptions, accelerator: Accelerator) -> tuple[int, in
     return options.max_train_steps or max(1, options.max_train_tokens // tokens), tokens
 
 
-def read_text(options: TextOptions, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def read_text(
+    options: TextOptions, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, closed: bool = False
+) -> Tensor:
     """Return the blocks to train on, `[N, block_size]`, or `[N, block_size, 2]` with separate documents.
 
     The function reads as many tokens as the steps take, but at least `SHUFFLED_TOKENS`, from which a short run draws
-    its blocks; a shorter text is read whole. Tokens are cached.
+    its blocks; a shorter text is read whole. Tokens are cached. `closed` is that of `token_blocks`.
     """
     steps, tokens = count_steps(options, accelerator)
     source = TextSource(
@@ -129,6 +131,7 @@ def read_text(options: TextOptions, accelerator: Accelerator, tokenizer: PreTrai
             options.block_size,
             max_tokens=max(steps * tokens, SHUFFLED_TOKENS),
             separate=options.separate_documents,
+            closed=closed,
             cache_dir=default_folder(),
         )
 
