@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..masks import Mask
 from .base import KINDS, Attention, Heads, State
-from .registry import get
+from .softmax import Softmax
 
 
 class Groups(Attention):
@@ -29,18 +29,18 @@ class Groups(Attention):
     cost_class = "quadratic"
     source = "the plan"
 
-    def __init__(self, heads: Heads, planned: Mapping[int, tuple[str, dict[str, Any]]]):
+    def __init__(self, heads: Heads, planned: Mapping[int, tuple[type[Attention], dict[str, Any]]]):
         """Make the parts of a layer.
 
         Args:
             heads: shape of the whole layer.
-            planned: name and options of the variant of each group; groups that are absent run softmax.
+            planned: class and options of the variant of each group; groups that are absent run softmax.
         """
         super().__init__(heads)
         self.planned = dict(planned)
-        by_choice: list[tuple[tuple[str, dict[str, Any]], list[int]]] = []
+        by_choice: list[tuple[tuple[type[Attention], dict[str, Any]], list[int]]] = []
         for group in range(heads.num_key_value_heads):
-            choice = self.planned.get(group, ("softmax", {}))
+            choice = self.planned.get(group, (Softmax, {}))
             own = next((groups for known, groups in by_choice if known == choice), None)
             if own is None:
                 by_choice.append((choice, [group]))
@@ -48,9 +48,9 @@ class Groups(Attention):
                 own.append(group)
         shared = heads.num_attention_heads // heads.num_key_value_heads
         parts: list[Attention] = []
-        for (name, options), groups in by_choice:
+        for (cls, options), groups in by_choice:
             shape = Heads(shared * len(groups), len(groups), heads.head_dim, heads.value_dim)
-            parts.append(get(name)(shape, **options))
+            parts.append(cls(shape, **options))
         self._hold(parts, [groups for _, groups in by_choice])
 
     def _hold(self, parts: Sequence[Attention], places: list[list[int]]) -> None:
@@ -58,6 +58,7 @@ class Groups(Attention):
         self.name = " and ".join(f"{part.name} in group{'s' * (len(at) > 1)} {_listed(at)}" for part, at in self.each())
         self.stateful = any(part.stateful for part in parts)
         self.any_mask = all(part.any_mask for part in parts)
+        self.unrotate = any(part.unrotate for part in parts)
         self.kinds = tuple(kind for kind in KINDS if all(kind in part.kinds for part in parts))
         self.ops = tuple(dict.fromkeys(op for part in parts for op in part.ops))
         self.family = next((part.family for part in parts if part.family != "plain"), "plain")
@@ -79,7 +80,7 @@ class Groups(Attention):
 
     def choice(self) -> dict[int, tuple[str, dict[str, Any]]]:
         """Return name and options of the variant of each group that does not run softmax."""
-        return dict(self.planned)
+        return {group: (cls.name, dict(options)) for group, (cls, options) in self.planned.items()}
 
     def reset_parameters(self) -> None:
         for part in self.parts:

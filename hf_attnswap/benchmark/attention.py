@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attentions import Attention, Heads
+from ..attentions.base import State
 from ..masks import Mask
 from ..ops.backends import watch
 from ..statistics import Growth, Spread, crossover, growth
@@ -89,9 +90,14 @@ class Variant:
         new = [t[:, :, -1:].contiguous() for t in (query, key, value)]
         if not self.attention.stateful:
             return lambda: self.attention(new[0], key, value, Mask(1, length), scaling)
-        state: dict[str, Tensor] = {}
-        self.attention(query, key, value, Mask(length, length), scaling, state)
+        state = self.state(query, key, value)
         return lambda: self.attention(*new, Mask(1, length + 1), scaling, state)
+
+    def state(self, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """Return what a stateful variant remembers after these n tokens."""
+        length, state = key.shape[2], State()
+        self.attention(query, key, value, Mask(length, length), query.shape[-1] ** -0.5, state)
+        return state
 
 
 def _shared(query: Tensor, key: Tensor) -> bool:

@@ -83,7 +83,13 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, fixed_size: bool = False):
+    def __init__(self, beside_keys: bool = False, max_cache_len: int | None = None):
+        """Make an empty layer.
+
+        Args:
+            beside_keys: whether other layers of the cache keep keys and values, for which masks are made too.
+            max_cache_len: the size of those layers; None in a cache that grows.
+        """
         super().__init__()
         self.state: dict[str, Tensor] = {}
         self.seen = 0
@@ -92,7 +98,8 @@ class StateLayer(CacheLayerMixin):
         self.filled_by = ""
         self.awaited = False  # the next keys come from the module of a stateful variant
         self.closed = ""  # what went through and left no state, in words
-        self.fixed_size = fixed_size
+        self.fixed_size = max_cache_len is not None
+        self.mask_length = max_cache_len if beside_keys else None
         self.record_past = False
         self.past: list[Past] = []
 
@@ -123,7 +130,7 @@ class StateLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys that a mask covers, those of the new tokens included, and where they begin."""
-        return self.seen + query_length, 0
+        return self.mask_length or self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
         """Return how many tokens have come."""
@@ -343,11 +350,6 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
-def in_static_cache(max_cache_len: int, **kwargs) -> StateLayer:
-    """Return the layer of a static cache: a state has one size anyway."""
-    return StateLayer(fixed_size=True)
-
-
 def with_state_layers(original):
     """Wrap transformers' `get_layer_types_and_kwargs`: caches begin with a `StateLayer` where the config has a stateful
     variant, so that what such a layer cannot do is refused before the first token."""
@@ -366,6 +368,10 @@ def with_state_layers(original):
                     # values.
                     if kind in ("full_attention", "sliding_attention", "dummy"):
                         types[index], arguments[index] = StateLayer._layer_type, {}
+        if any(kind != StateLayer._layer_type for kind in types):
+            for kind, given in zip(types, arguments, strict=True):
+                if kind == StateLayer._layer_type:
+                    given["beside_keys"] = True
         return types, arguments
 
     return layer_types_and_kwargs

@@ -84,7 +84,7 @@ def install(save_pretrained: Wrapper, push_to_hub: Wrapper) -> None:
     for name in (NAME, GUARD):
         AttentionInterface.register(name, attnswap_attention)
         AttentionMaskInterface.register(name, attnswap_mask)
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = cache.in_static_cache
+    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = cache.StateLayer
     _apply(patches(save_pretrained, push_to_hub))
     when_imported("peft", lambda: _apply(peft_patches()))
 

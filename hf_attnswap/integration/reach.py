@@ -79,7 +79,7 @@ def check_reach(
             index: (name, modules[index].reach)
             for index, planned in sorted(plan.items())
             for name, _ in choices(planned)
-            if _passes(modules[index]) and not attentions.get(name).any_mask
+            if passes(modules[index]) and not attentions.get(name).any_mask
         }
         if not near:
             continue
@@ -90,7 +90,7 @@ def check_reach(
             f"{model}: {kind}{see.format(_listed(list(near)))} no more than {reach}, which {name} cannot honour in "
             f"longer texts ({ANY_MASK} can)"
         )
-        others = [index for index, entry in modules.items() if not _passes(entry)]
+        others = [index for index, entry in modules.items() if not passes(entry)]
         if others and not chosen:
             only = f", kinds=[{group[1]!r}]" if len(groups) > 1 else ""
             raise UsageError(
@@ -103,7 +103,7 @@ def check_reach(
         )  # fmt: skip
 
 
-def _passes(entry: Any) -> bool:
+def passes(entry: Any) -> bool:
     """Return whether a text that fits the model can be longer than what the module sees."""
     tokens, positions = entry.reach.tokens, _size(getattr(entry.module, "config", None), "max_position_embeddings")
     return tokens is not None and (positions is None or tokens < positions)

@@ -21,6 +21,7 @@ from .heads import heads_of
 from .parts import model_parts, part_of
 from .reach import check_reach
 from .read_mask import ANY_MASK
+from .rotations import given_to, rotary_of
 from .sharing import check_shared_keys
 from .sources import cuts_masks, reads_mask
 
@@ -201,10 +202,19 @@ def build_variant(model: PreTrainedModel, entry: AttentionModule, kind: str, pla
         if heads is None or max(planned) >= heads.num_key_value_heads:
             found = "heads whose number cannot be read" if heads is None else f"{heads.num_key_value_heads} groups"
             raise UsageError(f"{where} has {found}, and the plan names group {max(planned)}")
-        new: Attention = Groups(heads, planned)
+        new: Attention = Groups(heads, {group: (attentions.get(name), opts) for group, (name, opts) in planned.items()})
     else:
         name, options = planned
         new = attentions.get(name)(heads or Heads(1, 1, 1), **options)
+    if kind not in new.kinds:
+        raise UsageError(
+            f"{where} is {kind} attention, and a half-life is for {' and '.join(new.kinds)} attention only"
+        )
+    if new.unrotate:
+        try:
+            rotary_of(module, kind)
+        except NotImplementedError as error:
+            raise UsageError(f"{where}: {error}") from None
     if heads is None and new.state_dict():
         raise UsageError(f"{where} has numbers of heads that cannot be read, and {name} has parameters for each head")
     weights = list(module.parameters())
@@ -236,12 +246,15 @@ def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
     options = new.extra_repr()
     new.described = f"{new.name} with {options}" if options else new.name
     module.add_module(NAME, new)
+    if new.unrotate:
+        module._attnswap_rotary = rotary_of(module, kind)
     module._attnswap_hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
     """Take the variant off an attention module, where there is one."""
-    module.__dict__.pop("_attnswap_kept", None)
+    for name in ("_attnswap_kept", "_attnswap_rotary"):
+        module.__dict__.pop(name, None)
     if hasattr(module, NAME):
         module._attnswap_hook.remove()
         del module._attnswap_hook
@@ -249,7 +262,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Hand the layer's state to the attention function, which transformers does not pass the cache."""
+    """Hand the attention function what transformers does not pass it: the layer's state, and the rotation."""
     attention = getattr(module, NAME)
     if module.config._attn_implementation != NAME:
         raise RuntimeError(
@@ -263,6 +276,9 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             # Where layers share their weights, the call says which one it is.
             index = kwargs.get("layer_idx", module.layer_idx)
             kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention.described)}
+    rotary = module.__dict__.get("_attnswap_rotary")
+    if rotary is not None:
+        kwargs = {**kwargs, "attnswap_rotation": given_to(rotary, args, kwargs)}
     return args, kwargs
 
 

@@ -20,6 +20,7 @@ from ..integration.swapping import swap
 from ..sources.conversions import Conversion, find
 from ..sources.models import load
 from ..sources.plans import read_plan
+from ..statistics import FEW
 from ..training.align import DEFAULT_LEARNING_RATE
 
 DEFAULT_ARMS = "softmax none window relu_norm relu_power elu hedgehog hedgehog+window".split()
@@ -32,7 +33,8 @@ class Settings:
     Attributes:
         arms: texts that `Arm.parse` reads.
         context_lengths: tokens of the contexts at which perplexity and tasks are measured.
-        max_eval_tokens: tokens of held-out text per context length.
+        max_eval_tokens: tokens of held-out text per context length; None for 500 blocks, from which on an interval is
+            not rough. Where the text has fewer, all of it.
         lengths: tokens of the prompts at which speed is measured.
         rounds: rounds of timings per length.
         decode_tokens: tokens that are decoded after each prompt.
@@ -44,13 +46,16 @@ class Settings:
         diagnose_tokens: tokens of the text for the diagnosis; 0 for no diagnosis.
         tasks: tasks, as `evaluation.tasks.run_tasks` takes them.
         task_limit: the most items per task; None leaves the number to the task.
+        task_lengths: tokens of the texts that tasks make; none for the `context_lengths`.
         include_path: a folder of task files (yaml) for lm-eval.
         train_lengths: which of the `lengths` a training step is timed at.
+        equal_controls: whether the windows of equal state and of equal time stand beside every arm with a state, see
+            `controls`.
     """
 
     arms: tuple[str, ...]
     context_lengths: tuple[int, ...]
-    max_eval_tokens: int
+    max_eval_tokens: int | None
     lengths: tuple[int, ...]
     rounds: int
     decode_tokens: int
@@ -63,7 +68,18 @@ class Settings:
     tasks: tuple[str, ...] = ()  # as `evaluation.tasks.run_tasks` takes them
     task_limit: int | None = None
     include_path: str | None = None
+    task_lengths: tuple[int, ...] = ()
     train_lengths: tuple[int, ...] = ()  # of the `lengths`
+    equal_controls: bool = False
+
+    def blocks(self, context: int) -> int:
+        """Return on how many blocks of `context` tokens perplexity is measured at most."""
+        return FEW if self.max_eval_tokens is None else self.max_eval_tokens // context
+
+    @property
+    def eval_tokens(self) -> int:
+        """Return on how many tokens the perplexity of an arm is measured at most."""
+        return sum(self.blocks(context) * context for context in self.context_lengths)
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Arm:
         layers: which layers are swapped, as `SwapConfig` takes them; None for all.
         keep: the key/value groups that keep softmax in these layers, as `SwapConfig` takes them; None for none.
         conversion: a saved model to measure; None for a swap of the model that is compared.
+        is_control: whether it stands here only as a control of others, see `controls`.
     """
 
     label: str
@@ -85,6 +102,7 @@ class Arm:
     layers: Any = None
     keep: Any = None
     conversion: Conversion | None = None
+    is_control: bool = False
 
     @property
     def swap(self) -> SwapConfig:

@@ -55,7 +55,8 @@ def read_texts(
     if by_themselves and evaluation_text is None:
         raise UsageError("the texts that are compared one by one are held-out ones: give them by --validation_file")
     longest = max(*(2 * length for length in settings.context_lengths), *settings.lengths, settings.block_size)
-    longest = max(longest, text_tokens(settings.tasks))
+    needed = text_tokens(settings.tasks)
+    longest = max(longest, needed, *(settings.task_lengths if needed else ()))
     start, end = start_tokens(tokenizer), end_tokens(tokenizer) if closed else []
     blocks = token_blocks(training_text, tokenizer, settings.block_size, closed=closed)
     if evaluation_text is None:
@@ -63,7 +64,7 @@ def read_texts(
         blocks, evaluation = blocks[:-held_out], blocks[-held_out:]
     else:
         evaluation = token_blocks(evaluation_text, tokenizer, settings.block_size, closed=closed)
-    if settings.max_eval_tokens < 2 * max(settings.context_lengths):
+    if settings.blocks(max(settings.context_lengths)) < 2:
         raise UsageError(
             f"max_eval_tokens is {settings.max_eval_tokens}, less than two blocks of {max(settings.context_lengths)}: "
             "without a second one there is no telling how sure a perplexity is"

@@ -84,9 +84,7 @@ def measure_quality(
 
     def context_perplexity(context: int) -> None:
         with watch() as ran:
-            found = perplexity(
-                swapped, held_out.tokens, context, settings.max_eval_tokens // context, start=held_out.start
-            )
+            found = perplexity(swapped, held_out.tokens, context, settings.blocks(context), start=held_out.start)
         result["backends"] = {op: sorted(backends) for op, backends in ran.items()}
         if not all(map(math.isfinite, found.nll)):
             raise FloatingPointError("it is not finite")
@@ -111,12 +109,13 @@ def measure_quality(
         return result | {"status": "failed", "reason": failures[0]}
     writes = objective(model) == "next tokens"
     for context in settings.context_lengths if writes else ():
-        part(f"perplexity at context {context}", settings.max_eval_tokens, partial(context_perplexity, context))
+        weight = settings.blocks(context) * context
+        part(f"perplexity at context {context}", weight, partial(context_perplexity, context))
     groups = apart(settings.tasks)
     for chosen in groups:
         part(", ".join(chosen), progress.tasks(settings) / len(groups), partial(tasks, chosen))
     if not writes:
-        course.advance(settings.max_eval_tokens * len(settings.context_lengths))
+        course.advance(settings.eval_tokens)
     if settings.diagnose_tokens and result["swapped"]:
         part("diagnosis", progress.diagnosis(settings, len(inspect(model))), diagnosis)
     return result | ({"status": "failed", "reason": "; ".join(failures)} if failures else {})

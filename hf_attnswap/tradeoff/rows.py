@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from .. import attentions
@@ -18,22 +19,27 @@ SOFTMAX = "softmax"
 SPEEDS = {"prefill": "prefill_s", "decode": "decode_s", "forward": "forward_s", "train": "train_s"}
 
 
-def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> types.Arm:
+def row(
+    arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units], controls: Sequence[types.Control] = ()
+) -> types.Arm:
     """Return the entry of one arm in the report.
 
     Args:
         results: what was measured of the quality of every arm, by label.
         runs: rounds of timings by length, see `speed.Rounds`.
         units: words and bytes of the held-out text, by context length.
+        controls: what the arm must beat.
     """
     result = results[arm.label]
     training = [stage_of(stage) for stage in arm.conversion.training] if arm.conversion else []
     alignment = types.Alignment(**result["alignment"]) if result["alignment"] else None
+    described = describe(arm.attention, result["swapped"], result["kept"], result["kept_groups"])
     fields = dict(
         label=arm.label,
         attention=arm.attention,
         options=arm.options,
-        **describe(arm.attention, result["swapped"], result["kept"], result["kept_groups"]),
+        **described | {"control": described["control"] or arm.is_control},
+        controls=list(controls),
         swapped=[types.Group(**group) for group in result["swapped"]],
         alignment=alignment,
         training=training,

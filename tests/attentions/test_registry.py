@@ -115,7 +115,8 @@ def test_a_new_file_swaps_and_saves(new_file, llama, tmp_path):
     expected = llama(ids).logits
     llama.save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "config.json").read_text())["attnswap"]["swapped"]
-    assert saved == [{"attention": "squares", "options": {"floor": 0.25}, "kind": "causal", "layers": [0, 2]}]
+    options = {"unrotate": False, "half_life": 0.0, "floor": 0.25}
+    assert saved == [{"attention": "squares", "options": options, "kind": "causal", "layers": [0, 2]}]
     torch.testing.assert_close(
         type(llama).from_pretrained(tmp_path / "model").to(ids.device).eval()(ids).logits, expected
     )
@@ -202,7 +203,7 @@ def test_unknown_name_with_nothing_near_it(wrong):
     ("name", "options", "says"),
     (
         ("window", {"windw": 8}, "window has no option 'windw'. Did you mean 'window'? Its options: window, sinks"),
-        ("elu", {"window": 8}, "elu has no option 'window'. Its options: none"),
+        ("elu", {"window": 8}, "elu has no option 'window'. Its options: unrotate, half_life"),
         ("window", {"window": 0}, "window: window is 0; expected at least 1"),
         ("elu+window", {"sinks": -1}, "elu+window: sinks is -1; expected at least 0"),
         ("window", {"window": "8"}, "window: window is '8'; expected int, for example 64"),
