@@ -20,8 +20,8 @@ from .controls import best_groups
 
 KINDS = ("plain", "twice")  # of texts, which take turns
 ALIKE, GATE = 8, 0.3  # first steps, in which all gates stay at this
-HIGH, LOW = 0.75, 0.1  # gates of the groups that the search keeps for now, and of all others
-LAST = 0.15  # the least weight of a new gradient in the mean of those of its kind, which is else 1 / number
+HIGH, LOW = 0.6, 0.15  # gates of the groups that the search keeps for now, and of all others
+LAST = 0.1  # the least weight of a new gradient in the mean of those of its kind, which is else 1 / number
 
 
 def new_search(total: int) -> dict[str, Any]:
