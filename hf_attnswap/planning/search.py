@@ -1,4 +1,4 @@
-"""Search for the groups to keep: scores by gate gradients first, then exchanges by what each group is worth in the plan.
+"""Search for the groups to keep: gate gradients first, then exchanges by what each group is worth in the plan.
 
 Scores: all gates stand at 0.3, and the gradient of the loss by each says what the model gains by softmax there, on
 plain texts and on texts that are written twice (`gates` says what a gate is).
