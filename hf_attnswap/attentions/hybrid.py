@@ -43,6 +43,10 @@ class Hybrid(Attention):
         self.log_mix = nn.Parameter(torch.empty(heads.num_attention_heads))
         self.reset_parameters()
 
+    @property
+    def linear_branch(self):
+        return self.linear
+
     def reset_parameters(self):
         nn.init.zeros_(self.log_mix)
 

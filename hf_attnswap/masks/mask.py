@@ -4,8 +4,8 @@ A variant knows one kind of mask: causal or not, with some keys switched off (`M
 it, an explicit matrix (`Mask.dense`). Several texts in one row are `Packed`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -102,6 +102,16 @@ class Mask:
         if self.valid is None or not self.causal and self.offset:
             return None
         return self.valid[:, self.offset :]
+
+    def for_heads(self, take: Callable[[Tensor], Tensor]) -> "Mask":
+        """Return the mask of some heads.
+
+        Args:
+            take: returns the entries of these heads of `[..., H, ...]`, the heads at dimension 1.
+        """
+        dense, bias = (t if t is None or t.shape[1] == 1 else take(t) for t in (self.dense, self.bias))
+        sinks = None if self.sinks is None else take(self.sinks[None])[0]
+        return replace(self, dense=dense, bias=bias, sinks=sinks)
 
     def __str__(self) -> str:
         if self.bias is not None:

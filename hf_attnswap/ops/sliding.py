@@ -326,7 +326,9 @@ class Step:
         return mix(e, self.value.to(dtype)), e.sum(-1, keepdim=True), c
 
 
-def context(query, key, value, valid, window: int, sinks: int, state: WindowState | None) -> Context | Step:
+def context(
+    query, key, value, valid, window: int, sinks: int, state: WindowState | None, keep_state: bool
+) -> Context | Step:
     """Return the new tokens of a call together with what is remembered, as a `Step` or a `Context`.
 
     `Step` for one token after a state without padding and without a gradient, `Context` otherwise.
@@ -336,6 +338,7 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
         valid: bool `[B, T]`, False at padding; None where there is none.
         window, sinks: w and m.
         state: what the last call remembered; None at the start of a text.
+        keep_state: whether there are tokens to come, for which a state is asked.
     """
     if torch.compiler.is_compiling():  # one program for all lengths
         state = state and _whole(state, window, sinks)
@@ -344,6 +347,8 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
     if not torch.compiler.is_compiling():
         # A row sees no more than the tokens that have come, and a window may be wider.
         window = min(window, query.shape[2] + (0 if state is None else state.key.shape[2] - sinks))
+        if state is None and not keep_state:
+            sinks = min(sinks, query.shape[2])
     return Context(query, key, value, valid, window, sinks, state)
 
 

@@ -12,6 +12,7 @@ from attention_cases import NAMES, SCALING, build, causal, inputs
 import hf_attnswap
 from hf_attnswap import attentions, cli
 from hf_attnswap.attentions import Heads, registry
+from hf_attnswap.attentions.base import Option
 
 VARIANT = '''
 from ..ops.spec import FeatureMap
@@ -215,12 +216,19 @@ def test_unknown_name_with_nothing_near_it(wrong):
         ("relu", {"alpha": -0.5}, "relu: alpha is -0.5; expected at least 0.0"),
         ("relu", {"alpha": float("nan")}, "relu: alpha is nan; expected at least 0.0"),
         ("relu", {"alpha": float("inf")}, "relu: alpha is inf; expected"),
+        ("relu", {"alpha": 10**400}, "relu: alpha is inf; expected"),
     ),
 )
 def test_unfit_option(name, options, says):
     with pytest.raises(ValueError) as error:
         attentions.get(name)(Heads(4, 2, 8), **options)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("-inf"), float("inf"), -(10**400)))
+def test_an_option_without_a_minimum_is_finite(value):
+    with pytest.raises(ValueError, match=r"mine: shift is -?(inf|nan); expected a finite number"):
+        Option(0.0, "no bound").check("mine", "shift", value)
 
 
 def test_an_int_is_taken_for_a_float():

@@ -85,8 +85,7 @@ class Align(LoraOptions, Stage):
         # What others than causal language models are told by name; the output of their heads is not needed.
         known = inspect.signature(model.forward).parameters
         self._told = None if predicts_next_tokens(model) else {"use_cache": False} if "use_cache" in known else {}
-        if not swapped_modules(model) or self.attention or self.layers or self.option:
-            swap_as_asked(model, self, accelerator, self.attention or "hedgehog+window")
+        if swap_as_asked(model, self, accelerator, None if swapped_modules(model) else "hedgehog+window"):
             self._calibrate(model, blocks)
         if self.train == "new":
             if self.use_lora:
