@@ -45,7 +45,7 @@ UNDER_FUNC = (
 )
 
 
-class _OnceForAllLayers:
+class OnceForAllLayers:
     """Call a function of two tensors once, for all layers that ask for the same two one after the other."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Any]):
@@ -59,8 +59,8 @@ class _OnceForAllLayers:
         return last[2]
 
 
-_same_rows = _OnceForAllLayers(lambda valid, taken: torch.equal(valid[:, : taken.shape[1]], taken.to(valid.device)))
-_reordered = _OnceForAllLayers(lambda taken, beam_idx: taken.index_select(0, beam_idx.to(taken.device)))
+_same_rows = OnceForAllLayers(lambda valid, taken: torch.equal(valid[:, : taken.shape[1]], taken.to(valid.device)))
+_reordered = OnceForAllLayers(lambda taken, beam_idx: taken.index_select(0, beam_idx.to(taken.device)))
 
 
 class StateLayer(CacheLayerMixin):

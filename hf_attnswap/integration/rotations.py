@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..masks import Rotation
+from ..masks import Rotation, values_are_hidden
+from .cache import OnceForAllLayers
 from .sources import source_of
 
 Given = tuple[Tensor, Tensor]  # cos and sin, as the module is called with them
@@ -121,7 +122,7 @@ def rotation_of(rotary: Rotary, given: Given, query: Tensor, length: int) -> Rot
     Raises:
         NotImplementedError: it is not known here, or cos and sin are not of these tokens.
     """
-    cos, sin = (t[None] if t.dim() == 2 else t for t in given)
+    cos = given[0][None] if given[0].dim() == 2 else given[0]
     batch, dim = query.shape[0], query.shape[3]
     layout = _layout(rotary.function, cos.shape[-1], dim)
     if layout is None or cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
@@ -130,8 +131,7 @@ def rotation_of(rotary: Rotary, given: Given, query: Tensor, length: int) -> Rot
             f"{dim} numbers each, cannot be undone here: leave unrotate out"
         )
     listed, neighbours = layout
-    c, s = (_LISTS[listed][0](t).to(torch.promote_types(t.dtype, torch.float32)) for t in (cos, sin))
-    turns = (torch.cat([c, s], dim=-1) / (c.square() + s.square()).repeat(1, 1, 2)).to(cos.dtype)
+    turns = _turns(listed, *given) if values_are_hidden() else _TURNS[listed](*given)
     start = dim - turns.shape[-1] if rotary.last else 0
     return Rotation(turns.expand(batch, -1, -1), neighbours, start)
 
@@ -142,6 +142,16 @@ _LISTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
     "each twice": (lambda x: x[..., ::2], lambda c: c.repeat_interleave(2, -1)),
     "once": (lambda x: x, lambda c: c),
 }
+
+
+def _turns(listed: str, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return the `turns` of a `Rotation`, `[1 or B, T, 2 P]`, from lists `[1 or B, T, *]` or `[T, *]`."""
+    c, s = (_LISTS[listed][0](t).to(torch.promote_types(t.dtype, torch.float32)) for t in (cos, sin))
+    turns = (torch.cat([c, s], dim=-1) / torch.cat([c.square() + s.square()] * 2, dim=-1)).to(cos.dtype)
+    return turns[None] if turns.dim() == 2 else turns
+
+
+_TURNS = {listed: OnceForAllLayers(functools.partial(_turns, listed)) for listed in _LISTS}
 
 
 @torch.compiler.assume_constant_result
