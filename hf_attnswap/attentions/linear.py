@@ -106,7 +106,7 @@ class LinearAttention(Attention):
 
     def weights(self, query, key, mask, scaling):
         allowed = mask.matrix(query.device)
-        kernel = self.kernel(*self.prepare(*self.seen(query, key, mask), mask, None), scaling)
+        kernel = self.kernel(*self.prepare(*unrotated(self, query, key, mask), mask, None), scaling)
         kernel = kernel.masked_fill(~allowed, 0)
         log_decay = self.log_decay()
         if log_decay is not None:
@@ -117,17 +117,13 @@ class LinearAttention(Attention):
             return kernel / allowed.sum(-1, keepdim=True).clamp(min=1)
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
 
-    def seen(self, query: Tensor, key: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Return query and key as they were before their rotation, where `unrotate` asks for it."""
-        return unrotated(query, key, mask) if self.unrotate else (query, key)
-
     def prepare(self, query: Tensor, key: Tensor, mask: Mask, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return query and key as the maps take them, for variants whose maps need more than each token by itself."""
         return query, key
 
     def forward(self, query, key, value, mask, scaling, state=None):
         dtype = query.dtype
-        query, key = self.prepare(*self.seen(query, key, mask), mask, state)
+        query, key = self.prepare(*unrotated(self, query, key, mask), mask, state)
         maps = self.feature_map_of_queries(), self.feature_map_of_keys()
         given = {
             "scale": scaling**0.5 if self.scaled else 1.0,
@@ -160,12 +156,14 @@ class LinearAttention(Attention):
         return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), after
 
 
-def unrotated(query: Tensor, key: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    """Return query and key as they were before the rotation that `mask` tells of; as they are where it tells of none.
+def unrotated(attention: Attention, query: Tensor, key: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Return query and key as they were before their rotation, in float32 (float64 for float64).
 
-    They come back in float32 (float64 for float64) where there is one.
+    They come back as they are where `attention` does not ask for that, and where `mask` tells of no rotation.
     """
-    return (query, key) if mask.rotation is None else (mask.rotation.undo(query), mask.rotation.undo(key))
+    if not attention.unrotate or mask.rotation is None:
+        return query, key
+    return mask.rotation.undo(query), mask.rotation.undo(key)
 
 
 def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:

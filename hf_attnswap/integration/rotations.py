@@ -144,14 +144,19 @@ _LISTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
-@torch.no_grad()
 def _layout(function: Callable, given: int, dim: int) -> tuple[str, bool] | None:
     """Return how a function rotates queries of `dim` numbers by cos and sin of `given` numbers; None if no way fits.
 
     Returns:
         One of `_LISTS`, and whether the numbers 2 p and 2 p + 1 make a pair.
     """
+    return _tried(function, given, dim)
+
+
+@functools.cache
+@torch.no_grad()
+def _tried(function: Callable, given: int, dim: int) -> tuple[str, bool] | None:
+    """Return what `_layout` returns, by a try of each way that there is."""
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 2, 5, dim, generator=generator)

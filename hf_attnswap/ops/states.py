@@ -50,6 +50,20 @@ def faded(q: Tensor, k: Tensor, since: Tensor, kept: Tensor) -> tuple[Tensor, Te
     return q * since.repeat_interleave(q.shape[1] // k.shape[1], dim=1), k / since, kept
 
 
+def decays(log_gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how much remains, at each token of a chunk, of each earlier token and of the state before the chunk.
+
+    Args:
+        log_gate: `[B Hkv, t]`.
+
+    Returns:
+        `prod_{s < l <= i} g_l` as `[B Hkv, t, t]`, 0 in the future, and `prod_{l <= i} g_l` as `[B Hkv, t, 1]`.
+    """
+    size = log_gate.shape[1]
+    between = log_gate[:, :, None].expand(-1, -1, size).tril(-1).cumsum(1)
+    return between.exp_().tril(), log_gate.cumsum(1).exp_()[..., None]
+
+
 def linear_step(
     q: Tensor, k: Tensor, value: Tensor, state: Tensor, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -298,9 +298,8 @@ class _Planning:
         else:
             value = speed if budget.what == "prefill" and speed is not None else self._cost(budget, kept)
         met = budget.met(value)
-        return Bound(
-            budget.text, value, met, None if met else f"No plan meets it: the nearest has {budget.misses(value)}."
-        )
+        miss = None if met else f"No plan meets the budget; the nearest has {budget.misses(value)}."
+        return Bound(budget.text, value, met, miss)
 
 
 def _streams(

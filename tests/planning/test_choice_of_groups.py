@@ -7,7 +7,7 @@ from hf_attnswap import UsageError
 from hf_attnswap.planning.budgets import Budget, parse_budgets
 from hf_attnswap.planning.choosing import fewest_groups, most_groups
 from hf_attnswap.planning.controls import best_groups, best_layers, every_nth_layer, random_groups
-from hf_attnswap.planning.search import ALIKE, GATE, advance, new_search, order
+from hf_attnswap.planning.search import ALIKE, GATE, HIGH, LOW, advance, new_search, order
 
 LAYERS = {layer: [3 * layer, 3 * layer + 1, 3 * layer + 2] for layer in range(30)}
 
@@ -142,10 +142,12 @@ def searched(loss, total, count, steps):
 
 def test_scores_rank_groups_that_do_not_know_one_another():
     weights = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.7], dtype=torch.float64)
-    search = searched(lambda gates: (weights * (1 - gates)).sum(), 6, 2, ALIKE)
+    search = searched(lambda gates: (weights * (1 - gates)).sum(), 6, 2, ALIKE - 1)
     assert search["gates"] == [GATE] * 6
     assert best_groups(search["scores"], 2) == [3, 5]
     assert order(search)[:2] == [3, 5]
+    search = searched(lambda gates: (weights * (1 - gates)).sum(), 6, 2, ALIKE)
+    assert search["gates"] == [LOW, LOW, LOW, HIGH, LOW, HIGH]
 
 
 def test_the_search_keeps_one_of_two_groups_that_do_the_same():

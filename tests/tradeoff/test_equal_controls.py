@@ -5,11 +5,14 @@ import json
 import pytest
 from tiny_models import tiny
 
+from hf_attnswap import report
 from hf_attnswap.benchmark.generation import filled_cache
 from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.integration.swapping import swapped_modules
+from hf_attnswap.report import facts
 from hf_attnswap.sources.conversions import Conversion
-from hf_attnswap.tradeoff import Arm, controls
+from hf_attnswap.sources.texts import TextSource
+from hf_attnswap.tradeoff import Arm, Settings, controls, measure
 from hf_attnswap.tradeoff.arms import build
 from hf_attnswap.tradeoff.controls import equal_state, equal_time, equal_windows, with_equal_controls
 
@@ -140,3 +143,44 @@ def test_a_conversion_by_groups_has_its_controls_in_the_same_groups(tmp_path, mo
     assert [part.name for part in first.parts] == ["softmax", "window"] and first.places == [[0], [1]]
     assert [other.name for other in others] == ["window"] * 2
     assert made.label == f"window:window={made.options['window']} in the groups of elu+window of mine"
+
+
+class Letters:
+    """A tokenizer of bytes."""
+
+    def __call__(self, text, **_):
+        return type("Encoding", (), {"input_ids": [3 + b % 60 for b in text.encode()]})
+
+    def decode(self, ids, **_):
+        return "".join("a " if i % 2 else "b" for i in ids.tolist())
+
+
+def test_a_report_has_the_controls_and_what_the_arm_is_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_attnswap.benchmark.measure._return_freed_memory", lambda *given: None)
+    monkeypatch.setattr(controls, "equal_time", lambda *given: {"arm": "softmax", "note": "slower"})
+    (tmp_path / "text.txt").write_text("The cat sat on the mat, and then it went out into the rain. " * 50)
+    given = Settings(
+        arms=("softmax", "elu+window:window=4"), context_lengths=(32,), max_eval_tokens=None, lengths=(64,), rounds=1,
+        decode_tokens=1, align_tokens=0, block_size=32, tasks=("copy",), task_lengths=(24,), task_limit=8,
+        equal_controls=True,
+    )  # fmt: skip
+    said = []
+    text = TextSource(str(tmp_path / "text.txt"))
+    found = measure(
+        tiny(), Letters(), text, None, given, tmp_path / "out", model_name="tiny", command="test", observe=said.append
+    )
+    softmax, window, hybrid = found.arms
+    assert (said[0].line, said[0].total) == ("softmax: controls of equal state and time", 0)
+    assert window.control and window.label == hybrid.controls[0].arm and softmax.controls == window.controls == []
+    assert (hybrid.controls[1].arm, hybrid.controls[1].note) == ("softmax", "slower")
+    assert hybrid.perplexity[0].ratio.items == 19  # all that the text has, of at most 500
+    assert [entry.task for entry in hybrid.metrics] == ["copy at 24"] and hybrid.metrics[0].difference.items == 8
+    sizes = {arm.label: arm.speed[0].cache_mib for arm in found.arms}
+    assert sizes[window.label] == pytest.approx(sizes[hybrid.label], rel=0.05)
+    report.validate(found)
+    best = facts.better_control(found, hybrid)
+    assert best[2].value == max(
+        entry.value
+        for entry in (hybrid.perplexity[0].ratio, *hybrid.perplexity[0].against)
+        if entry.arm in (window.label, "softmax")
+    )
