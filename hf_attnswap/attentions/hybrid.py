@@ -115,7 +115,10 @@ def hybrid_of(linear: type[LinearAttention]) -> type[Hybrid]:
             "__doc__": f"{linear.name} outside a softmax window.",
             "name": f"{linear.name}+window",
             "linear_class": linear,
-            "formula": f"softmax over window and sinks, {linear.name} outside, one denominator, a learned mix per head",
+            "formula": (
+                f"softmax over window and sinks, {linear.name} outside (fading from there with half_life), "
+                "one denominator, a learned mix per head"
+            ),
             "cost": f"O(n (w d) + {linear.cost[2:-1]})",
             "source": f"Zhang 2024 (LoLCATs); {linear.source}",
         },

@@ -13,11 +13,13 @@ from ..ops.spec import FeatureMap
 from .base import Attention, Option
 
 UNROTATE = Option(
-    False, "phi sees query and key as they were before their rotation by position (RoPE), where the layer rotates them"
+    False,
+    "phi(R^-1 q), phi(R^-1 k) with R the layer's rotation by position (RoPE), for texts longer than the training's",
 )
 HALF_LIFE = Option(
     0.0,
-    "tokens after which a key counts half, as each key/value head starts, which then learns it; 0: none fades",
+    "h, for 2^(-(i - j) / h) phi(q_i) phi(k_j), beside a window for 2^(-(i - w - j) / h) phi(q_i) phi(k_j): the tokens "
+    "after which a key counts half, where each key/value head starts to learn its own; 0 lets none fade",
     minimum=0,
 )
 

@@ -313,9 +313,19 @@ def _places(arm: Arm) -> set[tuple[str, str]]:
     return {(group.kind, place) for group in arm.swapped for place in (*map(str, group.layers), *group.groups)}
 
 
+def positions_context(report: Report) -> int | None:
+    """Return the context whose positions are drawn: the longest of those where most arms have a likelihood by position.
+
+    It may be longer than the headline context: a mean over few blocks has no interval, but shows where an arm breaks.
+    """
+    entries = [entry for arm in report.arms if arm.status == "measured" for entry in arm.perplexity]
+    known = Counter(entry.context for entry in entries if entry.by_position)
+    return max(known, key=lambda context: (known[context], context), default=None)
+
+
 def with_positions(report: Report) -> list[Arm]:
-    """Return the arms with a likelihood by position at the headline context."""
-    context = headline_context(report)
+    """Return the arms with a likelihood by position at `positions_context`."""
+    context = positions_context(report)
     found = [arm for arm in report.arms if arm.status == "measured"]
     return [arm for arm in found if (entry := perplexity_at(arm, context)) and entry.by_position]
 
