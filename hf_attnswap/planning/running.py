@@ -92,7 +92,7 @@ class _Planning:
                 costs.require_cache(self.model, self.groups)
             if budget.what == "prefill":
                 costs.require_prefill(self.model)
-            if budget.length is not None:
+            if budget.length:
                 require_positions(self.model, budget.length, f"budget {budget.text!r}")
 
     def _identity(self, *texts: TextSource | None) -> dict[str, Any]:
@@ -117,12 +117,13 @@ class _Planning:
         search = self._searched()
         found = order(search)
         count = self._count(found)
-        plan_speed = None
-        for budget in (b for b in self.budgets if b.what == "prefill"):
-            count, plan_speed = self._fast_enough(found, count, budget)
+        speeds: dict[int, float] = {}
+        for budget in self.budgets:
+            if budget.what == "prefill":
+                count, speeds[budget.length] = self._fast_enough(found, count, budget)
         wanted = wanted_arms(self.groups, found, search["scores"], count)
         arms = self._measured(wanted)
-        bounds = tuple(self._bound(budget, found[:count], arms[0], plan_speed) for budget in self.budgets)
+        bounds = tuple(self._bound(budget, found[:count], arms[0], speeds) for budget in self.budgets)
         softmax = self._measure(None, "softmax")
         names = self.groups.names
         return Outcome(
@@ -258,13 +259,15 @@ class _Planning:
             )
         return arms
 
-    def _bound(self, budget: Budget, kept: Sequence[int], arm: Arm, speed: float | None) -> Bound:
+    def _bound(self, budget: Budget, kept: Sequence[int], arm: Arm, speeds: dict[int, float]) -> Bound:
         if budget.what == "groups":
             return Bound(budget.text, len(kept), True, None)
         if budget.what == "ppl":
             value = arm.damage["value"]
+        elif budget.what == "prefill":
+            value = speeds[budget.length]
         else:
-            value = speed if budget.what == "prefill" and speed is not None else self._cost(budget, kept)
+            value = self._cost(budget, kept)
         met = budget.met(value)
         miss = None if met else f"No plan meets the budget; the nearest has {budget.misses(value)}."
         return Bound(budget.text, value, met, miss)
