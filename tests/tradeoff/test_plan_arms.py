@@ -38,5 +38,5 @@ def test_it_is_told_and_drawn(measured):
     found, folder = measured
     written = report.write_all(found, folder / "report")
     assert json.loads((folder / "report" / "report.json").read_text())
-    text = next(path for path in written if path.suffix == ".md").read_text()
-    assert "quarter" in text and "softmax in 3 of 6 key/value groups" in text
+    said = next(path for path in written if path.suffix == ".md").read_text()
+    assert "quarter" in said and "softmax in 3 of 6 key/value groups" in said

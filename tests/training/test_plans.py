@@ -69,6 +69,19 @@ def test_convert_and_an_arm_take_the_same_plan(name, plan, checkpoint, attnswap,
     assert arm.swap.plan({0: 2, 1: 2, 2: 2}) == PLANS[name].plan({0: 2, 1: 2, 2: 2})
 
 
+def test_layers_that_are_softmax_already_are_left_as_they_are(train, checkpoint, text, tmp_path, capsys):
+    wide = '{"0": {"attention": "hedgehog+window", "window": 64}, "1:": {"attention": "hedgehog+window", "window": 4}}'
+    given = ["--model_name_or_path", checkpoint, "--train_file", text, "--max_train_steps", "2", "--block_size", "32"]
+    train("align", [*given, "--attention", "elu", "--layers", wide, "--output_dir", tmp_path / "out"])
+    assert "1 layers are within 0.0001 of softmax, and stay as they are" in "".join(capsys.readouterr())
+    model = load(str(tmp_path / "out" / "model"))[0]
+    moved = {name: bool(p.any()) for name, p in model.named_parameters() if name.endswith("query_map.delta")}
+    assert [moved[name] for name in sorted(moved)] == [False, True, True]
+    with pytest.raises(UsageError, match="within 0.0001 of softmax's: nothing to align"):
+        train("align", [*given, "--attention", "hedgehog+window", "--option", "window=64", "--output_dir",
+                        tmp_path / "other"])  # fmt: skip
+
+
 def test_an_arm_names_groups_on_the_command_line():
     arm = Arm.parse("window:window=16,keep=[8.10,0.1]")
     assert arm.keep == ["8.10", "0.1"] and arm.options == {"window": 16, "sinks": 4}
