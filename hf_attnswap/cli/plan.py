@@ -65,7 +65,8 @@ def plan(
     from ..config import parse_options
     from ..planning.budgets import parse_budgets
     from ..planning.files import paths
-    from ..planning.running import Settings, run
+    from ..planning.running import run
+    from ..planning.settings import Settings
     from ..sources.models import load
     from .progress import RunBar
 

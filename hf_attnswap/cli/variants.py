@@ -72,10 +72,17 @@ def _overview(variants: list[dict[str, Any]]) -> Table:
     table.caption = (
         "masks: any includes sliding windows, a bias, a soft cap and sinks; padding includes packed texts. cache: "
         "whether what a layer keeps while it generates grows. learns: whether it has new parameters. attnswap ls NAME "
-        "tells all about one."
+        f"tells all about one. {_kernels()}."
     )
     table.caption_justify = "left"
     return table
+
+
+def _kernels() -> str:
+    from ..native import describe
+
+    text = describe()
+    return text[0].upper() + text[1:]
 
 
 def _details(variant: dict[str, Any]) -> Table:
@@ -99,6 +106,7 @@ def _details(variant: dict[str, Any]) -> Table:
             f"{op} (the first that can serve a call: {', '.join(forms)})" for op, forms in variant["backends"].items()
         )
         or "one call of torch",
+        "kernels": _kernels(),
     }
     for what, value in rows.items():
         table.add_row(what, value)

@@ -57,7 +57,8 @@ def plan(
             swapped; or an output folder with something else in it. All before anything runs.
     """
     from ..sources.texts import TextSource
-    from .running import Settings, run
+    from .running import run
+    from .settings import Settings
 
     settings = Settings.of(budget, attention, options, kinds, context_length, steps, texts, seed)
     held_out = None if validation_file is None else TextSource(str(validation_file))

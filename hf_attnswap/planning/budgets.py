@@ -25,13 +25,13 @@ class Budget:
     Attributes:
         what: "groups" (a number of groups, or below 1 a share of them), "ppl", "cache" or "prefill".
         bound: the bound; the sign is that of `what`.
-        length: tokens at which it holds, for "cache" and "prefill".
+        length: tokens at which it holds, for "cache" and "prefill"; 0 for the others.
         text: what the user wrote.
     """
 
     what: str
     bound: float
-    length: int | None
+    length: int
     text: str
 
     @classmethod
@@ -53,8 +53,8 @@ class Budget:
             raise UsageError(f"budget is {shown(text)}: {number!r} is no number such as 1/4 or 0.25") from None
         if at is not None and what not in ("cache", "prefill"):
             raise UsageError(f"budget is {shown(text)}: only cache and prefill take a length")
-        length = int(at or LENGTH) if what in ("cache", "prefill") else None
-        if bound <= 0 or length == 0:
+        length = int(at or LENGTH) if what in ("cache", "prefill") else 0
+        if bound <= 0 or (at is not None and length == 0):
             raise UsageError(f"budget is {shown(text)}; expected numbers above 0")
         if what == "groups" and bound > 1 and bound != int(bound):
             raise UsageError(f"budget is {shown(text)}; expected a whole number of groups, or a share below 1")

@@ -117,7 +117,7 @@ class Texts:
             drawn = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
             places = places[drawn[: max(1, round(MASKED * len(places)))]]
             labels[places] = ids[places]
-            ids = ids.index_fill(0, places, self.mask)
+            ids[places] = self.mask
         else:
             return Text(ids, None)
         return Text(ids, labels)
@@ -152,7 +152,6 @@ def distance(wanted: Tensor, found: Tensor, text: Text) -> Tensor:
     return (found - wanted).square().sum() / wanted.square().sum().clamp(min=1e-12)
 
 
-def nll(found: Tensor, text: Text) -> float:
-    """Return the mean negative log-likelihood of what is told of a text, nats per token, of an answer to it."""
-    told = text.labels[text.labels != NOTHING].to(found.device)
-    return nn.functional.nll_loss(found, told).item()
+def nll(found: Tensor, labels: Tensor) -> float:
+    """Return the mean negative log-likelihood, nats per token, of what the labels of a text tell in an answer to it."""
+    return nn.functional.nll_loss(found, labels[labels != NOTHING].to(found.device)).item()

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import SwapConfig
 from ..errors import UsageError
 from ..evaluation.course import Course, Progress
 from ..integration.objectives import learned_positions, objective, require_positions
 from ..integration.swapping import swapped_modules
 from ..sources.lock import alone_in
-from ..sources.texts import TextSource, token_stream
+from ..sources.texts import TextSource
 from . import costs, verify
 from .arms import Wanted, wanted_arms
 from .budgets import LENGTH, Budget, parse_budgets
@@ -30,43 +29,12 @@ from .kept import Kept
 from .losses import Texts
 from .outcome import Arm, Bound, Outcome
 from .search import KINDS, advance, new_search, order
+from .settings import Settings, streams
 from .verify import HeldOut
 
 GRADIENT = 5  # forward passes that a gradient takes as long as
 COPIES = 2  # held-out texts that are written twice
 TRIES = 3  # plans whose measured speed may miss what the times of layers promised
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hold what a planning does; a run goes on with an earlier one of equal settings, model and texts.
-
-    Attributes:
-        budget: texts that `Budget.parse` reads.
-        attention: the variant that stands where softmax is not kept.
-        options: its options.
-        kinds: which attention is planned, as in `SwapConfig`.
-        context_length: tokens of a text.
-        steps: gradients of the search, of which the first 8 only score.
-        texts: held-out texts that verify a plan; an interval needs 8.
-        seed: of the places in the text.
-    """
-
-    budget: tuple[str, ...]
-    attention: str
-    options: dict[str, Any]
-    kinds: tuple[str, ...]
-    context_length: int
-    steps: int
-    texts: int
-    seed: int
-
-    @classmethod
-    def of(cls, budget, attention, options, kinds, *rest) -> "Settings":
-        """Return settings; the window is 128 tokens and the kinds are those of `SwapConfig` where nobody says so."""
-        options = {"window": 128, **options} if attention == "window" else dict(options)
-        budget = (budget,) if isinstance(budget, str) else tuple(budget)
-        return cls(budget, attention, options, SwapConfig(kinds=kinds or SwapConfig.kinds).kinds, *rest)
 
 
 def run(
@@ -108,7 +76,7 @@ class _Planning:
             pass  # which says what cannot be swapped, before anything runs
         self.texts = Texts.of(model, tokenizer, settings.context_length)
         self._check_budgets()
-        self.training, held_out = _streams(tokenizer, training_text, held_out_text, self.texts, settings)
+        self.training, held_out = streams(tokenizer, training_text, held_out_text, self.texts, settings)
         self.held_out = HeldOut.of(self.texts, held_out, settings.texts, COPIES)
         self.kept = Kept(output_dir, self._identity(training_text, held_out_text))
         self.course = self._course(observe)
@@ -124,7 +92,7 @@ class _Planning:
                 costs.require_cache(self.model, self.groups)
             if budget.what == "prefill":
                 costs.require_prefill(self.model)
-            if budget.length is not None:
+            if budget.length:
                 require_positions(self.model, budget.length, f"budget {budget.text!r}")
 
     def _identity(self, *texts: TextSource | None) -> dict[str, Any]:
@@ -149,12 +117,13 @@ class _Planning:
         search = self._searched()
         found = order(search)
         count = self._count(found)
-        plan_speed = None
-        for budget in (b for b in self.budgets if b.what == "prefill"):
-            count, plan_speed = self._fast_enough(found, count, budget)
+        speeds: dict[int, float] = {}
+        for budget in self.budgets:
+            if budget.what == "prefill":
+                count, speeds[budget.length] = self._fast_enough(found, count, budget)
         wanted = wanted_arms(self.groups, found, search["scores"], count)
         arms = self._measured(wanted)
-        bounds = tuple(self._bound(budget, found[:count], arms[0], plan_speed) for budget in self.budgets)
+        bounds = tuple(self._bound(budget, found[:count], arms[0], speeds) for budget in self.budgets)
         softmax = self._measure(None, "softmax")
         names = self.groups.names
         return Outcome(
@@ -290,49 +259,18 @@ class _Planning:
             )
         return arms
 
-    def _bound(self, budget: Budget, kept: Sequence[int], arm: Arm, speed: float | None) -> Bound:
+    def _bound(self, budget: Budget, kept: Sequence[int], arm: Arm, speeds: dict[int, float]) -> Bound:
         if budget.what == "groups":
             return Bound(budget.text, len(kept), True, None)
         if budget.what == "ppl":
             value = arm.damage["value"]
+        elif budget.what == "prefill":
+            value = speeds[budget.length]
         else:
-            value = speed if budget.what == "prefill" and speed is not None else self._cost(budget, kept)
+            value = self._cost(budget, kept)
         met = budget.met(value)
         miss = None if met else f"No plan meets the budget; the nearest has {budget.misses(value)}."
         return Bound(budget.text, value, met, miss)
-
-
-def _streams(
-    tokenizer: PreTrainedTokenizerBase,
-    training_text: TextSource,
-    held_out_text: TextSource | None,
-    texts: Texts,
-    settings: Settings,
-) -> tuple[Tensor, Tensor]:
-    """Return the tokens to plan on and the tokens to verify on, int64 `[n]`; a fifth is held out where no text is.
-
-    Raises:
-        UsageError: a text is too short.
-    """
-    training = token_stream(training_text, tokenizer, MOST_TOKENS)
-    if held_out_text is None:
-        split = len(training) - len(training) // 5
-        training, held_out = training[:split], training[split:]
-    else:
-        held_out = token_stream(held_out_text, tokenizer, settings.texts * texts.own)
-    needed = {"plan on": (training, 4 * texts.own), "verify on": (held_out, settings.texts * texts.own)}
-    for purpose, (stream, least) in needed.items():
-        if len(stream) < least:
-            own = held_out_text is not None and purpose == "verify on"
-            name = (held_out_text if own else training_text).name
-            raise UsageError(
-                f"text {name!r} leaves {len(stream)} tokens to {purpose}, and {least} are needed: give more text, a "
-                "shorter context length or fewer texts"
-            )
-    return training, held_out
-
-
-MOST_TOKENS = 1_000_000  # of the text to plan on
 
 
 def _named(kept: Sequence[int]) -> str:

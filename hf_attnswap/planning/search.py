@@ -1,4 +1,4 @@
-"""Search for the groups to keep: gate gradients first, then exchanges by what each group is worth in the plan.
+"""Search for the groups to keep: scores by gate gradients, then exchanges by what each group is worth in the plan.
 
 Scores: all gates stand at 0.3, and the gradient of the loss by each says what the model gains by softmax there, on
 plain texts and on texts that are written twice (`gates` says what a gate is).
@@ -21,7 +21,7 @@ from .controls import best_groups
 KINDS = ("plain", "twice")  # of texts, which take turns
 ALIKE, GATE = 8, 0.3  # first steps, in which all gates stay at this
 HIGH, LOW = 0.6, 0.15  # gates of the groups that the search keeps for now, and of all others
-LAST = 0.1  # the least weight of a new gradient in the mean of those of its kind, which is else 1 / number
+LAST = 0.15  # the least weight of a new gradient in the mean of those of its kind, which is else 1 / number
 
 
 def new_search(total: int) -> dict[str, Any]:

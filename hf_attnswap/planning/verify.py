@@ -55,7 +55,7 @@ def measure(model: PreTrainedModel, groups: Groups, kept: Sequence[int] | None, 
         for kind, texts in (("plain", held_out.plain), ("twice", held_out.twice)):
             for text in texts:
                 told = answer(model, text)
-                found[kind].append(told.tolist() if text.labels is None else nll(told, text))
+                found[kind].append(told.tolist() if text.labels is None else nll(told, text.labels))
     finally:
         if kept is not None:
             restore(model)

@@ -114,6 +114,9 @@ class TextOptions(TrainingOptions):
     dataset_config_name: str | None = argument(None, "configuration of the dataset", compared_as="text")
     text_column: str = argument("text", "column that holds the text", compared_as="text")
     block_size: int = argument(512, "tokens per block", type=positive)
+    text_lengths: str | None = argument(
+        None, "cut the blocks of each batch into texts of one of these lengths in turn, such as '512,1024,2048'"
+    )
     separate_documents: bool = argument(
         False, "rows of the source share blocks, but neither attention nor loss reaches across"
     )
@@ -129,6 +132,25 @@ class TextOptions(TrainingOptions):
             if len(given) != 1:
                 both = "not both" if given else "which are missing"
                 raise UsageError(f"give either --{names[0]} or --{names[1]}, {both}")
+        if self.separate_documents and self.text_lengths:
+            raise UsageError("--separate_documents and --text_lengths both say where texts end: give one of them")
+        self.lengths_of_texts()
+
+    def lengths_of_texts(self) -> list[int]:
+        """Return the numbers that `text_lengths` holds.
+
+        Raises:
+            UsageError: one of them is no number of at least 2 tokens, or does not divide `block_size`.
+        """
+        lengths = []
+        for text in (self.text_lengths or "").split(",") if self.text_lengths else ():
+            length = int(text) if text.strip().isdecimal() and len(text) < 10 else 0
+            if length < 2 or self.block_size % length:
+                raise UsageError(
+                    f"--text_lengths has {text.strip()!r}; expected divisors of --block_size {self.block_size}"
+                )
+            lengths.append(length)
+        return lengths
 
 
 @dataclass(kw_only=True)

@@ -235,7 +235,7 @@ def _check_values(where: Callable[[str], str], stage: str, given: dict[str, Any]
         if key == "options":
             _check_options(where(key), given.get("attention"), value)
             continue
-        if key == "layers" and isinstance(value, list) and all(type(layer) is int for layer in value):
+        if key in ("layers", "text_lengths") and isinstance(value, list) and all(type(n) is int for n in value):
             continue
         if key == "layers" and isinstance(value, dict) or key == "keep" and isinstance(value, list):
             _check_places(where(key), key, value)

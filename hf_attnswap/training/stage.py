@@ -107,7 +107,8 @@ class Stage(TextOptions):
         if self.separate_documents:
             require_separate(trained)
         steps, tokens = count_steps(self, accelerator)
-        given = max(1, len(start_tokens(tokenizer)))
+        begins = start_tokens(tokenizer)
+        given = max(1, len(begins))
 
         def validate(step: int) -> None:
             if step % self.validation_steps == 0 or step == steps:
@@ -119,7 +120,7 @@ class Stage(TextOptions):
                 self,
                 accelerator,
                 trained,
-                batches(blocks, self.per_device_train_batch_size, self.seed),
+                batches(blocks, self.per_device_train_batch_size, self.seed, self.lengths_of_texts(), begins),
                 self.loss,
                 steps=steps,
                 step_size=tokens,

@@ -15,9 +15,9 @@ LAYERS = {layer: [3 * layer, 3 * layer + 1, 3 * layer + 2] for layer in range(30
 @pytest.mark.parametrize(
     ("text", "what", "bound", "length"),
     [
-        ("groups=1/4", "groups", 0.25, None),
-        ("groups=22", "groups", 22, None),
-        ("ppl<=1.02", "ppl", 1.02, None),
+        ("groups=1/4", "groups", 0.25, 0),
+        ("groups=22", "groups", 22, 0),
+        ("ppl<=1.02", "ppl", 1.02, 0),
         ("cache<=0.3", "cache", 0.3, 8192),
         ("cache <= 3/10 at 2048", "cache", 0.3, 2048),
         ("prefill>=1.5 at 8192", "prefill", 1.5, 8192),

@@ -1,0 +1,92 @@
+// Activations on scores: the weight a(s) and its derivative, element by element. `c` is a number of the row: what is
+// added to the score (sigmoid), its largest score (EXP, POWER), or 1 over the largest term (POWER_UNSHIFTED).
+#pragma once
+#include "vector.h"
+
+namespace {
+
+enum { RELU_ = 0, RELU2 = 1, SIGMOID = 2, SOFTPLUS = 3, GELU = 4, EXP = 5, POWER = 6, POWER_UNSHIFTED = 7 };
+
+// Whether the row's largest score must be known before its weights.
+INLINE bool needs_peak(int64_t activation) { return activation >= EXP; }
+
+INLINE V relu(V x) { return x < 0 ? V{} : x; }
+INLINE V sigmoid(V x) { return 1 / (1 + exponential(-x)); }
+
+// log(1 + e^x) = max(x, 0) + log(1 + y), y = e^-|x|; with z = y / (2 + y), log(1 + y) = 2 (z + z^3 / 3 + z^5 / 5 ...).
+INLINE V softplus(V x) {
+  V y = exponential(-absolute(x)), z = y / (2 + y), w = z * z;
+  constexpr int TERMS = DOUBLE ? 17 : 8;
+  V p = set(real(1) / (2 * TERMS - 1));
+  UNROLL for (int i = TERMS - 2; i >= 0; i--) p = p * w + real(1) / (2 * i + 1);
+  return relu(x) + 2 * z * p;
+}
+
+// The normal distribution up to x, and its density. Float: Abramowitz & Stegun 7.1.26, to 1.5e-7.
+INLINE V normal(V x, V& density) {
+  V e = exponential(x * x * (real)-0.5), tail{};
+  density = e * (real)0.3989422804014327;
+  if (DOUBLE) {
+    UNROLL for (int i = 0; i < LANES; i++) tail[i] = 0.5 * std::erfc(std::fabs(x[i]) * 0.7071067811865476);
+  } else {
+    V t = 1 / (1 + absolute(x) * (real)(0.3275911 * 0.7071067811865476));
+    V p = set((real)1.061405429);
+    p = p * t - (real)1.453152027;
+    p = p * t + (real)1.421413741;
+    p = p * t - (real)0.284496736;
+    p = p * t + (real)0.254829592;
+    tail = p * t * e * (real)0.5;
+  }
+  return x < 0 ? tail : 1 - tail;
+}
+
+// `squarings`: log2 of the power.
+template <int A>
+INLINE V activate(V s, V c, L squarings) {
+  if (A == RELU_) return relu(s);
+  if (A == RELU2) return relu(s) * relu(s);
+  if (A == SIGMOID) return sigmoid(s + c);
+  if (A == SOFTPLUS) return softplus(s);
+  if (A == GELU) {
+    V density;
+    return s * normal(s, density);
+  }
+  if (A == EXP) return exponential(s - c);
+  V r = A == POWER ? relu((s - c) + 1) : relu(s + 1) * c;
+  for (L i = 0; i < squarings; i++) r = r * r;
+  return r;
+}
+
+// The weight, and its derivative by the score while c stands still.
+template <int A>
+INLINE V activate(V s, V c, L squarings, V& slope) {
+  if (A == RELU_) {
+    slope = kept(s > 0, set(1));
+    return relu(s);
+  }
+  if (A == RELU2) {
+    slope = 2 * relu(s);
+    return relu(s) * relu(s);
+  }
+  if (A == SIGMOID) {
+    V a = sigmoid(s + c);
+    slope = a * (1 - a);
+    return a;
+  }
+  if (A == SOFTPLUS) {
+    slope = sigmoid(s);
+    return softplus(s);
+  }
+  if (A == GELU) {
+    V density, phi = normal(s, density);
+    slope = phi + s * density;
+    return s * phi;
+  }
+  if (A == EXP) return slope = exponential(s - c);
+  V r = A == POWER ? relu((s - c) + 1) : relu(s + 1) * c;
+  slope = kept(r > 0, A == POWER ? set(1) : c);
+  for (L i = 0; i < squarings; i++) slope = slope * 2 * r, r = r * r;  // (r^2m)' = 2 r^m (r^m)'
+  return r;
+}
+
+}  // namespace
