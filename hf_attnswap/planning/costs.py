@@ -141,8 +141,7 @@ def _layer_seconds(heads: Heads, groups: Groups, model: PreTrainedModel, length:
         if kept == total:
             candidate: Any = Sdpa(causal)
         else:
-            chosen = (groups.attention, options)
-            planned = {group: chosen for group in range(kept, total)}
+            planned = {group: (cls, options) for group in range(kept, total)}
             attention = PartedLayer(heads, planned) if kept else cls(heads, **options)
             candidate = Variant(attention.to(device=model.device, dtype=model.dtype), causal)
         return lambda: forward(candidate, inputs)
