@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hf_attnswap
+from hf_attnswap.benchmark.generation import filled_cache
 from hf_attnswap.errors import UsageError
+from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.integration.observing import answering
 from hf_attnswap.integration.rotations import rotary_of
 from hf_attnswap.integration.swapping import swapped_modules
@@ -129,6 +131,16 @@ def test_it_is_restored_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE), ids), expected)
     assert torch.equal(logits(hf_attnswap.restore(model), ids), softmax)
+
+
+def test_a_cache_that_is_filled_for_a_benchmark_is_that_of_a_text():
+    """Of a family that rotates a part of its numbers."""
+    model = hf_attnswap.swap(model_of("glm"), "hedgehog+window", **BOTH)
+    filled, read = filled_cache(model, 30), model(tokens(30, 1)).past_key_values
+    assert cache_nbytes(filled) == cache_nbytes(read)
+    shapes = [{name: t.shape for name, t in cache.layers[0].state.items()} for cache in (filled, read)]
+    assert shapes[0] == shapes[1] and "turns" in shapes[0]
+    assert logits(model, tokens(1, 1), past_key_values=filled).isfinite().all()
 
 
 def test_half_precision_keeps_the_rotation_within_its_rounding():
