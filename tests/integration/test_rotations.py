@@ -45,7 +45,7 @@ BOTH = {"unrotate": True, "half_life": 20.0, "window": 8, "sinks": 2}
 
 def model_of(family: str, dtype=torch.float64):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {})})
     return AutoModelForCausalLM.from_config(config).to(DEVICE, dtype).eval()
 
 
@@ -169,6 +169,11 @@ def test_what_cannot_be_undone_is_refused_before_anything_runs():
         hf_attnswap.swap(model, "elu", unrotate=True)
     assert not swapped_modules(model)
     assert hf_attnswap.swap(model, "elu")
+
+
+def test_a_norm_behind_the_rotation_is_refused():
+    with pytest.raises(UsageError, match="has query_layernorm behind its rotation, which cannot be undone"):
+        hf_attnswap.swap(model_of("hunyuan_v1_dense"), "elu", unrotate=True)
 
 
 class Another(LlamaAttention):
