@@ -21,6 +21,7 @@ from .cache import OnceForAllLayers
 from .sources import source_of
 
 Given = tuple[Tensor, Tensor]  # cos and sin, as the module is called with them
+_ADVICE = "leave unrotate out"
 Condition = tuple[str, bool]  # an expression of the module's source, and what it has to be
 
 
@@ -48,7 +49,10 @@ def rotary_of(module: nn.Module, kind: str) -> Rotary | None:
         NotImplementedError: it does so in a way that is not known here.
     """
     name = type(module).__name__
-    calls, place = _calls_of(type(module))
+    calls, place, norms = _calls_of(type(module))
+    for norm in norms:  # one with weights does not commute with a rotation
+        if next(getattr(module, norm).parameters(), None) is not None:
+            raise NotImplementedError(f"{name} has {norm} behind its rotation, which cannot be undone: {_ADVICE}")
     known = {"self": module, "position_embeddings": (), "is_cross_attention": kind == "cross", "__builtins__": {}}
     for function, conditions in calls:
         for expression, expected in conditions:
@@ -56,7 +60,7 @@ def rotary_of(module: nn.Module, kind: str) -> Rotary | None:
                 holds = bool(eval(expression, known)) == expected  # it stands in the source of the module
             except Exception as error:
                 raise NotImplementedError(
-                    f"{name} rotates queries and keys if {expression}, which cannot be told here: leave unrotate out"
+                    f"{name} rotates queries and keys if {expression}, which cannot be told here: {_ADVICE}"
                 ) from error
             if not holds:
                 break
@@ -67,15 +71,17 @@ def rotary_of(module: nn.Module, kind: str) -> Rotary | None:
 
 
 @functools.cache
-def _calls_of(cls: type[nn.Module]) -> tuple[tuple[tuple[Callable, tuple[Condition, ...]], ...], int]:
-    """Return the functions that may rotate queries in a class, each with its conditions, and `Rotary.place`.
+def _calls_of(
+    cls: type[nn.Module],
+) -> tuple[tuple[tuple[Callable, tuple[Condition, ...]], ...], int, tuple[str, ...]]:
+    """Return what may rotate queries in a class, each function with its conditions; `Rotary.place`; norms behind it.
 
     Raises:
         NotImplementedError: it rotates in another way.
     """
     written = "".join(source_of(base) for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins")))
     if not re.search(r"rotar|rotate_|(?<![a-z])rope|freqs", written, re.I):
-        return (), -1
+        return (), -1, ()
     forward = inspect.unwrap(cls.forward)
     try:
         source = textwrap.dedent(inspect.getsource(forward))
@@ -86,11 +92,12 @@ def _calls_of(cls: type[nn.Module]) -> tuple[tuple[tuple[Callable, tuple[Conditi
     place = next((i for i, a in enumerate(arguments) if a.name == "position_embeddings"), None) if calls else None
     if place is None or not re.search(r"\bcos, sin = position_embeddings$", source, re.M):
         raise NotImplementedError(
-            f"{cls.__name__} rotates queries and keys in a way that cannot be undone here: leave unrotate out"
+            f"{cls.__name__} rotates queries and keys in a way that cannot be undone here: {_ADVICE}"
         )
     if not any(a.kind is a.VAR_KEYWORD for a in arguments):
-        raise NotImplementedError(f"{cls.__name__} takes no more keywords, such as its rotation: leave unrotate out")
-    return tuple(calls), place
+        raise NotImplementedError(f"{cls.__name__} takes no more keywords, such as its rotation: {_ADVICE}")
+    behind = source[source.rindex("cos, sin") :]
+    return tuple(calls), place, tuple(re.findall(r"^ *q\w* = self\.(\w*norm\w*)\(", behind, re.M))
 
 
 def _calls(body: Sequence[ast.AST], conditions: tuple[Condition, ...]) -> Iterator[tuple[str, tuple[Condition, ...]]]:
@@ -128,7 +135,7 @@ def rotation_of(rotary: Rotary, given: Given, query: Tensor, length: int) -> Rot
     if layout is None or cos.dim() != 3 or cos.shape[0] not in (1, batch) or cos.shape[1] != length:
         raise NotImplementedError(
             f"its rotation by position, with cos of shape {tuple(cos.shape)} for {batch} rows of {length} tokens of "
-            f"{dim} numbers each, cannot be undone here: leave unrotate out"
+            f"{dim} numbers each, cannot be undone here: {_ADVICE}"
         )
     listed, neighbours = layout
     turns = _turns(listed, *given) if values_are_hidden() else _TURNS[listed](*given)

@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import hf_attnswap
+from hf_attnswap.benchmark.generation import filled_cache
 from hf_attnswap.errors import UsageError
+from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.integration.observing import answering
 from hf_attnswap.integration.rotations import rotary_of
 from hf_attnswap.integration.swapping import swapped_modules
@@ -43,7 +45,7 @@ BOTH = {"unrotate": True, "half_life": 20.0, "window": 8, "sinks": 2}
 
 def model_of(family: str, dtype=torch.float64):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {})})
     return AutoModelForCausalLM.from_config(config).to(DEVICE, dtype).eval()
 
 
@@ -131,6 +133,16 @@ def test_it_is_restored_saved_and_loaded(tmp_path):
     assert torch.equal(logits(hf_attnswap.restore(model), ids), softmax)
 
 
+def test_a_cache_that_is_filled_for_a_benchmark_is_that_of_a_text():
+    """Of a family that rotates a part of its numbers."""
+    model = hf_attnswap.swap(model_of("glm"), "hedgehog+window", **BOTH)
+    filled, read = filled_cache(model, 30), model(tokens(30, 1)).past_key_values
+    assert cache_nbytes(filled) == cache_nbytes(read)
+    shapes = [{name: t.shape for name, t in cache.layers[0].state.items()} for cache in (filled, read)]
+    assert shapes[0] == shapes[1] and "turns" in shapes[0]
+    assert logits(model, tokens(1, 1), past_key_values=filled).isfinite().all()
+
+
 def test_half_precision_keeps_the_rotation_within_its_rounding():
     ids = tokens(40)
     exact, rough = (
@@ -157,6 +169,11 @@ def test_what_cannot_be_undone_is_refused_before_anything_runs():
         hf_attnswap.swap(model, "elu", unrotate=True)
     assert not swapped_modules(model)
     assert hf_attnswap.swap(model, "elu")
+
+
+def test_a_norm_behind_the_rotation_is_refused():
+    with pytest.raises(UsageError, match="has query_layernorm behind its rotation, which cannot be undone"):
+        hf_attnswap.swap(model_of("hunyuan_v1_dense"), "elu", unrotate=True)
 
 
 class Another(LlamaAttention):
