@@ -10,13 +10,14 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
-		--align_tokens 8192 --length 256 --length 1024
+		--align_tokens 8192 --length 256 --length 1024 \
+		--max_eval_tokens 4096 --tasks needle --task_length 512 --limit 8
 
 report: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir full_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
-		--context_length 512 --context_length 1024 --length 256 --length 1024 --length 2048 \
+		--context_length 512 --context_length 1024 --max_eval_tokens 4096 --length 256 --length 1024 --length 2048 \
 		--train_length 256 --train_length 1024 --tasks needle,recall,writing --limit 20 --diagnose_tokens 128
 
 test: $(VENV)/.test

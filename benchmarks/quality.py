@@ -12,14 +12,15 @@ text, so differences are paired. What a stage is compared with:
   the original too; a comparison with the untrained one would call that a gain.
 
 Both are also compared with the run of `window` whose distill and finetune stages are the same: does the rest add
-anything? Where no run was trained alike, the table says so by a dash.
+anything? Where no run was trained alike, the table says so by a dash. What keeps a state must also beat the windows of
+the same cache bytes and of the same time: where no run is such a window, trained alike, the report names it.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,27 +36,32 @@ from hf_attnswap import report as reports
 from hf_attnswap.config import NAME
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.evaluation.perplexity import Perplexity, block_perplexity
-from hf_attnswap.integration.swapping import describe, swapped_modules
-from hf_attnswap.report import types
+from hf_attnswap.integration.swapping import describe, restore, softmax_groups, swapped_modules
+from hf_attnswap.plans import layers_in
+from hf_attnswap.report import facts, types
 from hf_attnswap.report.types import Data, Report
 from hf_attnswap.sources.blocks import start_tokens
+from hf_attnswap.sources.conversions import find
 from hf_attnswap.sources.files import write_whole
 from hf_attnswap.sources.models import load
 from hf_attnswap.sources.texts import TextSource, token_blocks
-from hf_attnswap.tradeoff import describe_model, machine, now, versions
+from hf_attnswap.statistics import FEW
+from hf_attnswap.tradeoff import Arm, describe_model, machine, now, share_weights, versions
+from hf_attnswap.tradeoff.controls import equal_windows, has_controls, is_close
 from hf_attnswap.tradeoff.rows import describe as variants
 from hf_attnswap.tradeoff.rows import perplexity_ratio
 
-ORIGINAL, CONTROL, BESIDE = "original", "softmax", "window"
+ORIGINAL, CONTROL, BESIDE, CONTROLS = "original", "softmax", "window", "controls.json"
 # Of the arguments of a stage, those that make it no other training: what stands in the layers, and what is looked at.
 ASIDE = frozenset(
-    "attention options layers new_parameters_learning_rate validation_file validation_steps max_validation_tokens "
-    "checkpointing_steps".split()
+    "attention options layers keep plan new_parameters_learning_rate validation_file validation_steps "
+    "max_validation_tokens checkpointing_steps".split()
 )
 OUTPUT = """\
 output_dir:
   report.json          everything, the nll of each block too; what it holds of a run is not measured again
   report.md, .html     the tables
+  controls.json        the windows of equal state and of equal time of each model with a state
   RUN/recipe.yaml      the stages of each run, with all their arguments
 """
 
@@ -68,9 +74,12 @@ def main(argv: Sequence[str] | None = None) -> Report:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that the run of a recipe left")
     parser.add_argument("--validation_file", required=True, help="text that no run trained on")
     parser.add_argument("--context_length", type=int, default=512, help="(default: %(default)s)")
-    parser.add_argument("--max_eval_tokens", type=int, default=16384, help="(default: %(default)s)")
+    parser.add_argument("--max_eval_tokens", type=int, help="(default: 500 blocks, or as many as the text has)")
+    told = "tokens at which windows have equal state and equal time (default: %(default)s)"
+    parser.add_argument("--length", type=int, default=2048, help=told)
     parser.add_argument("--output_dir", type=Path, required=True, help="see below")
     args = parser.parse_args(argv)
+    args.max_eval_tokens = args.max_eval_tokens or FEW * args.context_length
     recipes = {run.name: read(run) for run in args.runs}
     original = next(iter(recipes.values()))[0]["model_name_or_path"]
     for name, stages in recipes.items():
@@ -82,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
     if before and (before.settings, before.data.evaluation) != (settings, text):
         raise UsageError(f"{str(path)!r} was measured on other text: name another output_dir")
     known = {arm.label: arm for arm in before.arms} if before else {}
+    windows: dict[str, list[dict[str, Any]]] = {}
+    if before and (args.output_dir / CONTROLS).exists():
+        windows = json.loads((args.output_dir / CONTROLS).read_text())
     arms = {label: arm for label, arm in known.items() if label.split("/")[0] not in recipes}
     shape = before.model if before else None
 
@@ -100,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arm = known.get(label)
         stages, tokens = stages_of(about.get("training", [])), about.get("training_tokens", 0)
         if arm is None or (stages_of(arm.training), arm.training_tokens) != (stages, tokens):
-            arm, shape = measured(label, model, about, args, named(original))
+            arm, shape, windows[label] = measured(label, model, about, args, named(original))
+            write_whole(args.output_dir / CONTROLS, json.dumps(windows, indent=1).encode())
         arms[label] = replace(arm, **about)
         reports.write(report(), path)
 
@@ -124,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
                 continue
             about = {"training": list(trained), "training_tokens": so_far, "training_seconds": float(round(seconds))}
             measure(f"{run.name}/{name_of(stages[:number])}", str(folder / "model"), about | {"curve": curve})
-    compare(arms)
+    compare(arms, windows)
     made = report()
     reports.write_all(made, args.output_dir)
     Console().print(reports.show(made, args.output_dir / "report.html"))
@@ -162,8 +175,8 @@ def curve_of(folder: Path, before: int) -> list[types.CurvePoint]:
 
 def measured(
     label: str, model: str, about: dict[str, Any], args: argparse.Namespace, original: str
-) -> tuple[types.Arm, types.Model]:
-    """Return the arm with its perplexity, and the shape of the model."""
+) -> tuple[types.Arm, types.Model, list[dict[str, Any]]]:
+    """Return the arm with its perplexity, the shape of the model, and the windows of equal state and time."""
     loaded, tokenizer = load(model, dtype="float32")
     source = TextSource(args.validation_file)
     tokens: Tensor = token_blocks(source, tokenizer, args.context_length, args.max_eval_tokens)
@@ -172,15 +185,18 @@ def measured(
     saved = (getattr(loaded.config, NAME, None) or {}).get("swapped") or []
     names = list(dict.fromkeys(group["attention"] for group in saved)) or [CONTROL]
     shape = describe_model(loaded, original)
-    kept = shape.attention_layers - sum(len(group["layers"]) for group in saved)
+    kept = shape.attention_layers - len({layer for group in saved for layer in layers_in(group)})
     own = [p.numel() for variant in swapped_modules(loaded).values() for p in variant.parameters()]
     arm = types.Arm(
         label=label, attention=names[0] if len(names) == 1 else "mixed", options=saved[0]["options"] if saved else {},
-        **variants(names[0] if len(names) == 1 else "mixed", saved, kept),
+        **variants(names[0] if len(names) == 1 else "mixed", saved, kept, list(softmax_groups(loaded))),
         swapped=[types.Group(**group) for group in saved], new_parameters=sum(own), status="measured",
         perplexity=[entry(result)], **about,
     )  # fmt: skip
-    return arm, shape
+    windows = []
+    if has_controls(loaded):
+        windows = equal_windows(Arm.of(find(model)), loaded, restore(share_weights(loaded)), args.length)
+    return arm, shape, windows
 
 
 def entry(result: Perplexity) -> types.Perplexity:
@@ -191,8 +207,8 @@ def entry(result: Perplexity) -> types.Perplexity:
     )
 
 
-def compare(arms: dict[str, types.Arm]) -> None:
-    """Fill in the paired ratios."""
+def compare(arms: dict[str, types.Arm], windows: dict[str, list[dict[str, Any]]]) -> None:
+    """Fill in the paired ratios, and the controls of equal state and time."""
     for label, arm in arms.items():
         own = arm.perplexity[0]
         own.ratio, own.against = None, []
@@ -207,6 +223,26 @@ def compare(arms: dict[str, types.Arm]) -> None:
         window = alike(arms, stages, BESIDE)
         if attention(stages) != CONTROL and window in arms and window != label:
             own.against = [beside(window, arms)(own)]
+        arm.controls = [equal_control(found, label, arms) for found in windows.get(label, [])]
+        known = {compared.arm for compared in (own.ratio, *own.against) if compared}
+        more = dict.fromkeys(control.arm for control in arm.controls if control.arm not in known)
+        own.against += [beside(name, arms)(own) for name in more if name]
+
+
+def equal_control(found: dict[str, Any], label: str, arms: dict[str, types.Arm]) -> types.Control:
+    """Return the run that is the window which was `found` for an arm, trained alike; or that there is none."""
+    arm = arms[label]
+    ratio = arm.perplexity[0].ratio
+    if "window" not in found:
+        return types.Control(found["equal"], ratio.arm if ratio and found.get("arm") else None, found["note"])
+    parted = arm.attention == BESIDE  # a window in some groups, whose control stands in all
+    for key in all_alike(arms, stages_of(arm.training), BESIDE):
+        other = arms[key]
+        same = not any(group.groups for group in other.swapped) if parted else facts.same_layers(arm, other)
+        if key != label and same and is_close(other.options, found):
+            return types.Control(found["equal"], key)
+    wanted = f"window={found['window']}, sinks={found['sinks']}"
+    return types.Control(found["equal"], None, f"no run is that of window with {wanted}, trained alike")
 
 
 def beside(control: str, arms: dict[str, types.Arm]) -> Callable[[types.Perplexity], types.Comparison]:
@@ -239,7 +275,12 @@ def name_of(stages: list[dict[str, Any]]) -> str:
 
 
 def alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str, since: int = 0) -> str | None:
-    """The key of the model with attention `name` whose stages were `ours`, from number `since` on."""
+    """The key of the first model of `all_alike`."""
+    return next(all_alike(arms, ours, name, since), None)
+
+
+def all_alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str, since: int = 0) -> Iterator[str]:
+    """The keys of the models with attention `name` whose stages were `ours`, from number `since` on."""
 
     def training(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = [stage for stage in stages if stage["stage"] != "align"][since:]
@@ -248,8 +289,7 @@ def alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str, sin
     for key, other in arms.items():
         stages = stages_of(other.training)
         if stages and attention(stages) == name and training(stages) == training(ours):
-            return key
-    return None
+            yield key
 
 
 if __name__ == "__main__":

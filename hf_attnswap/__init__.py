@@ -11,10 +11,15 @@ from .errors import UsageError
 from .integration import hooks as _hooks
 from .integration.finding import AttentionModule, inspect
 from .integration.swapping import restore, swap
+from .planning import plan
 from .publish import portable as _portable
 from .publish import push as _push
+from .sources.plans import read_plan
 
-__all__ = ["AttentionModule", "SwapConfig", "UsageError", "__version__", "available", "inspect", "restore", "swap"]
+__all__ = [
+    "AttentionModule", "SwapConfig", "UsageError", "__version__", "available", "inspect", "plan", "read_plan",
+    "restore", "swap",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from . import attentions
 from .attentions.base import KINDS
 from .errors import UsageError, shown
+from .plans import NAME, Choice, Plan, parse_place
 
-NAME = "attnswap"
 # The name that stands in config.json: where this package is not imported, transformers' error quotes it.
 GUARD = "attnswap: pip install hf_attnswap, then import hf_attnswap"
 # The entries of config.json that hold it. Users and programs override the first one; the second is checked for every
@@ -22,10 +22,8 @@ ARCHITECTURE = "Attnswap"
 # strictly stop at it.
 MARKER = "marker"
 
-FORMAT_VERSION = 3
-
-# For each layer index: a variant and all its options.
-Plan = dict[int, tuple[str, dict[str, Any]]]
+# What a group runs that a plan does not name.
+KEPT: Choice = ("softmax", {})
 
 
 @dataclass
@@ -34,18 +32,21 @@ class SwapConfig:
 
     Attributes:
         attention: name of a variant, see `hf_attnswap.available()`.
-        layers: None for all layers; a list of indices; a slice string such as "1::2"; or a dict from an index or slice
-            string to an attention name or to `{"attention": name, option: value, ...}`, which leaves all other layers
-            as they are.
+        layers: None for all layers; a list of indices; a slice string such as "1::2"; or a dict from an index, slice
+            string or place ("18.2": key/value group 2 of layer 18) to an attention name or to `{"attention": name,
+            option: value, ...}`, which leaves all other layers and groups as they are. A place overrides its layer.
         options: options of the variant; those that a dict in `layers` gives win.
         kinds: which attention of these layers: "causal" (a text to its own past), "bidirectional" (to itself), "cross"
             (to another, as decoders to their encoder).
+        keep: places that keep softmax in layers that are otherwise swapped, such as `["18.2", "8.0"]`. A model without
+            grouped queries has one group per head.
     """
 
     attention: str = "hedgehog+window"
     layers: None | Sequence[int] | str | Mapping[int | str, Any] = None
     options: dict[str, Any] = field(default_factory=dict)
     kinds: Sequence[str] = ("causal", "bidirectional")
+    keep: Sequence[str] | None = None
 
     def __post_init__(self):
         if not isinstance(self.options, Mapping):
@@ -58,24 +59,62 @@ class SwapConfig:
                 raise UsageError(f"kinds has {shown(kind)}; expected some of {', '.join(KINDS)}")
         if not self.kinds:
             raise UsageError("kinds is empty; leave it out to swap all self-attention")
+        if self.keep is not None:
+            if not isinstance(self.keep, Sequence) or isinstance(self.keep, str):
+                raise UsageError(f"keep is {shown(self.keep)}; expected a list of places such as ['18.2', '8.0']")
+            if not self.keep:
+                raise UsageError("keep is empty; leave it out to keep no group on softmax")
+            for place in self.keep:
+                parse_place(place, "keep")
 
-    def plan(self, indices: Sequence[int]) -> Plan:
+    def plan(self, groups: Mapping[int, int | None]) -> Plan:
         """Return for each of these layers that is to be swapped the variant and all its options with their values.
 
+        Args:
+            groups: the number of key/value groups of each layer; None where it cannot be read.
+
         Raises:
-            UsageError: an unknown variant, option or layer, or a layer named twice.
+            UsageError: an unknown variant, option, layer or group; a layer or group named twice; or nothing is left to
+                be swapped.
         """
+        whole, parted = self._chosen(groups)
+        for place in self.keep or ():
+            layer, group = _find(place, groups, "keep")
+            if (layer, group) in parted:
+                raise UsageError(f"keep has {shown(place)}, which is named twice")
+            if layer not in whole and all(at != layer for at, _ in parted):
+                raise UsageError(f"keep has {shown(place)}, but layer {layer} is not swapped: it keeps softmax anyway")
+            parted[layer, group] = KEPT
+        plan: Plan = {}
+        for layer in sorted({*whole, *(layer for layer, _ in parted)}):
+            count = groups[layer] or 0
+            if all((layer, group) not in parted for group in range(count)):
+                plan[layer] = whole[layer]
+                continue
+            by_group = {group: parted.get((layer, group), whole.get(layer, KEPT)) for group in range(count)}
+            swapped = {group: choice for group, choice in by_group.items() if choice[0] != KEPT[0]}
+            first = next(iter(swapped.values()), None)
+            if first is not None:
+                same = len(swapped) == count and all(choice == first for choice in swapped.values())
+                plan[layer] = first if same else swapped
+        if not plan:
+            raise UsageError("the plan keeps every group on softmax, which leaves nothing to swap")
+        return plan
+
+    def _chosen(self, groups: Mapping[int, int | None]) -> tuple[dict[int, Choice], dict[tuple[int, int], Choice]]:
+        """Return what `layers` says, by layer, and by layer and group."""
         if isinstance(self.layers, Mapping):
             if not self.layers:
                 raise UsageError("layers is empty; leave it out to swap all layers")
-            choices: list[tuple[Any, str, dict[str, Any]]] = [
-                (layers, *self._choice(given)) for layers, given in self.layers.items()
+            named: list[tuple[Any, str, dict[str, Any]]] = [
+                (place, *self._choice(given)) for place, given in self.layers.items()
             ]
         else:
-            choices = [(self.layers, self.attention, self.options)]
-        plan: Plan = {}
+            named = [(self.layers, self.attention, self.options)]
+        whole: dict[int, Choice] = {}
+        parted: dict[tuple[int, int], Choice] = {}
         used: set[str] = set()
-        for layers, name, given in choices:
+        for place, name, given in named:
             cls = _get(name)
             used |= set(cls.options()) & set(given)
             try:
@@ -86,14 +125,20 @@ class SwapConfig:
                 )
             except ValueError as error:
                 raise UsageError(str(error)) from None
-            for index in select(layers, indices):
-                if index in plan:
-                    raise UsageError(f"layers names layer {index} twice")
-                plan[index] = (name, options)
+            if isinstance(self.layers, Mapping) and ("." in place if isinstance(place, str) else type(place) is float):
+                at = _find(place, groups, "layers")
+                if at in parted:
+                    raise UsageError(f"layers names group {at[0]}.{at[1]} twice")
+                parted[at] = (name, options)
+                continue
+            for layer in select(place, list(groups)):
+                if layer in whole:
+                    raise UsageError(f"layers names layer {layer} twice")
+                whole[layer] = (name, options)
         unused = set(self.options) - used
         if unused:
             raise UsageError(f"option {min(unused, key=str)!r} belongs to none of the attentions in layers")
-        return plan
+        return whole, parted
 
     def _choice(self, given: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if isinstance(given, str):
@@ -110,71 +155,18 @@ class SwapConfig:
         return name, {**self.options, **own}
 
 
-def plans_to_dict(plans: Mapping[str, Plan], kept: str) -> dict[str, Any]:
-    """Return what goes into the config of one part of a model: a format version, and what is swapped there.
-
-    That is groups of layers with the same attention and options, or None where nothing is swapped in this part.
-
-    Args:
-        plans: by kind of attention.
-        kept: the attention implementation that the model had.
-    """
-    groups: list[dict[str, Any]] = []
-    for kind, plan in plans.items():
-        for index, (name, options) in sorted(plan.items()):
-            for group in groups:
-                if (group["kind"], group["attention"], group["options"]) == (kind, name, options):
-                    group["layers"].append(index)
-                    break
-            else:
-                groups.append({"attention": name, "options": dict(options), "kind": kind, "layers": [index]})
-    return {"format_version": FORMAT_VERSION, "kept": kept, "swapped": groups or None}
-
-
-def plans_from_dict(saved: Any, file: str = "config.json") -> dict[str, Plan]:
-    """Read what config.json says, and return the plans by kind of attention.
-
-    Args:
-        file: the path of config.json, for errors.
-
-    Raises:
-        UsageError: a newer format, or something that this package did not write, with its place and value.
-    """
-    version = saved.get("format_version") if isinstance(saved, Mapping) else None
-    if type(version) is not int or version != FORMAT_VERSION:
-        advice = ""
-        if type(version) is int:
-            newer = version > FORMAT_VERSION
-            advice = ": upgrade hf_attnswap" if newer else ": an older hf_attnswap wrote it; convert the model again"
-        raise UsageError(f"{NAME} in {file} has format_version {shown(version)}; expected {FORMAT_VERSION}{advice}")
-
-    def require(holds: bool, place: str, value: Any, expected: str) -> None:
-        if not holds:
-            raise UsageError(f"{NAME} in {file} is damaged: {place} is {shown(value)}; expected {expected}")
-
-    kept, groups = saved.get("kept"), saved.get("swapped")
-    require(isinstance(kept, str), "kept", kept, "the name of an attention implementation")
-    whole = "swapped" in saved and (groups is None or isinstance(groups, list) and len(groups) > 0)
-    require(whole, "swapped", groups, "a list of groups of layers, or null where no layer is swapped")
-    plans: dict[str, Plan] = {}
-    for number, group in enumerate(groups or ()):
-        place = f"swapped[{number}]"
-        require(isinstance(group, Mapping), place, group, "an object")
-        name, given, kind, layers = (group.get(key) for key in ("attention", "options", "kind", "layers"))
-        require(isinstance(name, str), f"{place}.attention", name, "the name of a variant")
-        require(isinstance(given, Mapping), f"{place}.options", given, "an object")
-        require(kind in KINDS, f"{place}.kind", kind, f"one of {', '.join(KINDS)}")
-        require(isinstance(layers, list) and len(layers) > 0, f"{place}.layers", layers, "a list of indices")
-        try:
-            options = attentions.get(name).check_options(given)
-        except ValueError as error:
-            raise UsageError(f"{NAME} in {file} is damaged: {place}: {error}") from None
-        plan = plans.setdefault(kind, {})
-        for index in layers:
-            require(type(index) is int and index >= 0, f"an index in {place}.layers", index, "a whole number")
-            require(index not in plan, f"{place}.layers", layers, f"no {kind} layer twice, as {index} is")
-            plan[index] = (name, options)
-    return plans
+def _find(place: Any, groups: Mapping[int, int | None], where: str) -> tuple[int, int]:
+    """Return layer and group of a place; UsageError where the model has no such layer or group."""
+    layer, group = parse_place(place, where)
+    layer = layer + len(groups) if layer < 0 else layer
+    if layer not in groups:
+        raise UsageError(f"{where} has {shown(place)}, but the model's attention layers are {_span(list(groups))}")
+    count = groups[layer]
+    if count is None:
+        raise UsageError(f"{where} has {shown(place)}, but the number of heads of layer {layer} cannot be read")
+    if group >= count:
+        raise UsageError(f"{where} has {shown(place)}, but layer {layer} has key/value groups 0 to {count - 1}")
+    return layer, group
 
 
 def known_architectures(config: Mapping[str, Any]) -> list[Any]:
@@ -232,6 +224,23 @@ def _get(name: Any) -> type[attentions.Attention]:
         return attentions.get(name)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def layers_of(text: str | None) -> Any:
+    """Return layers as `SwapConfig` takes them: "0,2" as a list, JSON as a dict, a slice as it is, None for None."""
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError(f"layers is {shown(text)}, which is not JSON") from None
+    return text if ":" in text else [part.strip() for part in text.split(",")]
+
+
+def places_of(text: str | None) -> list[str] | None:
+    """Return the places that a text names, such as "18.2,8.0"; None for None."""
+    return None if text is None else [place.strip() for place in text.split(",")]
 
 
 def parse_options(assignments: list[str]) -> dict[str, Any]:

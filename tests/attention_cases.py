@@ -11,12 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from hf_attnswap import attentions
 from hf_attnswap.attentions import Attention, Heads, Option
-from hf_attnswap.masks import Mask
+from hf_attnswap.masks import Mask, Rotation
 
 NAMES = attentions.names()
 HEAD_DIM, VALUE_DIM, SCALING = 8, 6, 0.4
 # A window that is smaller than the texts, for the variants that have one.
 SMALL = {"window": 8, "sinks": 2}
+# What a variant may have for texts beyond the lengths of its training.
+FAR = {"unrotate": True, "half_life": 9.0}
 PADDINGS = ("none", "left", "right", "middle")
 
 
@@ -26,9 +28,15 @@ def small_options(name: str) -> dict:
     return {option: value for option, value in SMALL.items() if option in known}
 
 
+def far_options(name: str) -> dict:
+    """The options of `SMALL` and `FAR` that the variant has."""
+    known = attentions.get(name).options()
+    return {option: value for option, value in (SMALL | FAR).items() if option in known}
+
+
 def other_options(name: str) -> list[dict]:
     """One dict per option and value that is not the default: the extremes of what it takes."""
-    found = [small_options(name)] if small_options(name) else []
+    found = [options for options in (small_options(name), far_options(name)) if options]
     for option, described in attentions.get(name).options().items():
         found += [{option: value} for value in _extremes(described) if value != described.default]
     return found
@@ -121,14 +129,21 @@ def gradients(out: Tensor, wanted: list[Tensor], rows: Tensor | None) -> list[Te
     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted, strict=True)]
 
 
+def rotation(length: int, batch: int = 2) -> Rotation:
+    """Of some numbers of each head, by other angles for each token of each text."""
+    angles = torch.rand(batch, 512, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, :length] * 6
+    return Rotation(torch.cat([angles.cos(), angles.sin()], dim=-1).to(DEVICE), neighbours=True, start=1)
+
+
 def causal(length: int, valid: Tensor | None = None) -> Mask:
-    return Mask(length, length, valid=valid)
+    return Mask(length, length, valid=valid, rotation=rotation(length))
 
 
 def mask_of(kind: str, length: int, padding: str) -> Mask:
     """Of texts of this length, where cross-attention sees a longer one."""
     n = length + 7 if kind == "cross" else length
-    return Mask(length, n, valid=valid_keys(padding, n), causal=kind == "causal")
+    turned = None if kind == "cross" else rotation(length)
+    return Mask(length, n, valid=valid_keys(padding, n), causal=kind == "causal", rotation=turned)
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -41,7 +41,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_five_lines_run(folder):
+def test_the_five_lines_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     (lines,) = re.findall(r"```python\n(.+?)```", README, re.S)
     lines, replaced = re.subn(r'"\w+/SmolLM2[^"]*"', repr(str(folder / "MODEL")), lines)
     assert replaced == 1

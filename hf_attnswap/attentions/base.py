@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,12 +67,13 @@ class Option:
         """Return `value`, as a float where the default is a float.
 
         Raises:
-            ValueError: `value` has another type than the default, is out of range, or is infinite. The error names the
-                variant `attention` and the option `name`.
+            ValueError: `value` has another type than the default, is out of range, or is not finite. The error names
+                the variant `attention` and the option `name`.
         """
         kind = type(self.default)
         if kind is float and type(value) is int:
-            value = float(value)
+            largest = sys.float_info.max
+            value = float(value) if abs(value) <= largest else math.inf if value > 0 else -math.inf
         if type(value) is not kind:
             raise ValueError(
                 f"{attention}: {name} is {value!r}; expected {kind.__name__}, for example {self.default!r}"
@@ -80,7 +82,7 @@ class Option:
             raise ValueError(f"{attention}: {name} is {value!r}; expected one of {', '.join(map(str, self.choices))}")
         if self.minimum is not None and not value >= self.minimum:
             raise ValueError(f"{attention}: {name} is {value!r}; expected at least {self.minimum}")
-        if value == math.inf:
+        if kind is float and not math.isfinite(value):
             raise ValueError(f"{attention}: {name} is {value!r}; expected a finite number")
         return value
 
@@ -111,6 +113,7 @@ class Attention(nn.Module):
         kind, place: of the module on which the variant stands: one of `KINDS`, and its layer in words.
         described: the variant on a module with its options, in words.
         ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where the fast form is one call of torch.
+        unrotate: sees query and key without their rotation by position, which `Mask.rotation` then tells it.
         any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The other variants take causal
             and bidirectional masks with padding, and packed texts.
         heads: shape of the module.
@@ -129,6 +132,7 @@ class Attention(nn.Module):
     stateful: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = KINDS
     any_mask: ClassVar[bool] = False
+    unrotate: Any = False
     ops: ClassVar[tuple[str, ...]] = ()
     kind: str = "causal"
     place: str = "attention"
@@ -165,6 +169,15 @@ class Attention(nn.Module):
     def option_values(self) -> dict[str, Any]:
         """Return the value of every option of this instance, by name."""
         return {name: getattr(self, name) for name in self.options()}
+
+    def choice(self) -> Any:
+        """Return what runs here, as a plan has it: the name and all options."""
+        return self.name, self.option_values()
+
+    @property
+    def linear_branch(self) -> "Attention | None":
+        """Return the linear variant beside a window, which can be aligned alone; None where there is none."""
+        return None
 
     def reset_parameters(self) -> None:
         """Set every parameter of the variant to its starting value, with `torch.nn.init` functions only.

@@ -14,6 +14,7 @@ from ..ops.delta import causal_delta
 from ..ops.heads import compute_dtype
 from .base import Attention
 from .gated import GateLogit
+from .linear import UNROTATE, unrotated
 from .registry import register
 
 
@@ -30,6 +31,7 @@ class Delta(Attention):
     stateful = True
     kinds = ("causal",)
     ops = ("delta",)
+    unrotate = UNROTATE
 
     def __init__(self, heads, **options):
         super().__init__(heads, **options)
@@ -44,22 +46,31 @@ class Delta(Attention):
         """Return how far each token overwrites, `[B, Hkv, T]` in (0, 1), from its key `[B, Hkv, T, D]`."""
         return torch.sigmoid(self.gate(key))
 
+    def log_gate(self, key: Tensor) -> Tensor | None:
+        """Return the log of what each token leaves of the state, `[B, Hkv, T]`; None: all of it."""
+        return None
+
     def weights(self, query, key, mask, scaling):
+        query, key = unrotated(self, query, key, mask)
         allowed = mask.matrix(query.device)
         group = query.shape[1] // key.shape[1]
         beta = self.beta(key).repeat_interleave(group, dim=1)
         k = self.feature_map(key).repeat_interleave(group, dim=1)
+        log_gate = self.log_gate(key)
+        gate = torch.ones_like(beta) if log_gate is None else log_gate.exp().repeat_interleave(group, dim=1)
         # From the last key back to the first: what the row takes of a key, and the query that those before it are left.
         left, taken = self.feature_map(query), []
         for j in reversed(range(key.shape[2])):
             k_j = k[:, :, j, :, None]
             w = (left @ k_j) * beta[:, :, j, None, None] * allowed[..., j, None]
             left = left - w * k_j.transpose(-1, -2)
+            left = torch.where(allowed[..., j, None], left * gate[:, :, j, None, None], left)
             taken.append(w)
         return torch.cat(taken[::-1], dim=-1)
 
     def forward(self, query, key, value, mask, scaling, state=None):
-        dtype, valid = compute_dtype(query.dtype), mask.new_tokens()
+        given, dtype, valid = query.dtype, compute_dtype(query.dtype), mask.new_tokens()
+        query, key = unrotated(self, query, key, mask)
         beta = self.beta(key.to(dtype))
         if valid is not None:
             beta = beta * valid[:, None].to(dtype)
@@ -72,4 +83,4 @@ class Delta(Attention):
         )
         if state is not None:
             state["S"] = after
-        return out.to(query.dtype)
+        return out.to(given)

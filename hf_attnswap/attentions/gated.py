@@ -14,6 +14,7 @@ from ..ops.gated import causal_gated
 from ..ops.heads import compute_dtype, scores
 from .base import Attention
 from .elu import elu_features
+from .linear import UNROTATE, unrotated
 from .registry import register
 
 
@@ -36,6 +37,13 @@ class GateLogit(nn.Module):
         return (key @ self.weight.to(key.dtype)[..., None]).squeeze(-1) + self.bias.to(key.dtype)[:, None]
 
 
+def log_of_gate(logit: Tensor) -> Tensor:
+    """Return `log g`, `[B, Hkv, T]`: for a logit of 0, 1 - g runs from 1/32 to 1/512 over the heads."""
+    # 1 - g = 2^-x at the start; a formula rather than a parameter, so that the parameters start at zero.
+    x = torch.linspace(5, 9, logit.shape[1], dtype=logit.dtype, device=logit.device)
+    return F.logsigmoid(logit + (x.exp2() - 1).log()[:, None])
+
+
 @register
 class Gated(Attention):
     """Fade a key with every token that follows; heads start with memories of different lengths."""
@@ -50,6 +58,7 @@ class Gated(Attention):
     kinds = ("causal",)
     ops = ("gated",)
     eps = 1e-6
+    unrotate = UNROTATE
     feature_map = staticmethod(elu_features)
 
     def __init__(self, heads, **options):
@@ -58,11 +67,10 @@ class Gated(Attention):
 
     def log_gate(self, key: Tensor) -> Tensor:
         """Return the log of the gates, `[B, Hkv, T]`, from the keys `[B, Hkv, T, D]`."""
-        # 1 - g = 2^-x at the start; a formula rather than a parameter, so that the parameters start at zero.
-        x = torch.linspace(5, 9, self.heads.num_key_value_heads, dtype=key.dtype, device=key.device)
-        return F.logsigmoid(self.gate(key) + (x.exp2() - 1).log()[:, None])
+        return log_of_gate(self.gate(key))
 
     def weights(self, query, key, mask, scaling):
+        query, key = unrotated(self, query, key, mask)
         allowed = mask.matrix(query.device)
         log_gate = self.log_gate(key).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         # Of the keys that the row sees, those behind j fade what it takes of j.
@@ -72,7 +80,8 @@ class Gated(Attention):
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
 
     def forward(self, query, key, value, mask, scaling, state=None):
-        dtype, valid = compute_dtype(query.dtype), mask.new_tokens()
+        given, dtype, valid = query.dtype, compute_dtype(query.dtype), mask.new_tokens()
+        query, key = unrotated(self, query, key, mask)
         log_gate, mapped_key = self.log_gate(key.to(dtype)), self.feature_map(key.to(dtype))
         if valid is not None:
             log_gate = log_gate.masked_fill(~valid[:, None], 0)
@@ -87,4 +96,4 @@ class Gated(Attention):
         )
         if state is not None:
             state["S"] = after
-        return out.to(query.dtype)
+        return out.to(given)

@@ -6,8 +6,9 @@ The formula stands in `ops/hybrid`. Zhang et al., "LoLCATs", 2024.
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..masks import Mask, Rotation
 from ..ops.heads import scores
 from ..ops.hybrid import hybrid_attention
 from ..ops.hybrid.reference import hybrid_weights, log_terms
@@ -42,6 +43,10 @@ class Hybrid(Attention):
         self.log_mix = nn.Parameter(torch.empty(heads.num_attention_heads))
         self.reset_parameters()
 
+    @property
+    def linear_branch(self):
+        return self.linear
+
     def reset_parameters(self):
         nn.init.zeros_(self.log_mix)
 
@@ -53,16 +58,22 @@ class Hybrid(Attention):
         """Return the feature maps of queries and of keys, and the log of the mix per head."""
         return self.linear.feature_map_of_queries(), self.linear.feature_map_of_keys(), self.log_mix
 
+    def far(self, mask: Mask) -> tuple[Rotation | None, Tensor | None]:
+        """Return the rotation that the maps do not see, and the log of the decay, `[Hkv]`; None for none."""
+        return mask.rotation if self.unrotate else None, self.linear.log_decay()
+
     def weights(self, query, key, mask, scaling):
         allowed = mask.matrix(query.device)
-        return hybrid_weights(query, key, allowed, *self.maps_and_mix(), scaling, self.window, self.sinks)
+        where = scaling, self.window, self.sinks
+        return hybrid_weights(query, key, allowed, *self.maps_and_mix(), *where, *self.far(mask))
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):
         """Set the mix so that the linear term has, over all rows, the mass that softmax has outside the window."""
         query, key = query.float(), key.float()
         allowed = mask.matrix(query.device)
-        logs, window = log_terms(query, key, allowed, *self.maps_and_mix(), scaling, self.window, self.sinks)
+        where = scaling, self.window, self.sinks
+        logs, window = log_terms(query, key, allowed, *self.maps_and_mix(), *where, *self.far(mask))
         s = (scores(query, key) * scaling).masked_fill(~allowed, float("-inf"))
         total = s.logsumexp(-1, keepdim=True)
         softmax, linear = ((t - total).exp().nan_to_num(0.0).masked_fill(window, 0).sum((0, 2, 3)) for t in (s, logs))
@@ -71,6 +82,7 @@ class Hybrid(Attention):
         self.log_mix += torch.where(seen, softmax / linear, 1).log().to(self.log_mix.dtype)
 
     def forward(self, query, key, value, mask, scaling, state=None):
+        rotation, log_decay = self.far(mask)
         out, after = hybrid_attention(
             query,
             key,
@@ -80,11 +92,15 @@ class Hybrid(Attention):
             window=self.window,
             sinks=self.sinks,
             valid=mask.new_tokens(),
-            state=HybridState(read_state(state), state["S"]) if state else None,
+            state=HybridState(read_state(state), state["S"], state.get("turns")) if state else None,
             keep_state=state is not None,
+            rotation=rotation,
+            log_decay=log_decay,
         )
         if state is not None:
             state.update(vars(after.window), S=after.linear)
+            if rotation is not None:
+                state["turns"] = after.turns
         return out
 
 
@@ -99,7 +115,10 @@ def hybrid_of(linear: type[LinearAttention]) -> type[Hybrid]:
             "__doc__": f"{linear.name} outside a softmax window.",
             "name": f"{linear.name}+window",
             "linear_class": linear,
-            "formula": f"softmax over window and sinks, {linear.name} outside, one denominator, a learned mix per head",
+            "formula": (
+                f"softmax over window and sinks, {linear.name} outside (fading from there with half_life), "
+                "one denominator, a learned mix per head"
+            ),
             "cost": f"O(n (w d) + {linear.cost[2:-1]})",
             "source": f"Zhang 2024 (LoLCATs); {linear.source}",
         },

@@ -1,15 +1,51 @@
 """Define the family of linear variants: a feature map on queries and one on keys make attention O(n)."""
 
+import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..masks import Mask
 from ..ops.heads import scores
 from ..ops.linear import causal_linear, full_linear
 from ..ops.spec import FeatureMap
-from .base import Attention
+from .base import Attention, Option
+
+UNROTATE = Option(
+    False,
+    "phi(R^-1 q), phi(R^-1 k) with R the layer's rotation by position (RoPE), for texts longer than the training's",
+)
+HALF_LIFE = Option(
+    0.0,
+    "h, for 2^(-(i - j) / h) phi(q_i) phi(k_j), beside a window for 2^(-(i - w - j) / h) phi(q_i) phi(k_j): the tokens "
+    "after which a key counts half, where each key/value head starts to learn its own; 0 lets none fade",
+    minimum=0,
+)
+
+
+class Decay(nn.Module):
+    """Hold the half-life of each key/value head, in tokens: `half_life e^p`, with p = 0 at the start.
+
+    Attributes:
+        log_factor: p, `[Hkv]`.
+    """
+
+    def __init__(self, heads: int, half_life: float):
+        super().__init__()
+        self.half_life = half_life
+        self.log_factor = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Set every head to the half-life that was asked for."""
+        nn.init.zeros_(self.log_factor)
+
+    def forward(self) -> Tensor:
+        """Return the log of what remains of a key after one token, `[Hkv]`; no half-life is shorter than one token."""
+        dtype = torch.promote_types(self.log_factor.dtype, torch.float32)
+        half_lives = (self.log_factor.to(dtype) + math.log(self.half_life)).exp().clamp(min=1)
+        return -math.log(2) / half_lives
 
 
 class LinearAttention(Attention):
@@ -18,11 +54,15 @@ class LinearAttention(Attention):
     `o_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps)`, or / n_i where `divide_by_count`. A variant
     of this family writes `feature_map`, or the two others where queries and keys differ.
 
+    With a half-life h, causal attention has `d^{i - j} phi(q_i).phi(k_j)` with d = 2^(-1/h) in place of the product; i
+    and j count the tokens that are not padding. Without the rotation, phi sees query and key before it.
+
     Attributes:
         scaled: the maps see query and key times sqrt(scaling), not as they are.
         divide_by_count: divide by the number of keys in place of the sum of the weights.
         hybrid: whether there is an `X+window`.
         eps: added to the sum of the weights.
+        decay: of the key/value heads; None where the half-life is 0.
     """
 
     cost_class = "linear"
@@ -32,6 +72,18 @@ class LinearAttention(Attention):
     divide_by_count: ClassVar[bool] = False
     hybrid: ClassVar[bool] = True
     eps: ClassVar[float] = 1e-6
+    unrotate = UNROTATE
+    half_life = HALF_LIFE
+
+    def __init__(self, heads, **options):
+        super().__init__(heads, **options)
+        self.decay = Decay(heads.num_key_value_heads, self.half_life) if self.half_life else None
+        if self.decay is not None:
+            self.kinds = ("causal",)
+
+    def log_decay(self) -> Tensor | None:
+        """Return the log of the decay of each key/value head, `[Hkv]`; None where nothing fades."""
+        return None if self.decay is None else self.decay()
 
     def feature_map(self) -> FeatureMap:
         """Return the map that queries and keys share, with the parameters that it needs."""
@@ -56,7 +108,13 @@ class LinearAttention(Attention):
 
     def weights(self, query, key, mask, scaling):
         allowed = mask.matrix(query.device)
-        kernel = self.kernel(*self.prepare(query, key, mask, None), scaling).masked_fill(~allowed, 0)
+        kernel = self.kernel(*self.prepare(*unrotated(self, query, key, mask), mask, None), scaling)
+        kernel = kernel.masked_fill(~allowed, 0)
+        log_decay = self.log_decay()
+        if log_decay is not None:
+            rank = allowed.long().cumsum(-1)
+            log_decay = log_decay.to(kernel.dtype).repeat_interleave(query.shape[1] // key.shape[1])
+            kernel = kernel * ((rank[..., -1:] - rank) * log_decay[:, None, None]).exp()
         if self.divide_by_count:
             return kernel / allowed.sum(-1, keepdim=True).clamp(min=1)
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
@@ -67,7 +125,7 @@ class LinearAttention(Attention):
 
     def forward(self, query, key, value, mask, scaling, state=None):
         dtype = query.dtype
-        query, key = self.prepare(query, key, mask, state)
+        query, key = self.prepare(*unrotated(self, query, key, mask), mask, state)
         maps = self.feature_map_of_queries(), self.feature_map_of_keys()
         given = {
             "scale": scaling**0.5 if self.scaled else 1.0,
@@ -81,7 +139,9 @@ class LinearAttention(Attention):
             return out.to(dtype)
         valid = mask.new_tokens()
         before = None if state is None else state.get("S")
-        out, _, after = causal_linear(query, key, value, *maps, **given, key_mask=valid, state=before)
+        out, _, after = causal_linear(
+            query, key, value, *maps, **given, key_mask=valid, state=before, log_decay=self.log_decay()
+        )
         if self.divide_by_count:
             out, counts = self._divide(out, query, valid, state)
             if state is not None:
@@ -96,6 +156,16 @@ class LinearAttention(Attention):
         counts = positions(query, valid, state) + 1
         after = counts[:, -1].clone()  # not a view of all counts
         return numerator / counts.clamp(min=1)[:, None, :, None].to(numerator.dtype), after
+
+
+def unrotated(attention: Attention, query: Tensor, key: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Return query and key as they were before their rotation, in float32 (float64 for float64).
+
+    They come back as they are where `attention` does not ask for that, and where `mask` tells of no rotation.
+    """
+    if not attention.unrotate or mask.rotation is None:
+        return query, key
+    return mask.rotation.undo(query), mask.rotation.undo(key)
 
 
 def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:

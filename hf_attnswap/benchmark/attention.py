@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attentions import Attention, Heads
+from ..attentions.base import State
 from ..masks import Mask
+from ..masks.rotation import Rotation
 from ..ops.backends import watch
 from ..statistics import Growth, Spread, crossover, growth
 from .measure import interleaved, peak_memory_mib, speedup
@@ -82,16 +84,31 @@ class Variant:
 
     def __call__(self, query, key, value):
         length = query.shape[2]
-        return self.attention(query, key, value, Mask(length, length, causal=self.causal), query.shape[-1] ** -0.5)
+        return self.attention(query, key, value, self.mask(query, length, self.causal), query.shape[-1] ** -0.5)
+
+    def mask(self, query: Tensor, keys: int, causal: bool = True) -> Mask:
+        """Return the mask of these queries, with a rotation to undo where the variant wants one: that takes its time.
+
+        Args:
+            query: `[B, H, T, D]`. keys: how many there are.
+        """
+        length, pairs = query.shape[2], query.shape[3] // 2
+        turns = query.new_ones(query.shape[0], length, 2 * pairs) if self.attention.unrotate else None
+        return Mask(length, keys, causal=causal, rotation=None if turns is None else Rotation(turns))
 
     def step(self, query, key, value):
         length, scaling = key.shape[2], query.shape[-1] ** -0.5
         new = [t[:, :, -1:].contiguous() for t in (query, key, value)]
         if not self.attention.stateful:
             return lambda: self.attention(new[0], key, value, Mask(1, length), scaling)
-        state: dict[str, Tensor] = {}
-        self.attention(query, key, value, Mask(length, length), scaling, state)
-        return lambda: self.attention(*new, Mask(1, length + 1), scaling, state)
+        state = self.state(query, key, value)
+        return lambda: self.attention(*new, self.mask(new[0], length + 1), scaling, state)
+
+    def state(self, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+        """Return what a stateful variant remembers after these n tokens."""
+        state = State()
+        self.attention(query, key, value, self.mask(query, key.shape[2]), query.shape[-1] ** -0.5, state)
+        return state
 
 
 def _shared(query: Tensor, key: Tensor) -> bool:

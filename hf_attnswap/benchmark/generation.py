@@ -10,7 +10,9 @@ from ..config import NAME
 from ..integration.attention import attend
 from ..integration.cache import cache_nbytes, state_layer
 from ..integration.finding import head_shape, inspect
-from ..masks import Mask
+from ..integration.observing import answering, own
+from ..integration.swapping import swapped_modules
+from ..masks import Mask, Rotation
 from .attention import random_inputs
 from .measure import peak_memory_mib, seconds
 
@@ -81,7 +83,7 @@ def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
 
     The cost of a step does not depend on which tokens came before, so no prompt of that length needs to be read.
     """
-    cache = DynamicCache(config=model.config)
+    cache, rotations = DynamicCache(config=model.config), _rotations(model)
     for entry in inspect(model):
         heads, module = head_shape(model, [entry]), entry.module
         query, key, value = random_inputs(heads, length, dtype=model.dtype, device=model.device)
@@ -91,5 +93,23 @@ def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
         else:
             layer = state_layer(cache, module.layer_idx, variant.described)
             layer.update(key, value)
-            attend(variant, query, key, value, Mask(length, length), heads.head_dim**-0.5, layer)
+            one = rotations.get(entry.name)
+            rotation = None if one is None else one.of(one.turns.expand(-1, length, -1))
+            mask = Mask(length, length, rotation=rotation)
+            attend(variant, query, key, value, mask, heads.head_dim**-0.5, layer)
     return cache
+
+
+def _rotations(model: PreTrainedModel) -> dict[str, Rotation | None]:
+    """Return the rotation of the first token of a text in each layer whose variant undoes it, by path of the layer."""
+    found: dict[str, Rotation | None] = {}
+    if not any(variant.unrotate for variant in swapped_modules(model).values()):
+        return found
+
+    def answer(path, attention, query, key, value, mask, scaling):
+        found[path] = mask.rotation
+        return own(path, attention, query, key, value, mask, scaling)
+
+    with answering(model, answer):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return found

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import UsageError, one_line_errors
-from . import bench, diagnose, evaluate, models, publish, report, tradeoff, variants
+from . import bench, diagnose, evaluate, models, plan, publish, report, tradeoff, variants
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +23,7 @@ app.command("inspect")(models.inspect_model)
 app.command()(models.convert)
 app.command()(evaluate.evaluate)
 app.command()(diagnose.diagnose)
+app.command()(plan.plan)
 app.command()(bench.bench)
 app.command()(tradeoff.tradeoff)
 app.command()(report.report)

@@ -1,6 +1,7 @@
 """Hold the command that shows what each swapped layer does to gradients, to the distribution, and to the output."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,6 @@ from .options import (
     Model,
     TextColumn,
     TrustRemoteCode,
-    layers_of,
     show,
     status,
     table_of,
@@ -66,6 +66,7 @@ def diagnose(
 
     Example: attnswap diagnose HuggingFaceTB/SmolLM2-135M-Instruct --attention relu --validation_file book.txt
     """
+    from ..config import layers_of
     from ..evaluation.damage import least_damaged
     from ..evaluation.diagnose import diagnose as look
     from ..evaluation.diagnose import summary_rows
@@ -82,19 +83,19 @@ def diagnose(
     arms = [Arm.parse(text) for text in attention or []]
     source = text_source(validation_file, dataset_name, dataset_config_name, split, text_column)
     loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    quality_task(loaded)  # which says what to use for models of something else than one text
+    task = quality_task(loaded)  # which says what to use for models of something else than one text
     if bool(swapped_modules(loaded)) == bool(arms):
         raise UsageError(
             f"{model!r} is already swapped: leave out --attention" if arms else "name what to look at: --attention"
         )
     require_positions(loaded, context_length, "--context_length")
-    blocks = token_blocks(source, tokenizer, context_length, context_length * texts)
+    blocks = token_blocks(source, tokenizer, context_length, context_length * texts, closed=task is not None)
     mask = getattr(tokenizer, "mask_token_id", None)
     found, tables = [], []
     with status("looking") as say:
         for arm in arms or [None]:
             if arm is not None:
-                swap(loaded, arm.attention, layers=layers_of(layers), **arm.options)
+                swap(loaded, arm.swap if layers is None else replace(arm.swap, layers=layers_of(layers)))
             looked = look(loaded, blocks, say, mask) | {"label": arm.label if arm else model}
             if arm is not None:
                 restore(loaded)

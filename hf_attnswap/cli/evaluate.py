@@ -8,7 +8,7 @@ import typer
 
 from ..errors import UsageError
 from ..evaluation.tasks import help_text
-from ..statistics import MIN_ITEMS
+from ..statistics import FEW, MIN_ITEMS
 from .options import (
     AllowPickle,
     DatasetConfig,
@@ -44,7 +44,9 @@ def evaluate(
         list[int] | None,
         typer.Option("--context_length", min=2, help="of perplexity and generated tasks; may be repeated"),
     ] = None,
-    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1)] = 16384,
+    max_eval_tokens: Annotated[
+        int | None, typer.Option("--max_eval_tokens", min=1, help="left out: 500 blocks per context length")
+    ] = None,
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="windows of the context move on by so many tokens")
     ] = None,
@@ -122,7 +124,7 @@ def _measure(
     found["trained"] = getattr(model.config, "max_position_embeddings", None)
     texts: list[str] = []
     if source:
-        most, start = max(max_eval_tokens, *contexts), start_tokens(tokenizer)
+        most, start = max(max_eval_tokens or FEW * (stride or max(contexts)), *contexts), start_tokens(tokenizer)
         tokens = token_stream(source, tokenizer, most)
         if not (separate_texts(names) or len(cut(tokens, max(contexts), start))):
             raise UsageError(
@@ -138,7 +140,8 @@ def _measure(
             if stride:
                 measured = sliding_perplexity(model, tokens, context, stride, start=start)
             else:
-                measured = perplexity(model, tokens, context, most // context, start=start)
+                blocks = max(max_eval_tokens, *contexts) // context if max_eval_tokens else FEW
+                measured = perplexity(model, tokens, context, blocks, start=start)
             units = count_units(tokenizer, tokens, context, len(measured.nll), stride, start)
             found["perplexity"].append((measured, units))
     inputs = TaskInputs(contexts, limit, batch_size, seed, tokens if source else None, texts)

@@ -8,16 +8,16 @@ from rich.table import Table
 
 from .options import (
     AllowPickle,
-    AttentionName,
     Dtype,
     Json,
+    Keep,
     Kinds,
     Layers,
     Model,
     Options,
+    Plan,
     Revision,
     TrustRemoteCode,
-    layers_of,
     show,
 )
 
@@ -48,10 +48,12 @@ def inspect_model(model: Model, as_json: Json = False, trust_remote_code: TrustR
 def convert(
     model: Model,
     output_dir: Annotated[Path, typer.Option("--output_dir", help="a new or empty folder")],
-    attention: AttentionName = "hedgehog+window",
+    attention: Annotated[str | None, typer.Option("--attention", help="see `attnswap ls`; hedgehog+window")] = None,
     layers: Layers = None,
+    keep: Keep = None,
     kind: Kinds = None,
     option: Options = None,
+    plan: Plan = None,
     dtype: Dtype = "auto",
     portable: Annotated[
         bool, typer.Option("--portable", help="add a file that loads it without hf_attnswap, under trust_remote_code")
@@ -64,17 +66,32 @@ def convert(
 
     Example: attnswap convert HuggingFaceTB/SmolLM2-135M --attention relu_power --option p=16 --output_dir relu16
     """
-    from .. import SwapConfig
+    from ..config import SwapConfig, layers_of, parse_options, places_of
+    from ..errors import UsageError
     from ..integration.swapping import describe, swap
     from ..sources.files import require_empty, whole_folder
     from ..sources.models import load_any
-    from ..tradeoff import parse_options
+    from ..sources.plans import read_plan
 
     require_empty(output_dir)
+    given = {"--attention": attention, "--layers": layers, "--keep": keep, "--kind": kind, "--option": option}
+    if plan is not None:
+        told = [name for name, value in given.items() if value]
+        if told:
+            raise UsageError(f"--plan says all of the swap: leave out {' and '.join(told)}")
+        read = read_plan(plan)
+    else:
+        config = SwapConfig(
+            attention or SwapConfig.attention, layers_of(layers), parse_options(option or []),
+            kind or SwapConfig.kinds, places_of(keep),
+        )  # fmt: skip
     loaded, processor = load_any(
         model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
-    swap(loaded, attention, layers=layers_of(layers), kinds=kind or SwapConfig.kinds, **parse_options(option or []))
+    if plan is not None:
+        read.require(loaded)
+        config = read.swap
+    swap(loaded, config)
     with whole_folder(output_dir) as folder:
         loaded.save_pretrained(folder, portable=portable)
         if processor is not None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,12 @@ TrustRemoteCode = Annotated[
 AllowPickle = Annotated[bool, typer.Option("--allow_pickle", help="read pickled weights where it has no safetensors")]
 AttentionName = Annotated[str, typer.Option("--attention", help="a variant, see `attnswap ls`")]
 Layers = Annotated[str | None, typer.Option("--layers", help="all, or a slice '1::2', or indices '0,3,5'")]
+Keep = Annotated[
+    str | None, typer.Option("--keep", help="groups that keep softmax in these layers: layer.group, '18.2,8.0'")
+]
+Plan = Annotated[
+    Path | None, typer.Option("--plan", help="a plan.yaml, in place of attention, layers, keep, kind and option")
+]
 Kinds = Annotated[
     list[str] | None, typer.Option("--kind", help="causal, bidirectional or cross; may be repeated; the first two")
 ]
@@ -35,11 +42,6 @@ ValidationFile = Annotated[
 DatasetName = Annotated[str | None, typer.Option("--dataset_name", help="a dataset of the Hub, in place of files")]
 DatasetConfig = Annotated[str | None, typer.Option("--dataset_config_name", help="its configuration")]
 TextColumn = Annotated[str, typer.Option("--text_column", help="the column that holds the text")]
-
-
-def layers_of(text: str | None) -> Any:
-    """Return layers as `swap` takes them: "0,2" as a list, a slice such as "1::2" as it is, None for None."""
-    return text if text is None or ":" in text else [part.strip() for part in text.split(",")]
 
 
 def show(as_json: bool, content: Any, *renderables: Any) -> None:

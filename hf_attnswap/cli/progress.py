@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from ..tradeoff.progress import Progress
+from ..evaluation.course import Progress
 
 SELDOM_S = 10.0  # between two lines where nobody sees a bar
 
@@ -45,15 +45,23 @@ class RunBar:
             self.bars.stop()
 
     def __call__(self, progress: Progress) -> None:
+        if not progress.total:
+            self._say(progress.line, "before the first arm")
+            return
         if self.first is None:
             self.first, self.started = progress.done, time.monotonic()  # an earlier run did what is done by now
             if self.bars:
                 self.bars.reset(self.task, total=progress.total, completed=progress.done)
         if self.bars:
-            self.bars.update(self.task, description=progress.line[:40], completed=progress.done)
-        elif time.monotonic() - self.said >= SELDOM_S or progress.line == "starting":
+            self.bars.update(self.task, completed=progress.done)
+        self._say(progress.line, self._where(progress))
+
+    def _say(self, line: str, where: str) -> None:
+        if self.bars:
+            self.bars.update(self.task, description=line[:40])
+        elif time.monotonic() - self.said >= SELDOM_S or line == "starting":
             self.said = time.monotonic()
-            print(f"[{self._where(progress)}] {progress.line}", file=sys.stderr, flush=True)
+            print(f"[{where}] {line}", file=sys.stderr, flush=True)
 
     def _where(self, progress: Progress) -> str:
         """Return how far the run is: "35 %, 0:02:10, about 0:04:00 left"."""

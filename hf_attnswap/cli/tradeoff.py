@@ -2,12 +2,13 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..evaluation.tasks import help_text
+from ..evaluation.tasks import RETRIEVAL, RETRIEVAL_LENGTHS, help_text
 from .options import (
     AllowPickle,
     DatasetConfig,
@@ -44,12 +45,19 @@ def tradeoff(
         ),
     ] = None,
     controls: Annotated[
-        bool, typer.Option("--controls/--no_controls", help="add softmax, none, window and the linear part alone")
+        bool,
+        typer.Option(
+            "--controls/--no_controls",
+            help="add softmax, none, window, the linear part alone, and for arms with a state the windows of equal "
+            "state and of equal time",
+        ),
     ] = True,
     context_lengths: Annotated[
         list[int] | None, typer.Option("--context_length", min=2, help="of perplexity; may be repeated")
     ] = None,
-    max_eval_tokens: Annotated[int, typer.Option("--max_eval_tokens", min=1, help="per context length")] = 4096,
+    max_eval_tokens: Annotated[
+        int | None, typer.Option("--max_eval_tokens", min=1, help="per context length; left out: 500 blocks")
+    ] = None,
     lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="of speed; may be repeated")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="of speed, arms taking turns")] = 3,
     decode_tokens: Annotated[int, typer.Option("--decode_tokens", min=1)] = 4,
@@ -68,7 +76,16 @@ def tradeoff(
         str | None,
         typer.Option(
             "--tasks",
-            help=f"{help_text()}; generated texts have the context lengths",
+            help=f"{help_text()}; left out: {','.join(RETRIEVAL)}; '' for none",
+        ),
+    ] = None,
+    task_lengths: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--task_length",
+            min=2,
+            help="of texts that tasks make; may be repeated; left out: the context lengths, or, where --tasks is left "
+            f"out too, those of {', '.join(map(str, RETRIEVAL_LENGTHS))} that no length above exceeds",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="items per task")] = None,
@@ -88,6 +105,8 @@ def tradeoff(
     Example: attnswap tradeoff HuggingFaceTB/SmolLM2-135M-Instruct --train_file book.txt --output_dir report
     """
     from .. import report
+    from ..evaluation.tasks import retrieval_lengths
+    from ..integration.objectives import objective
     from ..sources.lock import alone_in
     from ..sources.models import load
     from ..tradeoff import DEFAULT_ARMS, Settings, measure, with_controls
@@ -102,7 +121,7 @@ def tradeoff(
         block_size=block_size, learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
         per_device_train_batch_size=per_device_train_batch_size, seed=seed, diagnose_tokens=diagnose_tokens,
         tasks=tuple(name for name in (tasks or "").split(",") if name), task_limit=limit, include_path=include_path,
-        train_lengths=tuple(train_lengths or ()),
+        task_lengths=tuple(task_lengths or ()), train_lengths=tuple(train_lengths or ()), equal_controls=controls,
     )  # fmt: skip
     training = text_source(train_file, dataset_name, dataset_config_name, "train", text_column)
     evaluation = None if validation_file is None else text_source(validation_file, None, None, "train", text_column)
@@ -111,6 +130,10 @@ def tradeoff(
             model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )  # fmt: skip
+        if tasks is None and objective(loaded) == "next tokens":
+            longest = max(*settings.context_lengths, *settings.lengths)
+            at = settings.task_lengths or retrieval_lengths(loaded, longest)
+            settings = replace(settings, tasks=RETRIEVAL if at else (), task_lengths=at)
         measured = measure(
             loaded,
             tokenizer,

@@ -24,6 +24,7 @@ from ..sources.blocks import cut, start_tokens
 from ..sources.files import require_file, write_whole
 from ..sources.models import load
 from ..sources.texts import TextSource, token_stream
+from ..statistics import FEW
 from .processes import blocks_of_process, shared_perplexity
 from .tasks import quality_task
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text_column", default="text", help="column that holds the text (default: %(default)s)")
     parser.add_argument("--split", default="test", help="split of the dataset (default: %(default)s)")
     parser.add_argument("--context_length", type=int, action="append", help="may be repeated (default: 512)")
-    parser.add_argument("--max_eval_tokens", type=int, default=16384, help="(default: %(default)s)")
+    parser.add_argument("--max_eval_tokens", type=int, help="(default: 500 blocks of each context length)")
     parser.add_argument("--output_file", type=Path, help="where the numbers go, as JSON")
     args = parser.parse_args(argv)
     contexts = args.context_length or [512]
@@ -61,14 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         config_name=args.dataset_config_name,
         column=args.text_column,
     )
-    most, start = max(args.max_eval_tokens, *contexts), start_tokens(tokenizer)
+    start = start_tokens(tokenizer)
+    blocks = {n: max(args.max_eval_tokens, *contexts) // n if args.max_eval_tokens else FEW for n in contexts}
+    most = max(n * count for n, count in blocks.items())
     stream = token_stream(source, tokenizer, most)
     if not len(cut(stream, max(contexts), start)):
         raise UsageError(
             f"text {source.name!r} gives {len(stream)} tokens, less than one block of {max(contexts)}: "
             "give more text or a shorter context"
         )
-    rows = [measure(accelerator, model, cut(stream, context, start)[: most // context], start) for context in contexts]
+    rows = [measure(accelerator, model, cut(stream, n, start)[: blocks[n]], start) for n in contexts]
     if not accelerator.is_main_process:
         return
     if args.output_file is not None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..integration.objectives import learned_positions, objective
-from ..integration.observing import answering, softmax
+from ..integration.objectives import input_device, learned_positions, objective
+from ..integration.observing import answering, brought_in, softmax
 from .likeness import logits_or_hidden
 
 TOKENS, PADDING, STEPS = 48, 5, 6  # of the text, before it in a batch, and written one by one
@@ -59,7 +59,7 @@ def check_swap(original: nn.Module, swapped: nn.Module, tokens: Tensor) -> list[
         tokens: int64, any shape, read as one stream of at least `TOKENS` tokens; the first `TOKENS` are used.
     """
     room = min(TOKENS, (learned_positions(swapped) or TOKENS + PADDING) - PADDING)
-    text = tokens.reshape(-1)[None, :room].to(next(swapped.parameters()).device)
+    text = tokens.reshape(-1)[None, :room].to(input_device(swapped))
     limit = 0.1 if next(swapped.parameters()).dtype in (torch.bfloat16, torch.float16) else 2e-3
     writes = objective(swapped) == "next tokens"
     whole = _logits(swapped, text)
@@ -134,7 +134,8 @@ def _definition(model, text) -> float:
     found = []
 
     def look(name, attention, query, key, value, mask, scaling):
-        expected = attention.reference(query, key, value, mask, scaling)
+        with brought_in(attention):
+            expected = attention.reference(query, key, value, mask, scaling)
         found.append(_worst(attention(query, key, value, mask, scaling), expected) if expected.any() else 0.0)
         return softmax(name, attention, query, key, value, mask, scaling)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..integration.objectives import input_device
 from ..integration.observing import answering, own, softmax
 from ..integration.swapping import swapped_modules
 from .predictions import NOTHING, next_token_labels
@@ -59,7 +60,7 @@ def layer_damage(
     places = torch.ones_like(blocks, dtype=torch.bool) if labels is None else labels != NOTHING
     labels = next_token_labels(blocks) if labels is None else labels
     layers = list(swapped_modules(model))
-    device = next(model.parameters()).device
+    device = input_device(model)
     kl = torch.zeros(len(layers), len(blocks), dtype=torch.float64)
     nll = torch.zeros(len(layers) + 1, len(blocks), dtype=torch.float64)
     chosen: str | None = None

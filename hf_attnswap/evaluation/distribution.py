@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attentions import Attention
-from ..integration.observing import SOFTMAX, allowed_keys, answering
+from ..integration.objectives import input_device
+from ..integration.observing import SOFTMAX, allowed_keys, answering, brought_in
 from ..integration.swapping import swapped_modules
 from ..masks import Mask
 from .perplexity import octaves
@@ -80,7 +81,8 @@ def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
 
     def look(name: str, attention: Attention, query, key, value, mask: Mask, scaling: float) -> Tensor:
         teacher = SOFTMAX(query, key, value, mask, scaling)
-        ours = weight_facts(attention.weights(query, key, mask, scaling), mask)
+        with brought_in(attention):
+            ours = weight_facts(attention.weights(query, key, mask, scaling), mask)
         soft = SOFTMAX.weights(query, key, mask, scaling)
         theirs = weight_facts(soft, mask)
         share = ours.pop("share")
@@ -102,7 +104,7 @@ def distribution_facts(model: nn.Module, input_ids: Tensor) -> list[LayerFacts]:
         return teacher
 
     with answering(model, look):
-        model(input_ids=input_ids.to(next(model.parameters()).device), use_cache=False)
+        model(input_ids=input_ids.to(input_device(model)), use_cache=False)
     return [_mean(calls) for calls in found.values() if calls]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attentions import Attention, ScoreAttention
+from ..integration.objectives import input_device
 from ..integration.observing import SOFTMAX, Answer, allowed_keys, answering, own, softmax
 from ..integration.swapping import swapped_modules
 from ..masks import Mask
@@ -72,7 +73,7 @@ def gradient_flow(
         return answer(name, attention, query, key, value, mask, scaling)
 
     with answering(model, look), _layer_inputs(model, norms), _frozen(model), torch.enable_grad():
-        embedded = model.get_input_embeddings()(input_ids.to(next(model.parameters()).device))
+        embedded = model.get_input_embeddings()(input_ids.to(input_device(model)))
         embedded = embedded.detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
         labels = next_token_labels(input_ids) if labels is None else labels

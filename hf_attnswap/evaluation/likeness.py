@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..errors import UsageError
+from ..integration.objectives import input_device
 from .result import Result
 
 Inputs = Mapping[str, Tensor]
@@ -62,7 +63,7 @@ def answers(model: nn.Module, inputs: Iterable[Inputs]) -> dict[str, Any]:
 
 def _output(model: nn.Module, inputs: Inputs) -> tuple[Tensor, bool]:
     """Return the logits, or else the last hidden state, float32, and whether it is the logits."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     found = model(**{name: value.to(device) for name, value in inputs.items()})
     return logits_or_hidden(found), torch.is_tensor(getattr(found, "logits", None))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..integration.objectives import input_device
 from ..sources.blocks import cut
 from ..statistics import Estimate, paired_bootstrap
 
@@ -171,7 +172,7 @@ def sliding_perplexity(
 
 def _token_nll(model, blocks: Tensor, predicted: int, batch_size: int, progress) -> Iterator[Tensor]:
     """Yield the nll of the last `predicted` tokens of each block, float32 `[b, predicted]`, batch by batch."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     for batch in blocks.split(batch_size):
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits[:, -predicted - 1 : -1]

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..config import GUARD, NAME, plans_from_dict
+from ..config import GUARD, NAME
 from ..errors import UsageError
+from ..plans import plans_from_dict
 from .loading import build_variants
 from .parts import model_parts
 from .swapping import describe, own_configs, swapped_modules
@@ -162,3 +164,40 @@ def swap_first(original):
         return original(self, model, adapter_name, *args, **kwargs)
 
     return inject_adapter
+
+
+def one_set_of_variants(original):
+    """Wrap `load_adapter` of peft and of transformers: no adapter changes the variants that another one has.
+
+    The wrapper raises UsageError where the new adapter was trained with other parameters of the variants than the model
+    has, and leaves the model as it was.
+    """
+
+    @functools.wraps(original)
+    def load_adapter(self, *args, **kwargs):
+        name = args[1] if len(args) > 1 else kwargs.get("adapter_name") or "default"
+        before = set(getattr(self, "peft_config", ()))
+        others = before - {name}
+        kept = {path: tensor.clone() for path, tensor in _tensors_of_variants(self).items()} if others else {}
+        loaded = original(self, *args, **kwargs)
+        now = _tensors_of_variants(self) if others else {}  # transformers puts others in their place
+        pairs = [(kept[path], now[path]) for path in kept.keys() & now.keys()]
+        if any(not torch.equal(earlier, later.to(earlier.device)) for earlier, later in pairs):
+            with torch.no_grad():
+                for earlier, later in pairs:
+                    later.copy_(earlier)
+            if name not in before:
+                self.delete_adapter(name)
+            raise UsageError(
+                f"adapter {name!r} was trained with other parameters of the swapped attention than the model has with "
+                f"{', '.join(map(repr, sorted(others)))}, and a model has one set of them: load it on its own model"
+            )
+        return loaded
+
+    return load_adapter
+
+
+def _tensors_of_variants(model: nn.Module) -> dict[str, Tensor]:
+    variants = swapped_modules(model).items()
+    found = {f"{path}.{name}": tensor for path, new in variants for name, tensor in new.state_dict().items()}
+    return {path: tensor for path, tensor in found.items() if not tensor.is_meta}

@@ -14,6 +14,7 @@ from ..config import MARKER, NAME
 from ..errors import UsageError
 from ..masks import Mask, Packed, unpack_rows, values_are_hidden
 from .read_mask import ANY_MASK, read_mask
+from .rotations import rotation_of
 from .sharing import uses_keys_of_another
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
@@ -66,7 +67,7 @@ def attnswap_attention(
     _check_whole_texts()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attention: Attention | None = getattr(module, NAME, None)
-    layer = kwargs.pop("attnswap_state", None)
+    layer, turned = kwargs.pop("attnswap_state", None), kwargs.pop("attnswap_rotation", None)
     if attention is None:
         _check_keywords(type(module).__name__, kwargs)
         out, weights = _kept(module, query, key, value, attention_mask, scaling, dropout, kwargs)
@@ -91,6 +92,9 @@ def attnswap_attention(
     try:
         with precision:
             mask = read_mask(module, attention, query, key, attention_mask, layer, kwargs)
+            if turned is not None:
+                rotation = rotation_of(module._attnswap_rotary, turned, query, key.shape[2])
+                mask = replace(mask, rotation=rotation)
             rows = query.shape[2]
             if attention.stateful and isinstance(mask, Mask) and mask.causal and rows < key.shape[2]:
                 # Gemma 4 asks its last layers for the last rows alone; a recurrence goes through all of them.
@@ -118,16 +122,20 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
             seen = before + tokens
             valid = None if mask.valid is None else mask.valid[:, :seen]
             new = (t[:, :, :tokens] for t in (query, key, value))
-            attention.answer(*new, Mask(tokens, seen, valid), scaling, state)
+            rotation = None if mask.rotation is None else mask.rotation.tokens(slice(0, tokens))
+            attention.answer(*new, Mask(tokens, seen, valid, rotation=rotation), scaling, state)
 
         layer.take_in(attention, mask, replay)
     if isinstance(mask, Packed):
 
-        def one(query, key, value, valid):
-            mask_of_texts = Mask(query.shape[2], key.shape[2], None if mask.causal else valid, causal=mask.causal)
-            return attention.answer(query, key, value, mask_of_texts, scaling)
+        def one(query, key, value, valid, *turns):
+            rotation = mask.rotation.of(*turns) if turns else None
+            valid = None if mask.causal else valid
+            of_texts = Mask(query.shape[2], key.shape[2], valid, causal=mask.causal, rotation=rotation)
+            return attention.answer(query, key, value, of_texts, scaling)
 
-        return unpack_rows(one, query, key, value, mask.segments)
+        turns = () if mask.rotation is None else (mask.rotation.turns,)
+        return unpack_rows(one, query, key, value, mask.segments, *turns)
     return attention.answer(query, key, value, mask, scaling, layer.state if stateful else None)
 
 

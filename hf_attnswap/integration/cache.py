@@ -22,6 +22,7 @@ from .. import attentions
 from ..attentions import Attention
 from ..config import NAME
 from ..masks import Mask, Packed, values_are_hidden
+from ..plans import layers_in
 
 Replay = Callable[[dict[str, Tensor], int], object]
 
@@ -38,9 +39,13 @@ ANOTHER_PAST = (
     "attention_mask hides earlier tokens that the state of the layer has taken in, or shows some that it has not, "
     "and a state cannot follow: start from a new cache, or use a variant on the scores, which keeps keys and values"
 )
+UNDER_FUNC = (
+    "under torch.func nobody can look whether attention_mask agrees with what the state of the layer has taken in: "
+    "leave attention_mask out where nothing is padded, or call the model with use_cache=False"
+)
 
 
-class _OnceForAllLayers:
+class OnceForAllLayers:
     """Call a function of two tensors once, for all layers that ask for the same two one after the other."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Any]):
@@ -54,8 +59,8 @@ class _OnceForAllLayers:
         return last[2]
 
 
-_same_rows = _OnceForAllLayers(lambda valid, taken: torch.equal(valid[:, : taken.shape[1]], taken.to(valid.device)))
-_reordered = _OnceForAllLayers(lambda taken, beam_idx: taken.index_select(0, beam_idx.to(taken.device)))
+_same_rows = OnceForAllLayers(lambda valid, taken: torch.equal(valid[:, : taken.shape[1]], taken.to(valid.device)))
+_reordered = OnceForAllLayers(lambda taken, beam_idx: taken.index_select(0, beam_idx.to(taken.device)))
 
 
 class StateLayer(CacheLayerMixin):
@@ -78,7 +83,13 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, fixed_size: bool = False):
+    def __init__(self, beside_keys: bool = False, max_cache_len: int | None = None):
+        """Make an empty layer.
+
+        Args:
+            beside_keys: whether other layers of the cache keep keys and values, for which masks are made too.
+            max_cache_len: the size of those layers; None in a cache that grows.
+        """
         super().__init__()
         self.state: dict[str, Tensor] = {}
         self.seen = 0
@@ -87,7 +98,8 @@ class StateLayer(CacheLayerMixin):
         self.filled_by = ""
         self.awaited = False  # the next keys come from the module of a stateful variant
         self.closed = ""  # what went through and left no state, in words
-        self.fixed_size = fixed_size
+        self.fixed_size = max_cache_len is not None
+        self.mask_length = max_cache_len if beside_keys else None
         self.record_past = False
         self.past: list[Past] = []
 
@@ -118,7 +130,7 @@ class StateLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys that a mask covers, those of the new tokens included, and where they begin."""
-        return self.seen + query_length, 0
+        return self.mask_length or self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
         """Return how many tokens have come."""
@@ -129,7 +141,7 @@ class StateLayer(CacheLayerMixin):
         return -1
 
     def nbytes(self) -> int:
-        """Return the bytes of the state, which do not depend on the number of tokens."""
+        """Return the bytes of the state, which grow with the tokens only where some groups of the layer keep keys."""
         return sum(t.numel() * t.element_size() for t in self.state.values())
 
     def _apply(self, change) -> None:
@@ -225,6 +237,8 @@ class StateLayer(CacheLayerMixin):
             if values_are_hidden():
                 if torch.compiler.is_compiling():
                     torch._assert_async(~differs.any(), ANOTHER_PAST)
+                elif torch._C._are_functorch_transforms_active():
+                    raise NotImplementedError(UNDER_FUNC)
                 return
             same = not differs.any()
         if not same:
@@ -336,11 +350,6 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
-def in_static_cache(max_cache_len: int, **kwargs) -> StateLayer:
-    """Return the layer of a static cache: a state has one size anyway."""
-    return StateLayer(fixed_size=True)
-
-
 def with_state_layers(original):
     """Wrap transformers' `get_layer_types_and_kwargs`: caches begin with a `StateLayer` where the config has a stateful
     variant, so that what such a layer cannot do is refused before the first token."""
@@ -353,12 +362,16 @@ def with_state_layers(original):
             return types, arguments
         for group in (getattr(config, NAME, None) or {}).get("swapped") or ():
             if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
-                for index in group["layers"]:
+                for index in layers_in(group):
                     kind = types[index] if index < len(types) else None  # of a model that exits early
                     # Of a layer that uses the keys of another, transformers has a dummy. Others keep more than keys and
                     # values.
                     if kind in ("full_attention", "sliding_attention", "dummy"):
                         types[index], arguments[index] = StateLayer._layer_type, {}
+        if any(kind != StateLayer._layer_type for kind in types):
+            for kind, given in zip(types, arguments, strict=True):
+                if kind == StateLayer._layer_type:
+                    given["beside_keys"] = True
         return types, arguments
 
     return layer_types_and_kwargs

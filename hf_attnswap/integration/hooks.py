@@ -51,6 +51,7 @@ def patches(save_pretrained: Wrapper, push_to_hub: Wrapper) -> list[Patch]:
         Patch(PreTrainedConfig, "_dict_from_json_file", _read_architectures, "which are read as transformers' classes"),
         Patch(PreTrainedConfig, "_attn_implementation", _keep_variants, "programs set eager where they want weights"),
         Patch(cache_utils, "get_layer_types_and_kwargs", cache.with_state_layers, "caches begin with state layers"),
+        Patch(model, "load_adapter", adapters.one_set_of_variants, "two adapters share the variants of their model"),
         Patch(model, "save_pretrained", _save_the_plan, "the files say what is swapped, those of an adapter as well"),
         Patch(model, "save_pretrained", save_pretrained, "the argument portable=True"),
         Patch(model, "push_to_hub", push_to_hub, "a swapped model is pushed with its card"),
@@ -66,6 +67,7 @@ def peft_patches() -> list[Patch]:
     why = "the files of an adapter hold the variants' tensors"
     return [
         Patch(peft.PeftModel, "save_pretrained", adapters.with_plan, "an adapter says what is swapped in its base"),
+        Patch(peft.PeftModel, "load_adapter", adapters.one_set_of_variants, "two adapters share its variants"),
         Patch(config, "to_dict", adapters.with_guard, "peft alone does not load such an adapter"),
         Patch(config, "from_json_file", adapters.without_guard, "which this package lets it do"),
         Patch(config, "from_peft_type", adapters.keep_plan, "the plan of an adapter reaches its base"),
@@ -82,7 +84,7 @@ def install(save_pretrained: Wrapper, push_to_hub: Wrapper) -> None:
     for name in (NAME, GUARD):
         AttentionInterface.register(name, attnswap_attention)
         AttentionMaskInterface.register(name, attnswap_mask)
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = cache.in_static_cache
+    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = cache.StateLayer
     _apply(patches(save_pretrained, push_to_hub))
     when_imported("peft", lambda: _apply(peft_patches()))
 

@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel, modeling_utils
 
 from ..attentions import Attention
-from ..config import GUARD, NAME, Plan, plans_from_dict, plans_to_dict, select
+from ..config import GUARD, NAME, select
 from ..errors import UsageError
+from ..plans import Plan, plans_from_dict, plans_to_dict
 from .finding import AttentionModule, Group, counted, inspect
 from .parts import model_parts, parts_of
 from .sharing import check_shared_keys
@@ -56,7 +57,7 @@ def build_variants(model: PreTrainedModel) -> None:
             if index in plan:
                 if entry.reason:
                     raise UsageError(f"config.json says that {entry.name} is swapped, but {entry.reason}")
-                variants[id(entry.module)] = build_variant(model, entry, group[1], *plan[index])
+                variants[id(entry.module)] = build_variant(model, entry, group[1], plan[index])
                 attach(entry.module, variants[id(entry.module)], group[1], index)
     check_shared_keys(modules, variants)
     mark_swapped(model, saved, modules)
@@ -84,7 +85,7 @@ def telling_what_stands(model: PreTrainedModel) -> Iterator[None]:
         if entry.name in variants:
             variant = variants[entry.name]
             plan = standing[entry.part].setdefault(entry.kind, {})
-            plan[entry.layer] = variant.name, variant.option_values()
+            plan[entry.layer] = variant.choice()
     told = {part: saved[part] | plans_to_dict(found, saved[part]["kept"]) for part, found in standing.items()}
     config = copy.deepcopy(model.config)
     for part, part_config in parts_of(config).items():

@@ -1,8 +1,9 @@
-"""What a model makes of its input, and how long that may be: by this it is measured, checked and trained."""
+"""What a model makes of its input, how long that may be and where it goes: by this a model is measured and trained."""
 
 import re
 from typing import Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -39,6 +40,14 @@ def objective(model: PreTrainedModel) -> Objective:
     if any(getattr(model.config, f"{part}_config", None) is not None for part in ("vision", "audio")):
         return "several inputs"
     return "vectors" if model.base_model is model else "labels"
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device of what a model is given: that of its first parameter which is not offloaded, else the CPU.
+
+    Where parameters are offloaded, accelerate moves what the model is given.
+    """
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:

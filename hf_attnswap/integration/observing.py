@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from ..attentions import Attention, Heads, get
@@ -25,6 +26,18 @@ def own(name, attention, query, key, value, mask, scaling) -> Tensor:
 def softmax(name, attention, query, key, value, mask, scaling) -> Tensor:
     """Return the answer of the softmax that the variant stands in for."""
     return SOFTMAX(query, key, value, mask, scaling)
+
+
+@contextmanager
+def brought_in(attention: Attention) -> Iterator[None]:
+    """Have the weights of a variant in memory while the context is open, where they are offloaded.
+
+    A call of the variant brings them in itself; what else it computes, such as `weights`, does not.
+    """
+    with ExitStack() as stack:
+        for part in attention.modules():
+            stack.enter_context(align_module_device(part))
+        yield
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .. import attentions
-from ..config import Plan
 from ..errors import UsageError
+from ..plans import Plan, choices
 from .read_mask import ANY_MASK
 from .sources import mentions
 
@@ -77,8 +77,9 @@ def check_reach(
         modules = groups[group]
         near = {
             index: (name, modules[index].reach)
-            for index, (name, _) in sorted(plan.items())
-            if _passes(modules[index]) and not attentions.get(name).any_mask
+            for index, planned in sorted(plan.items())
+            for name, _ in choices(planned)
+            if passes(modules[index]) and not attentions.get(name).any_mask
         }
         if not near:
             continue
@@ -89,7 +90,7 @@ def check_reach(
             f"{model}: {kind}{see.format(_listed(list(near)))} no more than {reach}, which {name} cannot honour in "
             f"longer texts ({ANY_MASK} can)"
         )
-        others = [index for index, entry in modules.items() if not _passes(entry)]
+        others = [index for index, entry in modules.items() if not passes(entry)]
         if others and not chosen:
             only = f", kinds=[{group[1]!r}]" if len(groups) > 1 else ""
             raise UsageError(
@@ -102,7 +103,7 @@ def check_reach(
         )  # fmt: skip
 
 
-def _passes(entry: Any) -> bool:
+def passes(entry: Any) -> bool:
     """Return whether a text that fits the model can be longer than what the module sees."""
     tokens, positions = entry.reach.tokens, _size(getattr(entry.module, "config", None), "max_position_embeddings")
     return tokens is not None and (positions is None or tokens < positions)

@@ -14,7 +14,7 @@ def dispatches(cls: type[nn.Module]) -> bool:
     if cls.__module__.startswith("torch."):
         return False
     bases = [base for base in cls.__mro__ if base.__module__ == cls.__module__]
-    return any(re.search(r"ALL_ATTENTION_FUNCTIONS(\.get_interface|\[)", _source(base)) for base in bases)
+    return any(re.search(r"ALL_ATTENTION_FUNCTIONS(\.get_interface|\[)", source_of(base)) for base in bases)
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def calls_it_causal(cls: type[nn.Module]) -> bool:
 @functools.cache
 def mentions(cls: type[nn.Module], word: str) -> bool:
     """Return whether a word stands in the source of a class."""
-    return word in _source(cls)
+    return word in source_of(cls)
 
 
 @functools.cache
@@ -37,16 +37,16 @@ def reads_mask(cls: type[nn.Module]) -> bool:
     """Return whether a class does more with a mask than hand it on."""
     if not cls.__module__.startswith("transformers.models.") and "transformers_modules" not in cls.__module__:
         return False
-    return bool(re.search(r"mask(\[|\.[a-z]| [-+*&] )|[-+*&] \w*mask\b", _source(cls)))
+    return bool(re.search(r"mask(\[|\.[a-z]| [-+*&] )|[-+*&] \w*mask\b", source_of(cls)))
 
 
 @functools.cache
 def cuts_masks(cls: type[nn.Module]) -> bool:
     """Return whether a class cuts rows out of the masks that it has made, which must be matrices then."""
-    return bool(re.search(r"\w\[:, :, \w+, :\] if .* in \w*mask\w*\.items\(\)", _source(cls)))
+    return bool(re.search(r"\w\[:, :, \w+, :\] if .* in \w*mask\w*\.items\(\)", source_of(cls)))
 
 
-def _source(cls: type) -> str:
+def source_of(cls: type) -> str:
     """Return the source of a class, "" where there is none. `inspect.getsource` of a class parses its whole file."""
     try:
         file = inspect.getsource(sys.modules[cls.__module__])

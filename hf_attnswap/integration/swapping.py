@@ -11,14 +11,17 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from .. import attentions
 from ..attentions import Attention, Heads
-from ..config import GUARD, GUARDED, MARKER, NAME, SwapConfig, plans_to_dict
+from ..attentions.groups import Groups
+from ..config import GUARD, GUARDED, MARKER, NAME, SwapConfig
 from ..errors import UsageError
+from ..plans import LayerPlan, choices, plans_to_dict
 from .cache import state_layer
 from .finding import AttentionModule, inspect, swappable
 from .heads import heads_of
 from .parts import model_parts, part_of
 from .reach import check_reach
 from .read_mask import ANY_MASK
+from .rotations import given_to, rotary_of
 from .sharing import check_shared_keys
 from .sources import cuts_masks, reads_mask
 
@@ -31,6 +34,7 @@ def swap(
     attention: str | SwapConfig | None = None,
     layers: Any = None,
     kinds: Sequence[str] = SwapConfig.kinds,
+    keep: Sequence[str] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Replace the softmax attention of a model, in place.
@@ -38,28 +42,30 @@ def swap(
     Args:
         model: a model of transformers.
         attention: name of a variant (see `available()`), or a complete `SwapConfig`.
-        layers: None (all), a list of indices, a slice string ("1::2"), or a dict from index or slice to an attention.
-            Layers are counted in each part of the model (encoder, decoder, vision tower) by itself.
+        layers: None (all), a list of indices, a slice string ("1::2"), or a dict from index, slice or place to an
+            attention, as `SwapConfig` describes it. Layers are counted in each part of the model (encoder, decoder,
+            vision tower) by itself.
         kinds: which attention: "causal" and "bidirectional" (all self-attention) unless you say so; "cross" is that of
             decoders to their encoder.
+        keep: places that keep softmax inside swapped layers, such as `["18.2", "8.0"]`: layer and key/value group.
         options: options of the variant, such as `window=64`.
 
     Returns:
         The same model. Its new parameters, if any, stand at `...attnswap...` and want training.
 
     Raises:
-        UsageError: an unknown variant, option, layer or kind; a model already swapped; attention that cannot be
+        UsageError: an unknown variant, option, layer, group or kind; a model already swapped; attention that cannot be
             swapped, with the reason; layers with a sliding window or chunks that the variant cannot honour, where
             others are without and nobody chose. The model is then as it was.
     """
     if isinstance(attention, SwapConfig):
-        if layers is not None or options or kinds is not SwapConfig.kinds:
-            raise UsageError("swap takes either a SwapConfig or a name with layers, kinds and options, not both")
+        if layers is not None or options or keep is not None or kinds is not SwapConfig.kinds:
+            raise UsageError("swap takes either a SwapConfig or a name with layers, kinds, keep and options, not both")
         config = attention
     elif attention is None and not isinstance(layers, Mapping):
         raise UsageError("swap needs the name of an attention, for example swap(model, 'hedgehog+window')")
     else:
-        config = SwapConfig(SwapConfig.attention if attention is None else attention, layers, options, kinds)
+        config = SwapConfig(SwapConfig.attention if attention is None else attention, layers, options, kinds, keep)
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"a {type(model).__name__} cannot be swapped: it is not a transformers model")
     if getattr(model.config, NAME, None):
@@ -71,11 +77,11 @@ def swap(
         )
     entries = inspect(model)
     groups = swappable(model, entries, config.kinds)
-    plans = {group: config.plan(sorted(modules)) for group, modules in groups.items()}
+    plans = {group: config.plan(key_value_groups(modules)) for group, modules in groups.items()}
     built = [
-        (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], *choice))
+        (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], planned))
         for group, plan in plans.items()
-        for index, choice in plan.items()
+        for index, planned in plan.items()
     ]
     check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
     check_shared_keys(entries, {id(entry.module): new for entry, _, _, new in built})
@@ -126,12 +132,42 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def describe(model: PreTrainedModel) -> str:
-    """Return in one line which attention stands in how many layers, such as "hedgehog+window in 30 layers"."""
+    """Return in one line which attention stands in how many layers, such as "hedgehog+window in 30 layers".
+
+    Where layers are parted, the line counts key/value groups, such as "window in 68 of 90 key/value groups".
+    """
     counts: dict[str, int] = {}
-    for attention in swapped_modules(model).values():
+    standing = swapped_modules(model).values()
+    if any(isinstance(attention, Groups) for attention in standing):
+        for attention in standing:
+            parts = attention.each() if isinstance(attention, Groups) else [(attention, None)]
+            for part, groups in parts:
+                count = len(groups) if groups else attention.heads.num_key_value_heads
+                counts[part.name] = counts.get(part.name, 0) + count
+        kept = counts.pop("softmax", 0)
+        told = " and ".join(f"{name} in {count}" for name, count in counts.items())
+        return f"{told} key/value groups of {len(standing)} layers, softmax in the other {kept}"
+    for attention in standing:
         kind = "" if attention.kind == "causal" else f"{attention.kind} "
         counts[f"{attention.name} in {{}} {kind}layers"] = counts.get(f"{attention.name} in {{}} {kind}layers", 0) + 1
     return ", ".join(text.format(n) for text, n in counts.items()) or "softmax"
+
+
+def softmax_groups(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how many key/value groups run softmax, and how many there are; heads that cannot be read are not counted.
+
+    A layer that was swapped to `softmax` runs it.
+    """
+    kept = total = 0
+    for entry in inspect(model):
+        shape = heads_of(entry.module) if entry.reason is None else None
+        if shape is None:
+            continue
+        count, attention = shape.num_key_value_heads, getattr(entry.module, NAME, None)
+        parts = attention.each() if isinstance(attention, Groups) else [(attention, range(count))]
+        total += count
+        kept += sum(len(groups) for part, groups in parts if part is None or part.name == "softmax")
+    return kept, total
 
 
 def swapped_modules(model: nn.Module) -> dict[str, Attention]:
@@ -141,22 +177,44 @@ def swapped_modules(model: nn.Module) -> dict[str, Attention]:
     }
 
 
+def key_value_groups(modules: Mapping[int, AttentionModule]) -> dict[int, int | None]:
+    """Return the number of key/value groups of each of these layers, in order; None where it cannot be read."""
+    shapes = {index: heads_of(modules[index].module) for index in sorted(modules)}
+    return {index: shape.num_key_value_heads if shape else None for index, shape in shapes.items()}
+
+
 @torch.inference_mode(False)  # parameters that are made inside it can never train
-def build_variant(
-    model: PreTrainedModel, entry: AttentionModule, kind: str, name: str, options: dict[str, Any]
-) -> Attention:
-    """Make the variant for a module; UsageError where the variant cannot do what the module needs."""
-    cls, module = attentions.get(name), entry.module
+def build_variant(model: PreTrainedModel, entry: AttentionModule, kind: str, planned: LayerPlan) -> Attention:
+    """Make what runs on a module; UsageError where a variant cannot do what the module needs."""
+    module = entry.module
     where = f"{type(model).__name__} cannot be swapped: {entry.name} ({entry.class_name})"
-    if kind not in cls.kinds:
-        raise UsageError(f"{where} is {kind} attention, and {name} is for {' and '.join(cls.kinds)} attention only")
-    if not cls.any_mask:
-        for attribute, what in _SCORE_TERMS.items():
-            value = getattr(module, attribute, None)
-            if value is not None and value is not False:
-                raise UsageError(f"{where} has {what}, which {name} cannot honour: {ANY_MASK} can")
+    for name, _ in choices(planned):
+        cls = attentions.get(name)
+        if kind not in cls.kinds:
+            raise UsageError(f"{where} is {kind} attention, and {name} is for {' and '.join(cls.kinds)} attention only")
+        if not cls.any_mask:
+            for attribute, what in _SCORE_TERMS.items():
+                value = getattr(module, attribute, None)
+                if value is not None and value is not False:
+                    raise UsageError(f"{where} has {what}, which {name} cannot honour: {ANY_MASK} can")
     heads = heads_of(module)
-    new = cls(heads or Heads(1, 1, 1), **options)
+    if isinstance(planned, dict):
+        if heads is None or max(planned) >= heads.num_key_value_heads:
+            found = "heads whose number cannot be read" if heads is None else f"{heads.num_key_value_heads} groups"
+            raise UsageError(f"{where} has {found}, and the plan names group {max(planned)}")
+        new: Attention = Groups(heads, {group: (attentions.get(name), opts) for group, (name, opts) in planned.items()})
+    else:
+        name, options = planned
+        new = attentions.get(name)(heads or Heads(1, 1, 1), **options)
+    if kind not in new.kinds:
+        raise UsageError(
+            f"{where} is {kind} attention, and a half-life is for {' and '.join(new.kinds)} attention only"
+        )
+    if new.unrotate:
+        try:
+            rotary_of(module, kind)
+        except NotImplementedError as error:
+            raise UsageError(f"{where}: {error}") from None
     if heads is None and new.state_dict():
         raise UsageError(f"{where} has numbers of heads that cannot be read, and {name} has parameters for each head")
     weights = list(module.parameters())
@@ -188,12 +246,15 @@ def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
     options = new.extra_repr()
     new.described = f"{new.name} with {options}" if options else new.name
     module.add_module(NAME, new)
+    if new.unrotate:
+        module._attnswap_rotary = rotary_of(module, kind)
     module._attnswap_hook = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
     """Take the variant off an attention module, where there is one."""
-    module.__dict__.pop("_attnswap_kept", None)
+    for name in ("_attnswap_kept", "_attnswap_rotary"):
+        module.__dict__.pop(name, None)
     if hasattr(module, NAME):
         module._attnswap_hook.remove()
         del module._attnswap_hook
@@ -201,7 +262,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
-    """Hand the layer's state to the attention function, which transformers does not pass the cache."""
+    """Hand the attention function what transformers does not pass it: the layer's state, and the rotation."""
     attention = getattr(module, NAME)
     if module.config._attn_implementation != NAME:
         raise RuntimeError(
@@ -215,6 +276,9 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             # Where layers share their weights, the call says which one it is.
             index = kwargs.get("layer_idx", module.layer_idx)
             kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention.described)}
+    rotary = module.__dict__.get("_attnswap_rotary")
+    if rotary is not None:
+        kwargs = {**kwargs, "attnswap_rotation": given_to(rotary, args, kwargs)}
     return args, kwargs
 
 

@@ -3,10 +3,12 @@
 from .mask import Mask, Packed, Tile
 from .packing import unpack_rows
 from .parsing import find_segments, from_segments, parse, split, values_are_hidden
+from .rotation import Rotation
 
 __all__ = [
     "Mask",
     "Packed",
+    "Rotation",
     "Tile",
     "find_segments",
     "from_segments",

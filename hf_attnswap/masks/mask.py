@@ -4,12 +4,14 @@ A variant knows one kind of mask: causal or not, with some keys switched off (`M
 it, an explicit matrix (`Mask.dense`). Several texts in one row are `Packed`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .rotation import Rotation
 
 
 class Tile(NamedTuple):
@@ -31,7 +33,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Mask:
-    """Say which of S keys each of T rows may attend to, and what changes its scores besides `scaling * q . k`.
+    """Say which of S keys each of T rows may attend to, and all else that a call says beside query, key and value.
 
     Causal: row i may attend to key j where `j <= i + key_length - query_length` and `valid[j]`. Otherwise
     (bidirectional, or cross-attention): to every key where `valid[j]`.
@@ -44,6 +46,8 @@ class Mask:
         bias: added to the scores, float `[1 or B, 1 or H, T, S]`.
         softcap: c in `c tanh(s / c)`, applied to the scores before the bias.
         sinks: `[H]`, the score of one more key whose value is zero.
+        rotation: of the tokens whose queries and keys the call gives, for variants that undo it; None where there is
+            none, or nothing that would undo it.
     """
 
     query_length: int
@@ -54,6 +58,7 @@ class Mask:
     bias: Tensor | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    rotation: Rotation | None = None
 
     @property
     def offset(self) -> int:
@@ -98,6 +103,16 @@ class Mask:
             return None
         return self.valid[:, self.offset :]
 
+    def for_heads(self, take: Callable[[Tensor], Tensor]) -> "Mask":
+        """Return the mask of some heads.
+
+        Args:
+            take: returns the entries of these heads of `[..., H, ...]`, the heads at dimension 1.
+        """
+        dense, bias = (t if t is None or t.shape[1] == 1 else take(t) for t in (self.dense, self.bias))
+        sinks = None if self.sinks is None else take(self.sinks[None])[0]
+        return replace(self, dense=dense, bias=bias, sinks=sinks)
+
     def __str__(self) -> str:
         if self.bias is not None:
             return f"a bias of shape {tuple(self.bias.shape)} on the scores"
@@ -113,7 +128,11 @@ class Mask:
 
 @dataclass(frozen=True)
 class Packed:
-    """Say that a row holds several texts: `segments` int `[B, T]`, 0 for padding, equal numbers for one text."""
+    """Say that a row holds several texts: `segments` int `[B, T]`, 0 for padding, equal numbers for one text.
+
+    `causal` and `rotation` are as in `Mask`.
+    """
 
     segments: Tensor
     causal: bool = True
+    rotation: Rotation | None = None

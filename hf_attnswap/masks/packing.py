@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 def unpack_rows(
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    attend: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     segments: Tensor,
+    *beside: Tensor,
 ) -> Tensor:
     """Run `attend` on every text by itself.
 
@@ -20,8 +21,10 @@ def unpack_rows(
     (at the end of a row).
 
     Args:
-        attend: query `[b, H, t, D]`, key and value `[b, Hkv, t, *]`, valid bool `[b, t]` -> `[b, H, t, Dv]`.
+        attend: query `[b, H, t, D]`, key and value `[b, Hkv, t, *]`, valid bool `[b, t]`, and of each `beside` what
+            belongs to these tokens, `[b, t, E]` -> `[b, H, t, Dv]`.
         segments: int `[B, n]`; the tokens of a row with equal numbers are one text, 0 is padding.
+        beside: more of each token, `[B, n, E]`.
 
     Returns:
         `[B, H, n, Dv]`; zero at padding.
@@ -38,6 +41,8 @@ def unpack_rows(
     for texts in groups.values():
         index = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
         real = index >= 0
-        result = attend(*(t[index.clamp(min=0)].transpose(1, 2) for t in flat), real).transpose(1, 2)
+        index = index.clamp(min=0)
+        more = (t.flatten(0, 1)[index] for t in beside)
+        result = attend(*(t[index].transpose(1, 2) for t in flat), real, *more).transpose(1, 2)
         out = out.index_put((index[real],), result[real])
     return out.unflatten(0, (batch, length)).transpose(1, 2)

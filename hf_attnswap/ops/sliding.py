@@ -50,11 +50,15 @@ class HybridState(NamedTuple):
 
     Attributes:
         window: the tokens near and at the start.
-        linear: `sum_j phi(k_j) [v_j, 1]^T` over the keys that have left the window, `[B, Hkv, F, Dv + 1]`.
+        linear: `sum_j phi(k_j) [v_j, 1]^T` over the keys that have left the window, `[B, Hkv, F, Dv + 1]`; with a
+            decay, each as it has faded since then.
+        turns: of the r tokens of the window (`Rotation.turns`), `[B, 1, r, 2 P]`, where a map sees them without their
+            rotation; None elsewhere.
     """
 
     window: WindowState
     linear: Tensor
+    turns: Tensor | None = None
 
 
 class Context:
@@ -99,12 +103,10 @@ class Context:
         if self.open:  # whole chunks, of which those behind the last token are padding
             more = whole_chunks(self.given, self.chunk) * self.chunk - self.given
             valid = F.pad(valid, (0, more))
-            query, key, value = (F.pad(t, (0, 0, 0, more)) for t in (query, key, value))
-        self.length = query.shape[2]
+        self.length = self.given + (more if self.open else 0)
         self.order = None if valid is None else torch.argsort((~valid).to(torch.uint8), dim=1, stable=True)
         self.lengths = None if valid is None else valid.sum(1)
-        if self.order is not None:
-            query, key, value = (_gather(t, self.order) for t in (query, key, value))
+        query, key, value = (self._aligned(t) for t in (query, key, value))
         self.query = query
         self.count = None if state is None else state.count
         self.sink_key, self.key = self._remembered(key, state and state.key)
@@ -115,13 +117,43 @@ class Context:
         if old is None:
             sinks = F.pad(new[:, :, : self.sinks], (0, 0, 0, max(0, self.sinks - new.shape[2])))
             return sinks, F.pad(new, (0, 0, self.window, 0))
-        recent = old[:, :, self.sinks :].to(new.dtype)
-        recent = F.pad(recent, (0, 0, self.window - recent.shape[2], 0))
         slot = torch.arange(self.sinks, device=new.device)
         source = (slot[None, :] - self.count[:, None]).clamp(0, new.shape[2] - 1)
         known = (slot[None, :] < self.count[:, None])[:, None, :, None]
         sinks = torch.where(known, old[:, :, : self.sinks], _gather(new, source))
-        return sinks, torch.cat([recent, new], dim=2)
+        return sinks, self._behind(old[:, :, self.sinks :], new)
+
+    def _aligned(self, x: Tensor) -> Tensor:
+        """Return `[B, h, T, E]` with padding at the end, and behind it what fills up whole chunks."""
+        x = F.pad(x, (0, 0, 0, self.length - self.given)) if self.open else x
+        return x if self.order is None else _gather(x, self.order)
+
+    def _behind(self, recent: Tensor, new: Tensor) -> Tensor:
+        """Return the slots of the window with the new tokens behind them, `[B, h, w + T, E]`."""
+        recent = F.pad(recent.to(new.dtype), (0, 0, self.window - recent.shape[2], 0))
+        return torch.cat([recent, new], dim=2)
+
+    def slots(self, new: Tensor, recent: Tensor | None) -> Tensor:
+        """Return what else there is of each token, in the slots of `key`, `[B, h, w + T, E]`.
+
+        Args:
+            new: of the tokens of this call, `[B, h, T, E]`.
+            recent: what `recent` returned at the last call; None at the start of a text.
+        """
+        new = self._aligned(new)
+        return self._behind(new[:, :, :0] if recent is None else recent, new)
+
+    def recent(self, slots: Tensor) -> Tensor:
+        """Return of slots `[B, h, w + T, E]` what to remember for the next call, `[B, h, w, E]`."""
+        if self.lengths is None:
+            return slots[:, :, self.length :].clone()  # not a view of all slots
+        last = self.lengths[:, None] + torch.arange(self.window, device=self.query.device)
+        return _gather(slots, last)
+
+    def counted(self) -> Tensor:
+        """Return which rows hold a valid token, bool `[1 or B, T]`."""
+        rows = torch.arange(self.length, device=self.query.device)[None]
+        return rows >= 0 if self.lengths is None else rows < self.lengths[:, None]
 
     def position(self, slots: slice) -> Tensor:
         """Return the position in its text of each slot of `key`, int `[1 or B, s]`, negative where a slot is empty."""
@@ -165,20 +197,16 @@ class Context:
         False where no token leaves, where the token is a sink, and in the rows of padding at the end.
         """
         exists = self.position(slice(0, self.length)) >= self.sinks
-        if self.lengths is not None:
-            exists = exists & (torch.arange(self.length, device=exists.device) < self.lengths[:, None])
-        return exists
+        return exists if self.lengths is None else exists & self.counted()
 
     def state(self) -> WindowState:
         """Return what to remember after these tokens, for the next call."""
         count = 0 if self.count is None else self.count
         if self.lengths is None:
-            recent = (t[:, :, self.length :] for t in (self.key, self.value))
             count = self.query.new_full((self.query.shape[0],), self.length, dtype=torch.long) + count
         else:
-            last = self.lengths[:, None] + torch.arange(self.window, device=self.query.device)
-            recent = (_gather(t, last) for t in (self.key, self.value))
             count = self.lengths + count
+        recent = (self.recent(t) for t in (self.key, self.value))
         sinks = (self.sink_key, self.sink_value)
         return WindowState(*(torch.cat(pair, dim=2) for pair in zip(sinks, recent, strict=True)), count)
 
@@ -270,6 +298,18 @@ class Step:
         leaves = None if self.full else (self.old.count[:, None] >= self.key.shape[2]) & (not self.grows)
         return self.old.key[:, :, slot], self.old.value[:, :, slot], leaves
 
+    def slots(self, new: Tensor, recent: Tensor) -> Tensor:
+        """Return what else there is of each token, `[B, h, r + 1, E]`: the oldest, which may leave, first.
+
+        Takes what `Context.slots` takes.
+        """
+        recent = F.pad(recent, (0, 0, self.old.key.shape[2] - self.sinks - recent.shape[2], 0))
+        return torch.cat([recent, new.to(recent.dtype)], dim=2)
+
+    def recent(self, slots: Tensor) -> Tensor:
+        """Return of `slots` what to remember for the next call, `[B, h, r, E]`."""
+        return slots if self.grows else slots[:, :, 1:].clone()
+
     def state(self) -> WindowState:
         """Return what to remember after this token, for the next call."""
         return WindowState(self.key, self.value, self.old.count + 1)
@@ -286,7 +326,9 @@ class Step:
         return mix(e, self.value.to(dtype)), e.sum(-1, keepdim=True), c
 
 
-def context(query, key, value, valid, window: int, sinks: int, state: WindowState | None) -> Context | Step:
+def context(
+    query, key, value, valid, window: int, sinks: int, state: WindowState | None, keep_state: bool
+) -> Context | Step:
     """Return the new tokens of a call together with what is remembered, as a `Step` or a `Context`.
 
     `Step` for one token after a state without padding and without a gradient, `Context` otherwise.
@@ -296,6 +338,7 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
         valid: bool `[B, T]`, False at padding; None where there is none.
         window, sinks: w and m.
         state: what the last call remembered; None at the start of a text.
+        keep_state: whether there are tokens to come, for which a state is asked.
     """
     if torch.compiler.is_compiling():  # one program for all lengths
         state = state and _whole(state, window, sinks)
@@ -304,6 +347,8 @@ def context(query, key, value, valid, window: int, sinks: int, state: WindowStat
     if not torch.compiler.is_compiling():
         # A row sees no more than the tokens that have come, and a window may be wider.
         window = min(window, query.shape[2] + (0 if state is None else state.key.shape[2] - sinks))
+        if state is None and not keep_state:
+            sinks = min(sinks, query.shape[2])
     return Context(query, key, value, valid, window, sinks, state)
 
 

@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader
 
 from .. import attentions
 from ..attentions.base import KINDS
-from ..config import NAME, known_architectures, plans_from_dict
+from ..config import NAME, known_architectures
 from ..errors import UsageError
+from ..plans import layers_in, plans_from_dict
 from ..report.facts import swapped_layers
 from ..report.table import Table, escape, markdown
 from ..report.text import count, listing, plain
@@ -74,7 +75,9 @@ def render(
     require_repo_id(repo_id)
     groups = swapped_groups(config)
     names = list(dict.fromkeys(group["attention"] for group in groups))
-    layers, all_layers = sum(len(group["layers"]) for group in groups), _layers(config, report)
+    standing = {(group["part"], group["kind"], layer) for group in groups for layer in layers_in(group)}
+    layers, all_layers = len(standing), _layers(config, report)
+    partial = layers != all_layers or any(group.get("groups") for group in groups)
     arm = measured_arm(report, groups) if report else None
     results = _results(config, report, arm) if report and arm else []
     name = repo_id.rpartition("/")[2]
@@ -93,11 +96,12 @@ def render(
         name=name,
         base=f"[{_words(base_model)}](https://huggingface.co/{base_model})" if base_model else "a pretrained model",
         layers=count(layers),
+        groups=_groups(groups, config),
         names=listing([f"`{each}`" for each in names]),
         swapped=_swapped(groups),
-        partial=layers != all_layers,
+        partial=partial,
         measured=measured.content(report, arm, _says(report).reproduce(arm)) if report and arm else None,
-        limits=_limits(groups, layers < all_layers),
+        limits=_limits(groups, partial),
         use=_use(config, repo_id),
     )
     return f"{text.rstrip()}\n"
@@ -156,7 +160,7 @@ def measured_arm(report: Report, groups: list[dict[str, Any]]) -> Arm:
     arms = [arm for arm in arms if arm.conversion] or arms  # a model of its own, before one that a run made
     if len(arms) == 1:
         return arms[0]
-    swapped = listing([f"{g['attention']} {json.dumps(g['options'])} in {len(g['layers'])} layers" for g in groups])
+    swapped = listing([f"{g['attention']} {json.dumps(g['options'])} in {_counted(g)}" for g in groups])
     if arms:
         same = listing([plain(arm.label) for arm in arms])
         raise UsageError(f"report.json has several arms that are this conversion, {swapped}: {same}; measure it alone")
@@ -167,17 +171,17 @@ def measured_arm(report: Report, groups: list[dict[str, Any]]) -> Arm:
     )
 
 
-def _plan_of(arm: Arm) -> set[tuple[str, int, str, str]]:
+def _plan_of(arm: Arm) -> set[tuple[str, str, str, str]]:
     return _plan([vars(group) for group in arm.swapped])
 
 
-def _plan(groups: list[dict[str, Any]]) -> set[tuple[str, int, str, str]]:
+def _plan(groups: list[dict[str, Any]]) -> set[tuple[str, str, str, str]]:
     """Return which attention with which options stands where, options that were added after the save included."""
     found = set()
     for group in groups:
         options = attentions.get(group["attention"]).check_options(group["options"])
-        for layer in group["layers"]:
-            found.add((group.get("kind", "causal"), layer, group["attention"], json.dumps(options, sort_keys=True)))
+        for place in (*map(str, group["layers"]), *group.get("groups", ())):
+            found.add((group.get("kind", "causal"), place, group["attention"], json.dumps(options, sort_keys=True)))
     return found
 
 
@@ -186,9 +190,26 @@ def _swapped(groups: list[dict[str, Any]]) -> Table:
     for group in groups:
         cls = attentions.get(group["attention"])
         options = ", ".join(f"{key}={json.dumps(value)}" for key, value in group["options"].items())
-        where = " ".join(word for word in (group["part"], group["kind"], _span(group["layers"])) if word)
+        places = [_span(group["layers"])] if group["layers"] else []
+        places += [f"groups {', '.join(group['groups'])}"] if group.get("groups") else []
+        where = " ".join(word for word in (group["part"], group["kind"], "; ".join(places)) if word)
         rows.append([cls.name, where, cls.formula, cls.cost, options or "-", cls.source])
     return Table("", ["attention", "layers", "computes", "cost", "options", "source"], rows, [])
+
+
+def _groups(groups: list[dict[str, Any]], config: dict[str, Any]) -> str | None:
+    """Return how many key/value groups are swapped, where layers are parted; None where none is."""
+    if not any(group.get("groups") for group in groups):
+        return None
+    per_layer = next((n for key in ("num_key_value_heads", "num_attention_heads") if (n := config.get(key))), 0)
+    return count(sum(len(group["layers"]) * per_layer + len(group.get("groups", ())) for group in groups))
+
+
+def _counted(group: dict[str, Any]) -> str:
+    """Return in how many layers, and key/value groups of others, a variant stands."""
+    parts = [f"{len(group['layers'])} layers"] if group["layers"] else []
+    parts += [f"{len(group['groups'])} key/value groups"] if group.get("groups") else []
+    return " and ".join(parts)
 
 
 def _span(layers: list[int]) -> str:
@@ -206,7 +227,7 @@ def _limits(groups: list[dict[str, Any]], partial: bool) -> list[str]:
     """Return what the variants cannot do, from their class attributes, as lines of Markdown."""
     lines = ["It needs hf_attnswap; without it transformers refuses to load it."]
     if partial:
-        lines.append("The layers that keep softmax cost time quadratic in the length, and keep keys and values.")
+        lines.append("What keeps softmax costs time quadratic in the length, and keeps keys and values.")
     for name in dict.fromkeys(group["attention"] for group in groups):
         cls = attentions.get(name)
         kinds = [group["kind"] for group in groups if group["attention"] == name]

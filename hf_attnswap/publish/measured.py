@@ -28,7 +28,7 @@ def content(report: Report, arm: Arm, reproduce: str | None) -> dict[str, Any]:
         "file": name if name.endswith(".gguf") else None,
         "stages": _stages(report, arm) if arm.training else None,
         "training": _training(report, arm),
-        "quality": "\n".join([*_perplexities(report, arm), *_metrics(report, arm)])
+        "quality": "\n".join([*_perplexities(report, arm), *_metrics(report, arm), *_controls(report, arm)])
         or "Its quality was not compared with softmax's.",
         "quality_tables": [table for table in (tables.quality(beside), tables.metrics(beside)) if table.rows],
         "speed": _speeds(report, arm),
@@ -97,10 +97,26 @@ def _perplexity(report: Report, arm: Arm, entry: Perplexity) -> list[str]:
                 f"trained on {count(control.training_tokens)} tokens" if control.training_tokens else "not trained"
             )
             verdict = compared.verdict or "too few blocks to say"
-            lines.append(
-                f"- At context {count(entry.context)}, against {escape(plain(compared.arm))}, {trained}: "
-                f"{interval(compared)}, {verdict}."
-            )
+            equal = [f"of equal {own.equal}" for own in arm.controls if own.arm == compared.arm]
+            named = ", ".join([escape(plain(compared.arm)), *equal, trained])
+            lines.append(f"- At context {count(entry.context)}, against {named}: {interval(compared)}, {verdict}.")
+    return lines
+
+
+def _controls(report: Report, arm: Arm) -> list[str]:
+    """Return lines on the controls of equal state and time: what the better one says, and what is amiss with them."""
+    lines = [
+        f"- Control of equal {control.equal}{f', {escape(plain(control.arm))}' if control.arm else ''}: "
+        f"{escape(plain(control.note))}."
+        for control in arm.controls
+        if control.note
+    ]
+    best = facts.better_control(report, arm)
+    if best:
+        lines.append(
+            f"- Against the better of its controls of equal state and of equal time, {escape(plain(best[1].label))}: "
+            f"{interval(best[2])}, {best[2].verdict or 'too few blocks to say'}."
+        )
     return lines
 
 
@@ -123,12 +139,19 @@ def _metrics(report: Report, arm: Arm) -> list[str]:
 def _beside(report: Report, arm: Arm) -> Report:
     """Return the report with this arm, softmax, and the controls in the same layers only."""
     linear = arm.attention.removesuffix("+window")
+    own = {control.arm for control in arm.controls}
+    of_others = {control.arm for other in report.arms for control in other.controls} - own
     shown = [
         other
         for other in report.arms
         if other is arm
         or other.attention == "softmax"
-        or ((other.control or other.attention == linear) and facts.same_layers(other, arm))
+        or other.label in own
+        or (
+            (other.control or other.attention == linear)
+            and other.label not in of_others
+            and facts.same_layers(other, arm)
+        )
     ]
     return replace(report, arms=shown)
 

@@ -21,6 +21,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from ..attentions import LinearAttention
+from ..attentions.groups import Groups
 from ..attentions.hybrid import Hybrid, hybrid_of
 from ..config import GUARD, known_architectures
 from ..errors import UsageError
@@ -92,13 +93,20 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
     made: dict[str, str] = {}  # how the class of each variant is had
     roots: list[Any] = []
     for path, variant in swapped_modules(model).items():
-        cls = type(variant)
-        linear = cls.linear_class if issubclass(cls, Hybrid) else cls
-        if variant.kind != "causal" or issubclass(linear, LinearAttention) and linear.prepare is not _PREPARE:
-            raise UsageError(f"{path} cannot be portable: {variant.kind} {cls.name} is not defined by its scores alone")
-        modules[path] = (cls.name, variant.option_values(), *vars(variant.heads).values())
-        roots += [linear] if linear is cls else [linear, hybrid_of]
-        made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
+        parted = isinstance(variant, Groups)
+        parts = [part for part, _ in variant.each()] if isinstance(variant, Groups) else [variant]
+        for part in parts:
+            cls = type(part)
+            linear = cls.linear_class if issubclass(cls, Hybrid) else cls
+            alone = not issubclass(linear, LinearAttention) or linear.prepare is _PREPARE
+            if variant.kind != "causal" or part.unrotate or not alone:
+                name = f"{variant.kind} {cls.name}"
+                raise UsageError(f"{path} cannot be portable: {name} is not defined by its scores alone")
+            roots += [linear] if linear is cls else [linear, hybrid_of]
+            made[cls.name] = linear.__name__ if linear is cls else f"hybrid_of({linear.__name__})"
+        roots += [Groups] if parted else []
+        named = ("groups", variant.choice()) if parted else variant.choice()
+        modules[path] = (*named, *vars(variant.heads).values())
     runtime = Path(__file__).with_name("portable_runtime.txt").read_text(encoding="utf-8")
     imports, definitions = _Shaken(roots).text()
     table = "".join(f"    {name!r}: {entry!r},\n" for name, entry in modules.items())
@@ -117,7 +125,8 @@ def _source(model: PreTrainedModel, architecture: str) -> str:
             "",
             definitions,
             f"\nVARIANTS = {{\n{variants}}}",
-            "# Which variant stands where: its options, query heads, key/value heads, head dimension, value dimension.",
+            "# What stands where: a variant and its options, or those of groups; query heads, key/value heads, head",
+            "# dimension, value dimension.",
             f"SWAPPED = {{\n{table}}}",
             f"GUARD = {GUARD!r}\n",
             runtime.replace("Architecture", architecture),

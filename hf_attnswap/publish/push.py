@@ -17,7 +17,7 @@ from ..config import NAME
 from ..errors import UsageError
 from ..integration.swapping import swapped_modules
 from ..report import read as read_report
-from ..sources.conversions import find
+from ..sources.conversions import find, model_folder
 from ..sources.models import require_weights
 from . import card
 from .contents import files_of, left_out, require_finite
@@ -71,7 +71,7 @@ def prepare(
 
 def not_sent(folder: str | Path, operations: list[CommitOperationAdd]) -> list[str]:
     """Return the names of what lies in the folder of a conversion and is not among what `prepare` returned."""
-    return left_out(find(folder).folder, [operation.path_in_repo for operation in operations])
+    return left_out(model_folder(folder), [operation.path_in_repo for operation in operations])
 
 
 def push(

@@ -6,7 +6,9 @@ from typing import Any
 
 from .. import statistics
 from ..statistics import Spread
-from .types import Arm, Comparison, Metric, Perplexity, Report, Speed
+from .types import Arm, Comparison, Control, Metric, Perplexity, Report, Speed
+
+RETRIEVAL = {"needle": "needles found", "copy": "loss on a text written twice"}  # by task, what it tells
 
 
 def reference(report: Report) -> Arm | None:
@@ -45,6 +47,19 @@ def metrics(report: Report) -> list[Metric]:
         for entry in arm.metrics:
             entries.setdefault((entry.task, entry.metric), entry)
     return list(entries.values())
+
+
+def retrieval(report: Report) -> list[tuple[str, list[tuple[int, Metric]]]]:
+    """Return for each of the metrics that say how a model recalls its text their lengths, ascending, with an entry.
+
+    Those are the share of needles found, and the loss on a text that is written twice.
+    """
+    found: dict[str, list[tuple[int, Metric]]] = {}
+    for entry in metrics(report):
+        task, _, length = entry.task.rpartition(" at ")
+        if task in RETRIEVAL and length.isdecimal():
+            found.setdefault(task, []).append((int(length), entry))
+    return [(task, sorted(entries, key=lambda pair: pair[0])) for task, entries in found.items()]
 
 
 def metric_of(arm: Arm, like: Metric) -> Metric | None:
@@ -211,8 +226,15 @@ def without_attention(report: Report) -> Arm | None:
 
 
 def swapped_layers(arm: Arm) -> int:
-    """Return how many layers `arm` swaps."""
-    return sum(len(group.layers) for group in arm.swapped)
+    """Return how many layers `arm` swaps, in all or some of their key/value groups."""
+    return len({(kind, int(place.partition(".")[0])) for kind, place in _places(arm)})
+
+
+def swapped_share(report: Report, arm: Arm) -> float:
+    """Return the part of the key/value groups of the model that `arm` swaps."""
+    per_layer = max(1, report.model.num_key_value_heads)
+    groups = sum(len(group.layers) * per_layer + len(group.groups) for group in arm.swapped)
+    return groups / max(1, report.model.attention_layers * per_layer)
 
 
 def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
@@ -256,18 +278,54 @@ def linear_control(report: Report, hybrid: Arm) -> Arm | None:
     return min(found, key=lambda arm: abs(arm.training_tokens - hybrid.training_tokens), default=None)
 
 
+def controls(report: Report, arm: Arm) -> list[tuple[Control, Arm | None]]:
+    """Return the controls of equal state and of equal time of `arm`, with their arms; None where there is none."""
+    arms = {other.label: other for other in report.arms}
+    return [(control, arms.get(control.arm or "")) for control in arm.controls]
+
+
+def beside_control(arm: Arm, control: Arm, context: int | None) -> Comparison | None:
+    """Return the perplexity of `arm` over that of a control at `context`, block by block; None where there is none."""
+    entry = perplexity_at(arm, context)
+    if entry and entry.ratio and entry.ratio.arm == control.label:
+        return entry.ratio
+    return entry and _against(entry, control)
+
+
+def better_control(report: Report, arm: Arm) -> tuple[Control, Arm, Comparison] | None:
+    """Return which of the controls of equal state and equal time has the better quality, with `arm` beside it.
+
+    Quality is the perplexity at the headline context. None where no such control was measured.
+    """
+    context = headline_context(report)
+    pairs = [(control, other) for control, other in controls(report, arm) if other]
+    found = [(control, other, beside_control(arm, other, context)) for control, other in pairs]
+    known = [(control, other, compared) for control, other, compared in found if compared]
+    return max(known, key=lambda each: each[2].value, default=None)
+
+
 def same_layers(arm: Arm, other: Arm) -> bool:
-    """Return whether the same layers are swapped in both arms."""
+    """Return whether the same layers and groups are swapped in both arms."""
     return _places(arm) == _places(other)
 
 
-def _places(arm: Arm) -> set[tuple[str, int]]:
-    return {(group.kind, layer) for group in arm.swapped for layer in group.layers}
+def _places(arm: Arm) -> set[tuple[str, str]]:
+    return {(group.kind, place) for group in arm.swapped for place in (*map(str, group.layers), *group.groups)}
+
+
+def positions_context(report: Report) -> int | None:
+    """Return the context whose positions are drawn: the longest of those where most arms have a likelihood by position.
+
+    It may be longer than the headline context: a mean over few blocks has no interval, but shows where an arm breaks.
+    """
+    entries = [entry for arm in report.arms if arm.status == "measured" for entry in arm.perplexity]
+    known = Counter(entry.context for entry in entries if entry.by_position)
+    return max(known, key=lambda context: (known[context], context), default=None)
 
 
 def with_positions(report: Report) -> list[Arm]:
-    """Return the arms with a likelihood by position at the headline context."""
-    context = headline_context(report)
+    """Return the arms with a likelihood by position at `positions_context`."""
+    context = positions_context(report)
     found = [arm for arm in report.arms if arm.status == "measured"]
     return [arm for arm in found if (entry := perplexity_at(arm, context)) and entry.by_position]
 

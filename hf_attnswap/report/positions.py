@@ -16,7 +16,7 @@ ROOM = 4.0  # nats above softmax's lowest; what is worse everywhere is named, no
 
 def positions(report: Report) -> Picture:
     """Draw the plot; `facts.with_positions(report)` must not be empty."""
-    context = facts.headline_context(report)
+    context = facts.positions_context(report)
     every = facts.with_positions(report)
     softmax = facts.reference(report)
     floor = min(point.nll for point in _points(softmax if softmax in every else every[0], context))

@@ -15,7 +15,7 @@ from .table import NOISE, Column, Table, terminal
 from .text import count, number, plain, times
 from .types import Arm, Report
 
-WIDTH, ROWS = 80, 12
+WIDTH, ROWS = 80, 10
 LABEL = 22
 
 
@@ -43,19 +43,26 @@ def arms(report: Report) -> list[Arm]:
     The arms stand in the order of the report.
     """
     first = [arm for arm in report.arms if arm is facts.reference(report)]
-    controls = [arm for name in ("none", "window") for arm in report.arms if arm.attention == name][:3]
+    controls = [arm for name in ("none", "window") for arm in report.arms if arm.attention == name][:2]
+    beaten = [found[1] for arm in leading(report) if (found := facts.better_control(report, arm))]
     faster = [arm for key, _ in _SPEEDS for _, arm in _faster_from(report, key)[:2]]
-    order = [*first, *controls, *leading(report), *faster, *facts.ranked(report), *report.arms]
+    order = [*first, *controls, *leading(report), *beaten, *faster, *facts.ranked(report), *report.arms]
     kept = {arm.label for arm in list({arm.label: arm for arm in order}.values())[:ROWS]}
     return [arm for arm in report.arms if arm.label in kept]
 
 
 def verdict(report: Report) -> list[str]:
-    """Return two to four lines: the best quality, the first length where an arm is faster, the need for attention."""
-    said = []
-    for arm in leading(report):
+    """Return two to six lines: the best quality, beside its control, what it recalls, speed, the need for attention."""
+    said, shown = [], leading(report)
+    for arm in shown:
         what = "Below O(n^2)" if said else "Keeps most"
         said.append(f"{what}: {_label(arm.label)}, {score(report, arm)}{mark(report, arm)} {_unit(report)}")
+    best = next(((arm, found) for arm in shown[::-1] if (found := facts.better_control(report, arm))), None)
+    if best:
+        arm, (control, other, compared) = best
+        verdict = "no different" if compared.verdict == "no measurable difference" else compared.verdict or "open"
+        said.append(f"Beside {_label(other.label)} of equal {control.equal} {_label(arm.label)} is {verdict}")
+    said += [_needles(report, arm) for arm in shown[-1:] if "needle" in dict(facts.retrieval(report))]
     said = said or ["Quality: no arm was compared with softmax."]
     key, doing = next(((key, doing) for key, doing in _SPEEDS if _measured(report, key)), (None, ""))
     if key:
@@ -64,6 +71,20 @@ def verdict(report: Report) -> list[str]:
     if none and facts.headline(report, none):
         said.append(f"No attention at all: {score(report, none)}: so much it is needed here")
     return said if len(said) > 1 else [*said, f"{len(report.arms)} arms on {plain(report.model.name)}"]
+
+
+def _needles(report: Report, arm: Arm) -> str:
+    """Return a line on the needles that an arm and softmax find, at three of the lengths where there are more."""
+    entries = dict(facts.retrieval(report))["needle"]
+    entries = entries if len(entries) < 4 else [entries[0], entries[len(entries) // 2], entries[-1]]
+
+    def values(of: Arm | None) -> str:
+        found = [facts.metric_of(of, entry) if of else None for _, entry in entries]
+        return " ".join("-" if own is None or own.value is None else f"{own.value:.2f}" for own in found)
+
+    fewest, at = min(entry.items for _, entry in entries), ", ".join(count(length) for length, _ in entries)
+    softmax = values(facts.reference(report))
+    return f"Needles at {at} (of {count(fewest)}): {values(arm)}, softmax {softmax}, with {_label(arm.label)}"
 
 
 _SPEEDS = (("prefill_speedup", "prefill"), ("forward_speedup", "forward pass"), ("decode_speedup", "decoding"))

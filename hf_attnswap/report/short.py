@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..statistics import MIN_ROUNDS, Spread, lacking
 from . import facts
-from .text import count, difference, interval, listing, plain, times
+from .text import count, difference, interval, listing, number, plain, times
 from .types import Arm, Report
 
 DOING = {"prefill_speedup": "prefill", "forward_speedup": "the forward pass", "decode_speedup": "decoding"}
@@ -30,8 +30,33 @@ def short(report: Report) -> list[tuple[str, str]]:
         gains = _each(arms, lambda arm: _changes(report, arm, lengths[-1], facts.faster, gained=True))
         said.append(("Gains", f"{at}, {gains or 'nothing that was measured'}."))
         said.append(("Pays", f"{'; '.join(_pays(report, arm, lengths) for arm in arms)}."))
-    beside = _beside(report, arms[-1])
-    return [("Costs", f"{'; '.join(costs)}."), *said, *([("Controls", f"{beside}.")] if beside else [])]
+    beside = "; ".join(dict.fromkeys(words for arm in _controlled(arms) for words in _beside(report, arm)))
+    recalls = [("Recalls", f"{'; '.join(retrieval(report, arms))}.")] if facts.retrieval(report) else []
+    said = [("Costs", f"{'; '.join(costs)}."), *recalls, *said]
+    return [*said, *([("Controls", f"{beside}.")] if beside else [])]
+
+
+def retrieval(report: Report, arms: list[Arm]) -> list[str]:
+    """Return in words what softmax and `arms` recall, and of how many items: one text for each task."""
+    softmax, said = facts.reference(report), []
+    for task, entries in facts.retrieval(report):
+        values = []
+        for arm in [*([softmax] if softmax else []), *arms]:
+            own = [facts.metric_of(arm, entry) for _, entry in entries]
+            told = ["-" if found is None or found.value is None else number(found.value) for found in own]
+            values.append(f"{plain(arm.label)} {', '.join(told)}")
+        items = sorted({entry.items for _, entry in entries})
+        of = f"{count(items[0])} items" if len(items) == 1 else f"{count(items[0])} to {count(items[-1])} items"
+        at = listing([count(length) for length, _ in entries])
+        said.append(
+            f"{facts.RETRIEVAL[task]} at {at} tokens ({of}{' each' if len(entries) > 1 else ''}): {'; '.join(values)}"
+        )
+    return said
+
+
+def _controlled(arms: list[Arm]) -> list[Arm]:
+    """Return the arms whose controls are told: those with a state, and the last one in any case."""
+    return [arm for arm in arms if arm.controls or arm is arms[-1]]
 
 
 def leading(report: Report) -> list[Arm]:
@@ -49,12 +74,19 @@ def score(report: Report, arm: Arm) -> str:
     return interval(compared) if facts.headline_context(report) else difference(compared)
 
 
+def _few(report: Report, arm: Arm) -> str:
+    """Return on how few items the headline number of an arm rests; empty where they are enough."""
+    compared = facts.headline(report, arm)
+    unit = "blocks" if facts.headline_context(report) else "items"
+    return f" on {count(compared.items)} {unit}" if compared and compared.few else ""
+
+
 def _cost(report: Report, arm: Arm) -> str:
     tuned = facts.tuned_softmax(report, arm)
     trained = f"trained on {count(arm.training_tokens)} tokens" if arm.training_tokens else "untrained"
     if report.kind == "classification":
         trained = "trained as softmax was"
-    said = f"{score(report, arm)} with {plain(arm.label)} ({CLASSES[arm.cost_class]}, {trained})"
+    said = f"{score(report, arm)}{_few(report, arm)} with {plain(arm.label)} ({CLASSES[arm.cost_class]}, {trained})"
     return f"{said} beside a softmax trained on {count(tuned.training_tokens)} tokens" if tuned else said
 
 
@@ -91,18 +123,18 @@ def _pays(report: Report, arm: Arm, lengths: list[int]) -> str:
     return f"{label}: {listing(paying)}" if paying else f"{label}: at no length up to {count(lengths[-1])}"
 
 
-def _beside(report: Report, arm: Arm) -> str:
+def _beside(report: Report, arm: Arm) -> list[str]:
     """Return in words how an arm compares with the controls."""
-    said = []
-    for control, what in (
-        (facts.window_control(report, arm), "the window alone"),
-        (facts.without_attention(report), "no attention"),
-    ):
-        if control and facts.headline(report, control):
-            against = facts.against(arm, control, facts.headline_context(report))
+    said, context = [], facts.headline_context(report)
+    best = facts.better_control(report, arm)
+    what = f"{plain(best[1].label)}, the better of its windows of equal state and of equal time," if best else ""
+    shown = [(best[1], what)] if best else [(facts.window_control(report, arm), "the window alone")]
+    for control, what in (*shown, (facts.without_attention(report), "no attention")):
+        if control and (facts.headline(report, control) or best):
+            against = facts.beside_control(arm, control, context)
             verdict = f", {plain(arm.label)} is {_than(against.verdict)}" if against else ""
             said.append(f"{what} has {score(report, control)}{verdict}")
-    return "; ".join(said)
+    return said
 
 
 def _than(verdict: str | None) -> str:

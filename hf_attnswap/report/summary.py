@@ -17,7 +17,8 @@ def summary(report: Report) -> list[str]:
     expected = set() if reads_alone else {"prefill_speedup", "decode_speedup"}
     speed = [_speed(report, key, name) for key, name in doing.items() if key in measured | expected]
     quality = [_quality(report)] if facts.contexts(report) or not facts.metrics(report) else []
-    attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_noise(report), *_hybrids(report)]
+    attention = [_cost(report), *_growth(report), _none(report), *_bound(report), *_noise(report)]
+    attention += [*_controls(report), *_hybrids(report)]
     return [*quality, *verdicts.paragraph(report), *speed, *attention, *_unmeasured(report)]
 
 
@@ -213,6 +214,24 @@ def _none(report: Report) -> str:
     return f"{what} has {said}: this is how much this text needs {where}."
 
 
+def _controls(report: Report) -> list[str]:
+    return [_control(report, arm) for arm in report.arms if arm.controls and arm.status == "measured"]
+
+
+def _control(report: Report, arm: Arm) -> str:
+    """Return in words how an arm compares with its controls of equal state and of equal time, and with the better."""
+    said = []
+    for control, other in facts.controls(report, arm):
+        named = f"of equal {control.equal} {_name(other) if other else 'none'}"
+        named += f" ({plain(control.note)})" if control.note else ""
+        words = [_verdicts(report, arm, other), verdicts.against(arm, other)] if other else []
+        said.append(": ".join(filter(None, [named, ", ".join(filter(None, words))])))
+    best, end = facts.better_control(report, arm), ""
+    if best:
+        end = f" Against the better of them, {_name(best[1])}: {best[2].verdict or 'too few blocks to say'}."
+    return f"Controls of {_name(arm)}, plain windows: {'; '.join(said)}.{end}"
+
+
 def _hybrids(report: Report) -> list[str]:
     hybrids = [arm for arm in report.arms if arm.attention.endswith("+window")]
     return [_hybrid(report, arm) for arm in hybrids if any(entry.ratio for entry in arm.perplexity)]
@@ -240,7 +259,7 @@ def _verdicts(report: Report, arm: Arm, control: Arm) -> str:
     """Return in words what the paired differences allow to say, by context."""
     found: dict[str, list[str]] = {}
     for context in facts.contexts(report):
-        compared = facts.against(arm, control, context)
+        compared = facts.beside_control(arm, control, context)
         if compared:
             found.setdefault(compared.verdict or "too few blocks to say", []).append(
                 f"{count(context)}, {interval(compared)}"

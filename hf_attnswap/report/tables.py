@@ -63,6 +63,11 @@ def quality(report: Report) -> Table:
             if report.kind == "quality"
             else []
         ),
+        *(
+            [Column("over the better control of equal state or time (95 %)", partial(_over_control, report))]
+            if any(arm.controls for arm in report.arms)
+            else []
+        ),
         Column("status", _status),
     ]
     return Table.of(QUALITY, columns, report.arms, [_few_items(report, "perplexity"), beside.note(report)])
@@ -297,6 +302,11 @@ def _control(arm: Arm) -> str:
 def _over_window(arm: Arm) -> str:
     compared = [other for entry in arm.perplexity for other in entry.against]
     return interval(compared[0]) if compared else "-"
+
+
+def _over_control(report: Report, arm: Arm) -> str:
+    best = facts.better_control(report, arm)
+    return f"{interval(best[2])} of {plain(best[1].label)} (equal {best[0].equal})" if best else "-"
 
 
 def _few_items(report: Report, what: str) -> str:

@@ -257,12 +257,13 @@ class CurvePoint:
 
 @dataclass(config=STRICT)
 class Group:
-    """Describe layers of one kind that have one attention."""
+    """Describe what of one kind has one attention: whole layers, and key/value groups of other layers ("18.2")."""
 
     attention: Name
     options: dict[str, Any]
     layers: list[Count]
     kind: Name = "causal"
+    groups: list[Name] = Field(default_factory=list)
 
 
 @dataclass(config=STRICT)
@@ -357,11 +358,31 @@ class Diagnostics:
 
 
 @dataclass(config=STRICT)
+class Control:
+    """Name what an arm with a state must beat: a plain window that keeps as much, or that takes as long.
+
+    Attributes:
+        equal: what both have in common at the longest length: the bytes of the cache, or the time of the prefill.
+        arm: label of the control; None where there is none.
+        note: why it is no window, or none that was trained alike.
+    """
+
+    equal: Literal["state", "time"]
+    arm: Name | None
+    note: Text | None = None
+
+    def __post_init__(self) -> None:
+        if self.arm is None and not (self.note or "").strip():
+            raise ValueError("a note with the reason, since there is no control")
+
+
+@dataclass(config=STRICT)
 class Arm:
     """Hold one row of a comparison: an attention, how it was trained, and all that was measured of it.
 
     Attributes:
         label: unique in the report.
+        controls: the arms of equal state and of equal time that it must beat.
         new_parameters: how many parameters the swap adds.
         reason: why nothing was measured, unless status is "measured".
         curve: perplexity during training. conversion: name of the converted model, where the arm is one.
@@ -382,6 +403,7 @@ class Arm:
     new_parameters: Count
     status: Literal["measured", "failed", "not measured"]
     reason: Text | None = None
+    controls: list[Control] = Field(default_factory=list)
     swapped: list[Group] = Field(default_factory=list)
     alignment: Alignment | None = None
     training: list[Stage] = Field(default_factory=list)

@@ -25,7 +25,12 @@ def paragraph(report: Report) -> list[str]:
 
 def against(arm: Arm, control: Arm) -> str:
     """Return in words what the metrics say of `arm` against `control`; empty where the two were not compared."""
-    compared = [(_name(entry), other) for entry in arm.metrics for other in entry.against if other.arm == control.label]
+    compared = [
+        (_name(entry), other)
+        for entry in arm.metrics
+        for other in (entry.difference, *entry.against)
+        if other and other.arm == control.label
+    ]
     return f"in tasks {_by_verdict(compared)}" if compared else ""
 
 

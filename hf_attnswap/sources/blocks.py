@@ -30,32 +30,36 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     return ([], []) if at is None else (whole[:at], whole[at + len(plain) :])
 
 
-def cut(stream: Tensor, block_size: int, start: Sequence[int] = ()) -> Tensor:
-    """Return whole blocks of a stream of tokens, each of which begins with the tokens of `start`.
+def cut(stream: Tensor, block_size: int, start: Sequence[int] = (), end: Sequence[int] = ()) -> Tensor:
+    """Return whole blocks of a stream of tokens, each of which begins with the tokens of `start` and ends with `end`.
 
     Training, evaluation and reports all cut texts here. What does not fill the last block is left out.
 
     Args:
-        stream: token ids without those of `start`, integers `[n]`; or `[n, 2]`: tokens, and 1 where a document begins.
-        block_size: tokens per block, those of `start` included.
+        stream: token ids without those of `start` and `end`, integers `[n]`; or `[n, 2]`: tokens, and 1 where a
+            document begins.
+        block_size: tokens per block, those of `start` and `end` included.
         start: see `start_tokens`. Where documents are separate, the start of a block counts as the beginning of one.
+        end: see `end_tokens`; for models that read both ways, which get every text so.
 
     Returns:
-        `[N, block_size]` or `[N, block_size, 2]`, in the dtype of the stream; a view of it where `start` is empty.
+        `[N, block_size]` or `[N, block_size, 2]`, in the dtype of the stream; a view of it where nothing is put around.
 
     Raises:
-        UsageError: a block has no room for a token after `start`.
+        UsageError: a block has no room for a token beside those of `start` and `end`.
     """
-    own = block_size - len(start)
+    own = block_size - len(start) - len(end)
     if own < 1:
+        closing = f" and the {len(end)} that end it" if end else ""
         raise UsageError(
-            f"block size {block_size} leaves no room for text after the {len(start)} tokens that begin a block"
+            f"block size {block_size} leaves no room for text after the {len(start)} tokens that begin a block{closing}"
         )
     blocks = stream[: len(stream) // own * own].view(-1, own, *stream.shape[1:])
-    if not start:
+    if not start and not end:
         return blocks
-    first = torch.tensor(start, dtype=stream.dtype, device=stream.device)
+    around = [torch.tensor(list(tokens), dtype=stream.dtype, device=stream.device) for tokens in (start, end)]
     if stream.dim() == 2:
-        first = torch.stack([first, torch.zeros_like(first)], dim=1)
-        first[0, 1] = 1
-    return torch.cat([first.expand(len(blocks), *first.shape), blocks], dim=1)
+        around = [torch.stack([tokens, torch.zeros_like(tokens)], dim=1) for tokens in around]
+        around[0][:1, 1] = 1
+    first, last = (tokens.expand(len(blocks), *tokens.shape) for tokens in around)
+    return torch.cat([first, blocks, last], dim=1)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import NAME, plans_from_dict
+from ..config import NAME
 from ..errors import UsageError
+from ..plans import layers_in, plans_from_dict
+from .checksums import require_whole
 from .structured import read_object, read_yaml
 
 # What the run of a recipe leaves, and in the folder of each stage its log and what it did.
@@ -37,27 +39,38 @@ def find(path: str | Path) -> Conversion:
     """Return what lies in `path`: a folder that `save_pretrained` wrote, or the output folder of a training recipe.
 
     Raises:
-        UsageError: neither, a conversion that is not finished, or a damaged config.json.
+        UsageError: neither, a conversion that is not finished, a damaged config.json, or a model that has changed since
+            the stage of a recipe wrote it.
     """
     path = Path(path)
-    folder, training = path, ()
-    if (path / RECIPE).is_file() and not (path / "config.json").is_file():
-        stages = _stages(path)
-        training = tuple(_trained(path / name) for name in stages)
-        folder = path / stages[-1] / "model"
+    folder = model_folder(path)
+    training = () if folder == path else tuple(_trained(path / name) for name in _stages(path))
     try:
         config = read_object(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{folder} has no config.json: name a saved model, or the output folder of a training recipe"
         ) from None
+    require_whole(folder.resolve())
     saved = config.get(NAME)
     if saved is not None:
         plans_from_dict(saved, str(folder / "config.json"))  # says what is damaged
     swapped = tuple((saved or {}).get("swapped") or ())
-    layers = sorted(index for group in swapped for index in group["layers"])
+    layers = sorted({layer for entry in swapped for layer in layers_in(entry)})
     whole = len(layers) in (0, config.get("num_hidden_layers"))
     return Conversion(path.resolve().name, folder, swapped, None if whole else _slice(layers), training)
+
+
+def model_folder(path: str | Path) -> Path:
+    """Return where the model lies in `path`, which is not looked at: `path`, or a folder in the run of a recipe.
+
+    Raises:
+        UsageError: a conversion that is not finished.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() or not (path / RECIPE).is_file():
+        return path
+    return path / _stages(path)[-1] / "model"
 
 
 def _slice(layers: list[int]) -> str | list[int]:

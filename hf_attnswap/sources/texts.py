@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError, on_one_line
-from .blocks import cut, start_tokens
+from .blocks import cut, end_tokens, start_tokens
 from .rows import SUFFIXES, read_rows
 from .structured import as_text
 from .tokens import cached, fingerprint
@@ -26,12 +26,19 @@ class TextSource:
         name: a file (.txt, .json, .jsonl, .parquet, .csv, .tsv), or the name of a dataset on the Hub.
         split: of the dataset. config_name: of the dataset.
         column: the column that holds the text.
+
+    Raises:
+        UsageError: the name is empty.
     """
 
     name: str
     split: str = "train"
     config_name: str | None = None
     column: str = "text"
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise UsageError("the name of the text is empty: name a file, or a dataset of the Hub")
 
     def rows(self) -> Iterator[str]:
         """Yield the texts in their order.
@@ -86,6 +93,7 @@ def token_blocks(
     max_tokens: int | None = None,
     *,
     separate: bool = False,
+    closed: bool = False,
     cache_dir: Path | None = None,
 ) -> Tensor:
     """Return the texts as whole blocks of tokens, int64 `[N, block_size]`, each of which begins as `start_tokens` says.
@@ -93,20 +101,21 @@ def token_blocks(
     Args:
         max_tokens: tokens of all blocks together, at most; None for the whole text.
         separate: as in `token_stream`; blocks are then `[N, block_size, 2]`.
+        closed: whether each block also ends as `end_tokens` says, as encoders read every text.
         cache_dir: as in `token_stream`; blocks are then int32 and stay on disk until they are read.
 
     Raises:
         UsageError: the text is shorter than one block.
     """
-    start = start_tokens(tokenizer)
+    start, end = start_tokens(tokenizer), end_tokens(tokenizer) if closed else []
     stream = token_stream(source, tokenizer, max_tokens, separate=separate, cache_dir=cache_dir)
-    if start and cache_dir is not None:
-        name = _name(source, tokenizer, max_tokens, separate, block_size=block_size)
-        pieces = stream.split(_AT_ONCE * max(1, block_size - len(start)))
-        numbers = cached(cache_dir / f"{name}.int32", (cut(piece, block_size, start).numpy() for piece in pieces))
+    if (start or end) and cache_dir is not None:
+        name = _name(source, tokenizer, max_tokens, separate, block_size=block_size, end=end)
+        pieces = stream.split(_AT_ONCE * max(1, block_size - len(start) - len(end)))
+        numbers = cached(cache_dir / f"{name}.int32", (cut(piece, block_size, start, end).numpy() for piece in pieces))
         blocks = numbers.view(-1, block_size, *stream.shape[1:])
     else:
-        blocks = cut(stream, block_size, start)
+        blocks = cut(stream, block_size, start, end)
     blocks = blocks if max_tokens is None else blocks[: max_tokens // block_size]
     if len(blocks) == 0:
         raise UsageError(

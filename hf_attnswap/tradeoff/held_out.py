@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..evaluation.tasks import separate_texts, text_tokens
-from ..sources.blocks import cut, start_tokens
+from ..sources.blocks import cut, end_tokens, start_tokens
 from ..sources.texts import TextSource, token_blocks
 from .arms import Settings
 
@@ -38,11 +38,13 @@ def read_texts(
     training_text: TextSource,
     evaluation_text: TextSource | None,
     settings: Settings,
+    closed: bool = False,
 ) -> tuple[Tensor, HeldOut]:
     """Return the blocks of training text, int64 `[N, block_size]`, and what is held out.
 
     Args:
         evaluation_text: where it is None, the last fifth of the training text is held out.
+        closed: whether blocks of training text end as the tokenizer ends a text, see `sources.texts.token_blocks`.
 
     Raises:
         UsageError: a text is too short, or the settings do not fit together.
@@ -53,20 +55,21 @@ def read_texts(
     if by_themselves and evaluation_text is None:
         raise UsageError("the texts that are compared one by one are held-out ones: give them by --validation_file")
     longest = max(*(2 * length for length in settings.context_lengths), *settings.lengths, settings.block_size)
-    longest = max(longest, text_tokens(settings.tasks))
-    start = start_tokens(tokenizer)
-    blocks = token_blocks(training_text, tokenizer, settings.block_size)
+    needed = text_tokens(settings.tasks)
+    longest = max(longest, needed, *(settings.task_lengths if needed else ()))
+    start, end = start_tokens(tokenizer), end_tokens(tokenizer) if closed else []
+    blocks = token_blocks(training_text, tokenizer, settings.block_size, closed=closed)
     if evaluation_text is None:
         held_out = math.ceil(len(blocks) / 5)
         blocks, evaluation = blocks[:-held_out], blocks[-held_out:]
     else:
-        evaluation = token_blocks(evaluation_text, tokenizer, settings.block_size)
-    if settings.max_eval_tokens < 2 * max(settings.context_lengths):
+        evaluation = token_blocks(evaluation_text, tokenizer, settings.block_size, closed=closed)
+    if settings.blocks(max(settings.context_lengths)) < 2:
         raise UsageError(
             f"max_eval_tokens is {settings.max_eval_tokens}, less than two blocks of {max(settings.context_lengths)}: "
             "without a second one there is no telling how sure a perplexity is"
         )
-    tokens = evaluation[:, len(start) :].reshape(-1)
+    tokens = evaluation[:, len(start) : settings.block_size - len(end)].reshape(-1)
     if tokens.numel() < longest or len(blocks) == 0:
         raise UsageError(
             f"the text leaves {tokens.numel()} tokens for evaluation and {blocks.numel()} for training; "

@@ -23,12 +23,13 @@ from ..evaluation.predictions import require_predictions
 from ..evaluation.tasks import check_tasks, quality_task
 from ..integration.finding import head_shape, inspect
 from ..integration.objectives import objective, require_positions
-from ..report.types import Data, Report
+from ..report.types import Control, Data, Report
 from ..sources.files import holds_something, write_whole
 from ..sources.structured import read_json
 from ..sources.texts import TextSource
 from . import progress
 from .arms import Arm, Settings, build
+from .controls import with_equal_controls
 from .held_out import HeldOut, read_texts
 from .machine import describe_model, machine, now, versions
 from .progress import Course, Progress
@@ -36,8 +37,9 @@ from .quality import measure_quality
 from .rows import row, stage_of
 from .speed import Rounds, measure_speed
 
-FORMAT = 6  # of the files in `measured`
+FORMAT = 7  # of the files in `measured`
 SPEED = "speed.json"
+CONTROLS = "controls.json"
 
 
 def measure(
@@ -72,16 +74,19 @@ def measure(
     settings = settings if task is None else replace(settings, tasks=tuple(dict.fromkeys((task, *settings.tasks))))
     _check_settings(settings, model, tokenizer, aligned=any(_is_aligned(arm, model, settings) for arm in arms))
     described = describe_model(model, model_name)
-    train_blocks, held_out = read_texts(tokenizer, training_text, evaluation_text, settings)
+    train_blocks, held_out = read_texts(tokenizer, training_text, evaluation_text, settings, task is not None)
     measured = _open(output_dir, settings, arms, model_name, training_text, evaluation_text)
+    controls: dict[str, list[Control]] = {}
+    if settings.equal_controls:
+        say = partial(_before, observe)
+        arms, controls = with_equal_controls(arms, model, max(settings.lengths), measured / CONTROLS, say)
+        _check_arms(arms)
     course = _course(arms, model, settings, measured, observe)
     results = {
         arm.label: _quality(arm, model, tokenizer, train_blocks, held_out, settings, measured, course) for arm in arms
     }
     units = {
-        context: count_units(
-            tokenizer, held_out.tokens, context, settings.max_eval_tokens // context, start=held_out.start
-        )
+        context: count_units(tokenizer, held_out.tokens, context, settings.blocks(context), start=held_out.start)
         for context in settings.context_lengths
     }
     runs = _speed(arms, results, model, held_out, settings, measured, course)
@@ -101,8 +106,13 @@ def measure(
             evaluation_size=held_out.tokens.numel(),
             fingerprint=hashlib.sha256(held_out.tokens.numpy().tobytes()).hexdigest()[:16],
         ),
-        arms=[row(arm, results, runs, units) for arm in arms],
+        arms=[row(arm, results, runs, units, controls.get(arm.label, ())) for arm in arms],
     )
+
+
+def _before(observe: Callable[[Progress], None], line: str) -> None:
+    """Report what is done before it is known which arms there are."""
+    observe(Progress(line, 0.0, 0.0))
 
 
 def _check_arms(arms: Sequence[Arm]) -> None:
@@ -131,6 +141,7 @@ def _check_settings(
     longest, more = max(settings.lengths), settings.decode_tokens if writes else 0
     require_positions(model, longest + more, f"--length {longest} with --decode_tokens {more}" if more else "--length")
     require_positions(model, max(settings.context_lengths), "--context_length")
+    require_positions(model, max(settings.task_lengths, default=0), "--task_length")
     require_positions(model, settings.diagnose_tokens, "--diagnose_tokens")
     if aligned:
         require_positions(model, settings.block_size, "--block_size")

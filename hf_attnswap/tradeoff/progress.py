@@ -1,52 +1,14 @@
-"""Track how far a comparison is: all steps of all arms, weighted by the tokens that a model reads in each."""
+"""Weigh the steps of all arms of a comparison, by the tokens that a model reads in each."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+from ..evaluation.course import Course, Progress
 from .arms import Arm, Settings
+
+__all__ = ["Course", "Progress", "alignment", "diagnosis", "quality", "speed", "tasks"]
 
 TRAINING = 4  # what a token costs that is trained on, beside one that is read: two forward passes and a backward one
 DECODING = 8  # a token that is written alone
 CHECKS = 500  # tokens that the checks of a swap read
-TASK_ITEMS = 20
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Hold what a run does now and how much of the whole run is done.
-
-    Attributes:
-        line: what is done now, in words.
-        done, total: weight of the finished steps and of all steps, in tokens read.
-    """
-
-    line: str
-    done: float
-    total: float
-
-
-class Course:
-    """Count what is done and report every step to `observe`.
-
-    Args:
-        observe: called with the progress at every step.
-        total: weight of the whole run, in tokens read.
-        done: the part of that weight that an earlier run of the same command has done.
-    """
-
-    def __init__(self, observe: Callable[[Progress], None], total: float, done: float) -> None:
-        self.observe, self.total, self.done, self.line = observe, total, done, ""
-        self.say("starting")
-
-    def say(self, line: str) -> None:
-        """Report `line` as what is done now."""
-        self.line = line
-        self.observe(Progress(line, min(self.done, self.total), self.total))
-
-    def advance(self, weight: float) -> None:
-        """Add `weight` to what is done, and report the progress."""
-        self.done += weight
-        self.say(self.line)
+TASK_ITEMS = 100
 
 
 def alignment(settings: Settings) -> float:
@@ -61,7 +23,8 @@ def diagnosis(settings: Settings, layers: int) -> float:
 
 def tasks(settings: Settings) -> float:
     """Return the weight of the tasks of an arm."""
-    return len(settings.tasks) * (settings.task_limit or TASK_ITEMS) * max(settings.context_lengths)
+    lengths = settings.task_lengths or settings.context_lengths
+    return len(settings.tasks) * (settings.task_limit or TASK_ITEMS) * sum(lengths)
 
 
 def quality(arm: Arm, settings: Settings, layers: int, aligned: bool) -> float:
@@ -72,7 +35,7 @@ def quality(arm: Arm, settings: Settings, layers: int, aligned: bool) -> float:
         aligned: whether the run trains the arm.
     """
     swapped = arm.attention != "softmax"
-    weight = settings.max_eval_tokens * len(settings.context_lengths) + tasks(settings)
+    weight = settings.eval_tokens + tasks(settings)
     weight += alignment(settings) if aligned else 0
     return weight + (CHECKS + diagnosis(settings, layers) if swapped else 0)
 

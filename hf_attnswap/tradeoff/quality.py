@@ -22,7 +22,7 @@ from ..evaluation.perplexity import perplexity
 from ..evaluation.tasks import apart
 from ..integration.finding import inspect
 from ..integration.objectives import objective
-from ..integration.swapping import restore, swapped_modules
+from ..integration.swapping import restore, softmax_groups, swapped_modules
 from ..ops.backends import watch
 from ..sources.files import write_whole
 from ..training.align import aligning, alignment_loss, calibrate, trainable_parameters
@@ -63,6 +63,7 @@ def measure_quality(
     """
     result: dict[str, Any] = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0}
     result |= {"nll": {}, "by_position": {}, "checks": [], "diagnostics": None, "tasks": [], "swapped": [], "kept": 0}
+    result |= {"kept_groups": [0, 0]}
     result |= {"backends": {}, "given": max(1, len(held_out.start)), "sound": False}
     failures: list[str] = []
 
@@ -83,9 +84,7 @@ def measure_quality(
 
     def context_perplexity(context: int) -> None:
         with watch() as ran:
-            found = perplexity(
-                swapped, held_out.tokens, context, settings.max_eval_tokens // context, start=held_out.start
-            )
+            found = perplexity(swapped, held_out.tokens, context, settings.blocks(context), start=held_out.start)
         result["backends"] = {op: sorted(backends) for op, backends in ran.items()}
         if not all(map(math.isfinite, found.nll)):
             raise FloatingPointError("it is not finite")
@@ -110,12 +109,13 @@ def measure_quality(
         return result | {"status": "failed", "reason": failures[0]}
     writes = objective(model) == "next tokens"
     for context in settings.context_lengths if writes else ():
-        part(f"perplexity at context {context}", settings.max_eval_tokens, partial(context_perplexity, context))
+        weight = settings.blocks(context) * context
+        part(f"perplexity at context {context}", weight, partial(context_perplexity, context))
     groups = apart(settings.tasks)
     for chosen in groups:
         part(", ".join(chosen), progress.tasks(settings) / len(groups), partial(tasks, chosen))
     if not writes:
-        course.advance(settings.max_eval_tokens * len(settings.context_lengths))
+        course.advance(settings.eval_tokens)
     if settings.diagnose_tokens and result["swapped"]:
         part("diagnosis", progress.diagnosis(settings, len(inspect(model))), diagnosis)
     return result | ({"status": "failed", "reason": "; ".join(failures)} if failures else {})
@@ -137,6 +137,7 @@ def _sound(
     result["new_parameters"] = sum(p.numel() for p in own)
     result["swapped"] = list((getattr(swapped.config, NAME, None) or {}).get("swapped") or [])
     result["kept"] = sum(entry.swapped is None for entry in inspect(swapped))
+    result["kept_groups"] = list(softmax_groups(swapped))
     if own and settings.align_tokens and arm.conversion is None:
         result["alignment"] = _align(arm, swapped, train_blocks, settings, course)
         parameters = {name: p for name, p in swapped.state_dict().items() if ".attnswap." in name}

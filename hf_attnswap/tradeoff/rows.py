@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from .. import attentions
 from ..benchmark.measure import speedup
 from ..evaluation.perplexity import Perplexity, Units, ratio
+from ..plans import layers_in
 from ..report import types
 from ..statistics import Estimate, Spread, estimate, growth
 from .arms import Arm
@@ -17,22 +19,27 @@ SOFTMAX = "softmax"
 SPEEDS = {"prefill": "prefill_s", "decode": "decode_s", "forward": "forward_s", "train": "train_s"}
 
 
-def row(arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units]) -> types.Arm:
+def row(
+    arm: Arm, results: dict[str, dict], runs: dict, units: dict[int, Units], controls: Sequence[types.Control] = ()
+) -> types.Arm:
     """Return the entry of one arm in the report.
 
     Args:
         results: what was measured of the quality of every arm, by label.
         runs: rounds of timings by length, see `speed.Rounds`.
         units: words and bytes of the held-out text, by context length.
+        controls: what the arm must beat.
     """
     result = results[arm.label]
     training = [stage_of(stage) for stage in arm.conversion.training] if arm.conversion else []
     alignment = types.Alignment(**result["alignment"]) if result["alignment"] else None
+    described = describe(arm.attention, result["swapped"], result["kept"], result["kept_groups"])
     fields = dict(
         label=arm.label,
         attention=arm.attention,
         options=arm.options,
-        **describe(arm.attention, result["swapped"], result["kept"]),
+        **described | {"control": described["control"] or arm.is_control},
+        controls=list(controls),
         swapped=[types.Group(**group) for group in result["swapped"]],
         alignment=alignment,
         training=training,
@@ -71,26 +78,31 @@ def diagnostics(found: dict[str, Any]) -> types.Diagnostics:
     return types.Diagnostics(**found | {"layers": layers})
 
 
-def describe(attention: str, groups: list[dict[str, Any]], kept: int) -> dict[str, Any]:
+def describe(attention: str, groups: list[dict[str, Any]], kept: int, kept_groups: list[int]) -> dict[str, Any]:
     """Return formula, cost, cost class and source of the variants of an arm, and whether all of them are controls.
 
-    The texts of several variants are joined. The cost class is the highest one, softmax's included where some layers
-    keep softmax.
+    The texts of several variants are joined. The cost class is the highest one, softmax's included where some layers or
+    groups keep softmax. A window that leaves some groups on softmax is no control.
 
     Args:
         attention: the variant of an arm without groups.
-        groups: groups of layers that are swapped, each with `attention` and `layers`.
+        groups: what is swapped, each with `attention`, `layers` and, where there are any, `groups`.
         kept: number of attention layers that are not swapped.
+        kept_groups: the number of key/value groups that run softmax, and of all groups.
     """
     names = dict.fromkeys(group["attention"] for group in groups) if groups else [attention]
     classes = [attentions.get(name) for name in names if name != "mixed"]
     costs = dict.fromkeys(cls.cost for cls in classes)
-    swapped = sum(len(group["layers"]) for group in groups)
-    ran = [*classes, attentions.get(SOFTMAX)] if kept and swapped else classes
+    swapped = len({layer for group in groups for layer in layers_in(group)})
+    parted = any(group.get("groups") for group in groups)
+    ran = [*classes, attentions.get(SOFTMAX)] if (kept or parted) and swapped else classes
+    beside = f", softmax in {kept} of {kept + swapped} layers" if kept and swapped else ""
+    if parted:
+        beside = f", softmax in {kept_groups[0]} of {kept_groups[1]} key/value groups"
     return {
-        "control": bool(classes) and all(cls.control for cls in classes),
+        "control": bool(classes) and all(cls.control for cls in classes) and not parted,
         "formula": "; ".join(cls.formula for cls in classes),
-        "cost": "; ".join(costs) + (f", softmax in {kept} of {kept + swapped} layers" if kept and swapped else ""),
+        "cost": "; ".join(costs) + beside,
         "cost_class": max((cls.cost_class for cls in ran), key=COST_CLASSES.index, default="quadratic"),
         "source": "; ".join(cls.source for cls in classes),
     }

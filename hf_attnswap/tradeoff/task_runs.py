@@ -47,8 +47,9 @@ def measure_tasks(
         (their number) and `resampled` (the value on each of `RESAMPLES` resamples).
     """
     inputs = TaskInputs(
-        settings.context_lengths, settings.task_limit, seed=settings.seed, tokens=held_out.tokens, texts=held_out.texts
-    )
+        settings.task_lengths or settings.context_lengths, settings.task_limit, seed=settings.seed,
+        tokens=held_out.tokens, texts=held_out.texts,
+    )  # fmt: skip
     answers = read_json(path) if path.is_file() else {}
     if not set(chosen) <= set(answers):
         progress("answers of softmax to the tasks")

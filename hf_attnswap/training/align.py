@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..attentions import Attention, Heads, get
-from ..attentions.hybrid import Hybrid
 from ..errors import UsageError
 from ..integration.swapping import swapped_modules
 from ..masks import Mask
@@ -89,7 +88,7 @@ def aligning(model: nn.Module, linear_branch_alone: bool = False, weights_loss: 
     losses = LayerLosses()
 
     def compare(layer, attention, teacher, query, key, value, mask, scaling):
-        learner = attention.linear if linear_branch_alone else attention
+        learner = attention.linear_branch if linear_branch_alone else attention
         student = learner(query, key, value, mask, scaling)
         valid = mask.new_tokens()
         errors = text_errors(student, teacher, valid)
@@ -242,9 +241,9 @@ def trainable_parameters(model: nn.Module, linear_branch_alone: bool = False) ->
     variants = list(swapped_modules(model).values())
     if linear_branch_alone:
         for variant in variants:
-            if not isinstance(variant, Hybrid):
+            if variant.linear_branch is None:
                 raise UsageError(f"{variant.name} has no linear branch beside a window that could be aligned alone")
-        variants = [variant.linear for variant in variants]
+        variants = [variant.linear_branch for variant in variants]
     own = [p for variant in variants for p in variant.parameters()]
     if not own:
         raise UsageError(

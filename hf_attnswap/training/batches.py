@@ -1,7 +1,7 @@
 """Draw batches of token blocks in an endless order, and make the inputs of a model from each."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +22,29 @@ class Batches:
         blocks: token blocks or examples, integers `[N, n, ...]`.
         batch_size: blocks per batch.
         seed: seed of the order.
+        text_lengths: the lengths of the texts into which the batches are cut in turn, each a divisor of n; none leaves
+            blocks whole.
+        start: the tokens with which every text begins, in place of those that stand there.
     """
 
     blocks: Tensor
     batch_size: int
     seed: int
+    text_lengths: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
 
     def __getitem__(self, number: int) -> Tensor:
-        """Return batch `number`, int64 `[batch_size, n, ...]`; a batch may reach into the next epoch."""
+        """Return batch `number`, int64 `[batch_size, n, ...]`, or `[batch_size n / l, l]` where it is cut into texts.
+
+        A batch may reach into the next epoch.
+        """
         length, first = len(self.blocks), number * self.batch_size
         positions = range(first, first + self.batch_size)
-        return self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]].long()
+        batch = self.blocks[[_order(length, self.seed, p // length)[p % length] for p in positions]].long()
+        if self.text_lengths:
+            batch = batch.view(-1, self.text_lengths[number % len(self.text_lengths)])
+            batch[:, : len(self.start)] = batch.new_tensor(self.start)
+        return batch
 
 
 @functools.lru_cache(maxsize=2)
@@ -41,15 +53,17 @@ def _order(length: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(length, generator=generator).tolist()
 
 
-def batches(blocks: Tensor, batch_size: int, seed: int) -> Batches:
-    """Return the batches of token blocks `[N, n, ...]`.
+def batches(
+    blocks: Tensor, batch_size: int, seed: int, text_lengths: Sequence[int] = (), start: Sequence[int] = ()
+) -> Batches:
+    """Return the batches of token blocks `[N, n, ...]`; the arguments are the attributes of `Batches`.
 
     Raises:
         UsageError: the blocks do not fill one batch.
     """
     if len(blocks) < batch_size:
         raise UsageError(f"the training text gives {len(blocks)} blocks, less than one batch of {batch_size}")
-    return Batches(blocks, batch_size, seed)
+    return Batches(blocks, batch_size, seed, tuple(text_lengths), tuple(start))
 
 
 def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = False) -> dict[str, Any]:

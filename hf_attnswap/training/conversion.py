@@ -44,7 +44,7 @@ def _convert(accelerator: Accelerator, recipe: list[StageOptions], output_dir: P
     model = teacher = recipe[0][1]["model_name_or_path"]
     shape = architecture(model)
     for name, given in recipe:
-        _stage(name, given, output_dir).require(shape)  # now, and not when the stages before it have run
+        _stage(name, given, output_dir).require_fit(shape)  # now, and not when the stages before it have run
     original = True  # whether the model with softmax switched on is the teacher still
     for number, (name, given) in enumerate(recipe, start=1):
         folder = output_dir / f"{number}_{name}"

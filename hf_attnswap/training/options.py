@@ -5,17 +5,19 @@ A field is part of the identity of a run, which a resumed run must share, unless
 
 import argparse
 import dataclasses
+import json
 import shlex
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from accelerate.utils import LoggerType
 
-from ..config import parse_options
+from ..config import SwapConfig, parse_options
 from ..errors import Parser, UsageError
+from ..sources.plans import read_plan
 
 Options = TypeVar("Options")
 
@@ -59,6 +61,11 @@ class TrainingOptions:
     dtype: str = argument("float32", "dtype of the weights")
     attention: str | None = argument(None, "swap to this variant first, see `attnswap ls`")
     layers: str | None = argument(None, "layers to swap, a slice '1::2' or indices '0,3,5'; all without it")
+    keep: str | None = argument(None, "groups that keep softmax in these layers, layer.group such as '18.2,8.0'")
+    plan: str | None = argument(
+        None, "a plan.yaml, see `attnswap plan`, in place of --attention, --layers, --keep and --option",
+        metavar="FILE", elsewhere=True,
+    )  # fmt: skip
     option: list[str] | None = argument(None, "option of the variant; may be repeated", metavar="NAME=VALUE")
     output_dir: Path = argument(help="a new or empty folder", elsewhere=True)
     per_device_train_batch_size: int = argument(
@@ -87,6 +94,12 @@ class TrainingOptions:
     with_tracking: bool = argument(False, "report to the trackers that are installed", elsewhere=True)
     report_to: str = argument("all", "the tracker to report to", choices=LoggerType.list(), elsewhere=True)
 
+    def __post_init__(self) -> None:
+        for name, value in (options_of_plan(self.plan) if self.plan else {}).items():
+            if getattr(self, name) not in (None, value):
+                raise UsageError(f"--plan says all of the swap: leave out --{name}")
+            setattr(self, name, value)
+
 
 @dataclass(kw_only=True)
 class TextOptions(TrainingOptions):
@@ -101,6 +114,9 @@ class TextOptions(TrainingOptions):
     dataset_config_name: str | None = argument(None, "configuration of the dataset", compared_as="text")
     text_column: str = argument("text", "column that holds the text", compared_as="text")
     block_size: int = argument(512, "tokens per block", type=positive)
+    text_lengths: str | None = argument(
+        None, "cut the blocks of each batch into texts of one of these lengths in turn, such as '512,1024,2048'"
+    )
     separate_documents: bool = argument(
         False, "rows of the source share blocks, but neither attention nor loss reaches across"
     )
@@ -110,11 +126,31 @@ class TextOptions(TrainingOptions):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for names in (("train_file", "dataset_name"), ("max_train_steps", "max_train_tokens")):
             given = [name for name in names if getattr(self, name) is not None]
             if len(given) != 1:
                 both = "not both" if given else "which are missing"
                 raise UsageError(f"give either --{names[0]} or --{names[1]}, {both}")
+        if self.separate_documents and self.text_lengths:
+            raise UsageError("--separate_documents and --text_lengths both say where texts end: give one of them")
+        self.lengths_of_texts()
+
+    def lengths_of_texts(self) -> list[int]:
+        """Return the numbers that `text_lengths` holds.
+
+        Raises:
+            UsageError: one of them is no number of at least 2 tokens, or does not divide `block_size`.
+        """
+        lengths = []
+        for text in (self.text_lengths or "").split(",") if self.text_lengths else ():
+            length = int(text) if text.strip().isdecimal() and len(text) < 10 else 0
+            if length < 2 or self.block_size % length:
+                raise UsageError(
+                    f"--text_lengths has {text.strip()!r}; expected divisors of --block_size {self.block_size}"
+                )
+            lengths.append(length)
+        return lengths
 
 
 @dataclass(kw_only=True)
@@ -146,6 +182,31 @@ class WholeModelOptions(LoraOptions):
     )
     validation_steps: int = argument(100, "steps between two validations", type=positive, elsewhere=True)
     max_validation_tokens: int = argument(8192, "tokens of the validation", type=positive, elsewhere=True)
+
+
+def options_of_plan(path: str) -> dict[str, Any]:
+    """Return what a plan file says as values of `attention`, `layers`, `keep` and `option`.
+
+    Raises:
+        UsageError: the file cannot be read, or is a plan for other kinds of attention than a stage swaps.
+    """
+    plan = read_plan(path).swap
+    if plan.kinds != SwapConfig.kinds:
+        raise UsageError(
+            f"plan {path!r} is for {' and '.join(plan.kinds)} attention, which no stage swaps: save the swapped model "
+            "with `attnswap convert --plan`, and train that"
+        )
+    layers = plan.layers
+    if isinstance(layers, Mapping):
+        layers = json.dumps(dict(layers))
+    elif layers is not None and not isinstance(layers, str):
+        layers = ",".join(map(str, layers))
+    return {
+        "attention": plan.attention,
+        "layers": layers,
+        "keep": None if plan.keep is None else ",".join(plan.keep),
+        "option": [f"{name}={json.dumps(value)}" for name, value in plan.options.items()] or None,
+    }
 
 
 def identity(options: Any) -> dict[str, Any]:
@@ -238,6 +299,8 @@ def words(given: dict[str, Any]) -> list[str]:
                 result += _word("option", f"{key}={setting}")
         elif value is True:
             result.append(f"--{name}")
+        elif isinstance(value, dict):
+            result += _word(name, json.dumps(value))
         elif isinstance(value, list):
             result += _word(name, ",".join(map(str, value)))
         elif value is not None and value is not False:

@@ -17,6 +17,7 @@ what it swaps, and what teaches from there on, is the model as trained so far.
 """
 
 import dataclasses
+import json
 import math
 import unicodedata
 from collections.abc import Callable
@@ -29,17 +30,18 @@ import yaml
 
 from .. import attentions
 from ..attentions.base import Attention, suggestion
-from ..config import parse_options
+from ..config import SwapConfig, parse_options
 from ..errors import UsageError
 from ..sources.structured import as_text, line_of, read_yaml, shown
 from . import stages
-from .options import Parser, add_options, parse, words
+from .options import Parser, add_options, options_of_plan, parse, words
 
 # What a run of a recipe itself says to each stage.
 SET_BY_THE_RUN = ("output_dir", "resume_from_checkpoint")
 # Pairs of which one may be given: the one that is nearer to the stage, or on the command line, wins.
 EITHER = (("train_file", "dataset_name"), ("max_train_steps", "max_train_tokens"))
 ONLY_IN_RECIPES = {"stages", "builds_on", "options"}
+OF_THE_SWAP = ("attention", "layers", "keep", "plan", "options")
 
 StageOptions = tuple[str, dict[str, Any]]  # the name of a stage, and the options that are given to it
 
@@ -66,6 +68,11 @@ def read_recipe(recipe: str | Path, arguments: dict[str, Any] | None = None) -> 
         UsageError: no such recipe, or one with an unknown or unfit key or value; the message names file, line and key.
     """
     read = _Recipe(_files(str(recipe)), arguments or {})
+    plan = read.content().get("plan")
+    if isinstance(plan, str):
+        told = options_of_arguments(options_of_plan(plan))
+        said = {key: value for key, value in told.items() if value is not None}
+        read = _Recipe(read.files, read.arguments | said)
     for key in ("model_name_or_path", "attention"):
         if read.content().get(key) is None:
             raise UsageError(f"{read.place()} has no {key}: give --{key}")
@@ -100,7 +107,7 @@ def read_recipe(recipe: str | Path, arguments: dict[str, Any] | None = None) -> 
         if "share" in options:
             options["max_train_tokens"] = _share(where("share"), options.pop("share"), content.get("max_train_tokens"))
         # The model of a later stage comes swapped.
-        shared = {k: v for k, v in content.items() if index == 0 or k not in ("attention", "layers", "options")}
+        shared = {k: v for k, v in content.items() if index == 0 or k not in OF_THE_SWAP}
         options = {key: value for key, value in _with(shared, options).items() if key in known[name]}
         _check_values(where, name, options)
         attention = options.get("attention")
@@ -228,7 +235,10 @@ def _check_values(where: Callable[[str], str], stage: str, given: dict[str, Any]
         if key == "options":
             _check_options(where(key), given.get("attention"), value)
             continue
-        if key == "layers" and isinstance(value, list) and all(type(layer) is int for layer in value):
+        if key in ("layers", "text_lengths") and isinstance(value, list) and all(type(n) is int for n in value):
+            continue
+        if key == "layers" and isinstance(value, dict) or key == "keep" and isinstance(value, list):
+            _check_places(where(key), key, value)
             continue
         if not _plain(value) or isinstance(value, bool) != (kinds[key] is bool):
             expected = "true or false" if kinds[key] is bool else "a text or a number"
@@ -243,6 +253,14 @@ def _check_values(where: Callable[[str], str], stage: str, given: dict[str, Any]
         parse(stages.get(stage), [*words(given), "--output_dir", "."])
     except UsageError as error:
         raise UsageError(f"{where('stage')}: {error}") from None
+
+
+def _check_places(place: str, key: str, value: Any) -> None:
+    try:
+        SwapConfig(**{key: value})
+        json.dumps(value)
+    except (UsageError, TypeError, ValueError) as error:
+        raise UsageError(f"{place}: {error}") from None
 
 
 def _check_options(place: str, attention: Any, options: Any) -> None:

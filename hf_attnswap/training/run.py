@@ -12,13 +12,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..config import parse_options
+from ..config import SwapConfig, layers_of, parse_options, places_of
 from ..errors import UsageError
 from ..integration.swapping import describe, restore, swap, swapped_modules
 from ..launch import build_accelerator, say, unit_bar
 from ..sources.checksums import CHECKSUMS, checksums
 from ..sources.files import require_empty, whole_folder, write_whole
 from ..sources.lock import alone_in
+from ..sources.plans import read_plan
 from ..sources.texts import TextSource, token_blocks
 from ..sources.tokens import default_folder
 from .batches import Batches
@@ -52,20 +53,50 @@ def start(options: TrainingOptions) -> Iterator[Accelerator]:
         yield accelerator
 
 
-def swap_as_asked(model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, attention: str) -> None:
-    """Swap the model to `attention` in place, with the layers and the variant's options that `options` name.
+def swap_as_asked(
+    model: PreTrainedModel, options: TrainingOptions, accelerator: Accelerator, default: str | None = None
+) -> bool:
+    """Swap the model in place as `options` say, or to `default` in all layers where they name none.
 
     A conversion to `softmax`, the control that was trained, computes what the original did, so its softmax is replaced.
 
+    Returns:
+        Whether the model was swapped: not where the options name nothing and there is no default.
+
     Raises:
-        UsageError: an unknown variant, layer or option, or a model that is swapped to another variant already.
+        UsageError: an unknown variant, layer, group or option, options that do not fit each other, or a model that is
+            swapped to another variant already.
     """
+    config = plan_of(options, default)
+    if config is None:
+        return False
+    if options.plan:
+        read_plan(options.plan).require(model)
     if {variant.name for variant in swapped_modules(model).values()} == {"softmax"}:
-        say(accelerator, f"{options.model_name_or_path} has {describe(model)}, which gives way to {attention}")
+        say(accelerator, f"{options.model_name_or_path} has {describe(model)}, which gives way to {config.attention}")
         restore(model)
-    layers = options.layers
-    layers = layers if layers is None or ":" in layers else layers.split(",")
-    swap(model, attention, layers=layers, **parse_options(options.option or []))
+    swap(model, config)
+    return True
+
+
+def plan_of(options: TrainingOptions, default: str | None = None) -> SwapConfig | None:
+    """Return what `options` say of the swap; None where they name nothing and there is no default.
+
+    Raises:
+        UsageError: layers, groups or options without an attention.
+    """
+    if options.attention is None and default is None:
+        others = {"--layers": options.layers, "--keep": options.keep, "--option": options.option}
+        given = [name for name, value in others.items() if value]
+        if given:
+            raise UsageError(f"{' and '.join(given)} belong to --attention, which is missing")
+        return None
+    return SwapConfig(
+        options.attention or default or "",
+        layers_of(options.layers),
+        parse_options(options.option or []),
+        keep=places_of(options.keep),
+    )
 
 
 def embeddings_of(model: nn.Module) -> list[nn.Module]:
@@ -81,11 +112,13 @@ def count_steps(options: TextOptions, accelerator: Accelerator) -> tuple[int, in
     return options.max_train_steps or max(1, options.max_train_tokens // tokens), tokens
 
 
-def read_text(options: TextOptions, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def read_text(
+    options: TextOptions, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, closed: bool = False
+) -> Tensor:
     """Return the blocks to train on, `[N, block_size]`, or `[N, block_size, 2]` with separate documents.
 
     The function reads as many tokens as the steps take, but at least `SHUFFLED_TOKENS`, from which a short run draws
-    its blocks; a shorter text is read whole. Tokens are cached.
+    its blocks; a shorter text is read whole. Tokens are cached. `closed` is that of `token_blocks`.
     """
     steps, tokens = count_steps(options, accelerator)
     source = TextSource(
@@ -98,6 +131,7 @@ def read_text(options: TextOptions, accelerator: Accelerator, tokenizer: PreTrai
             options.block_size,
             max_tokens=max(steps * tokens, SHUFFLED_TOKENS),
             separate=options.separate_documents,
+            closed=closed,
             cache_dir=default_folder(),
         )
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
+from ..integration.objectives import require_positions
 from ..integration.swapping import describe
 from ..launch import say
 from ..sources.blocks import start_tokens
 from ..sources.files import write_whole
 from .batches import batches, require_separate
-from .loading import load_to_train, require_next_tokens, tokenizer_of
+from .loading import load_to_train, predicts_next_tokens, require_next_tokens, tokenizer_of
 from .lora import merged, with_lora
 from .options import TextOptions, WholeModelOptions, deeds
 from .recompute import recompute_layers
@@ -62,16 +63,18 @@ class Stage(TextOptions):
         """Raise UsageError where the stage cannot train a model of this class; by default, one without next tokens."""
         require_next_tokens(model, self.model_name_or_path)
 
+    def require_fit(self, model: PreTrainedModel) -> None:
+        """Raise UsageError where `require` does, or where a block is longer than the positions that a model learned."""
+        self.require(model)
+        require_positions(model, self.block_size, "--block_size")
+
     def prepare(self, model: PreTrainedModel, blocks: Tensor, accelerator: Accelerator) -> nn.Module:
         """Swap the model where `attention` is given, choose what requires a gradient, and return the module to train.
 
         Raises:
             UsageError: the options do not fit each other or the model.
         """
-        if self.attention:
-            swap_as_asked(model, self, accelerator, self.attention)
-        elif self.layers or self.option:
-            raise UsageError("--layers and --option belong to --attention, which is missing")
+        swap_as_asked(model, self, accelerator)
         return model
 
     @contextmanager
@@ -95,16 +98,17 @@ class Stage(TextOptions):
         if self.fsdp and accelerator.distributed_type == DistributedType.FSDP:
             raise UsageError(f"{self.name} does not work under FSDP: {self.fsdp}")
         model, processor = load_to_train(self.model_name_or_path, self.dtype, accelerator.device)
-        self.require(model)
+        self.require_fit(model)
         tokenizer = tokenizer_of(processor)
-        blocks = read_text(self, accelerator, tokenizer)
+        blocks = read_text(self, accelerator, tokenizer, closed=not predicts_next_tokens(model))
         trained = self.prepare(model, blocks, accelerator)
         validation = self.read_validation(accelerator, tokenizer)
         say(accelerator, f"a text of {len(blocks) * self.block_size:,} tokens")
         if self.separate_documents:
             require_separate(trained)
         steps, tokens = count_steps(self, accelerator)
-        given = max(1, len(start_tokens(tokenizer)))
+        begins = start_tokens(tokenizer)
+        given = max(1, len(begins))
 
         def validate(step: int) -> None:
             if step % self.validation_steps == 0 or step == steps:
@@ -116,7 +120,7 @@ class Stage(TextOptions):
                 self,
                 accelerator,
                 trained,
-                batches(blocks, self.per_device_train_batch_size, self.seed),
+                batches(blocks, self.per_device_train_batch_size, self.seed, self.lengths_of_texts(), begins),
                 self.loss,
                 steps=steps,
                 step_size=tokens,

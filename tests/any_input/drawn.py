@@ -18,7 +18,7 @@ AWKWARD = (
 texts = st.one_of(st.sampled_from([x for x in AWKWARD if isinstance(x, str)]), st.text(max_size=20))
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
 values = st.one_of(
-    st.sampled_from(AWKWARD),
+    st.sampled_from(AWKWARD).map(copy.deepcopy),  # hypothesis draws the same again, so nobody may write into them
     st.recursive(
         scalars, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
         max_leaves=6,
@@ -37,11 +37,11 @@ def changed(draw, valid: Any, most: int = 2) -> Any:
             key = draw(st.sampled_from(list(holder) if isinstance(holder, dict) else range(len(holder))))
         what = draw(st.sampled_from(("value", "value", "missing", "new")))
         if what == "new" and isinstance(holder[key], dict):
-            holder[key][draw(texts)] = copy.deepcopy(draw(values))
+            holder[key][draw(texts)] = draw(values)
         elif what == "missing" and holder is not whole:
             del holder[key]
         else:
-            holder[key] = copy.deepcopy(draw(values))
+            holder[key] = draw(values)
         if not whole:
             break
     return whole[0]

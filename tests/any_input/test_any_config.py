@@ -7,7 +7,8 @@ from refusals import EXAMPLES, answered, every
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_attnswap import SwapConfig, inspect
-from hf_attnswap.config import FORMAT_VERSION, GUARD, parse_options, plans_from_dict
+from hf_attnswap.config import GUARD, parse_options
+from hf_attnswap.plans import FORMAT_VERSION, plans_from_dict
 from hf_attnswap.publish import card
 from hf_attnswap.publish.origin import read_config
 from hf_attnswap.sources.conversions import find

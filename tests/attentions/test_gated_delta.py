@@ -1,4 +1,4 @@
-"""The two recurrences with a gate: their definitions against the literal recurrence, and their operations."""
+"""The recurrences with a gate: their definitions against the literal recurrence, and their operations."""
 
 import math
 
@@ -11,6 +11,7 @@ from hf_attnswap import attentions
 from hf_attnswap.attentions import Heads
 from hf_attnswap.ops.delta import causal_delta
 from hf_attnswap.ops.gated import causal_gated
+from hf_attnswap.ops.gated_delta import causal_gated_delta
 from hf_attnswap.ops.linear import causal_linear
 from hf_attnswap.ops.spec import FeatureMap
 
@@ -44,7 +45,22 @@ def delta_by_token(attention, query, key, value):
     return torch.stack(out)
 
 
-BY_TOKEN = {"gated": gated_by_token, "delta": delta_by_token}
+def gated_delta_by_token(attention, query, key, value):
+    S, out = value.new_zeros(value.shape[1], key.shape[1]), []
+    for g, beta, q, k, v in zip(
+        attention.log_gate(key[None, None])[0, 0].exp(),
+        attention.beta(key[None, None])[0, 0],
+        attention.feature_map(query),
+        attention.feature_map(key),
+        value,
+        strict=True,
+    ):
+        S = g * S @ (torch.eye(len(k)) - beta * torch.outer(k, k)) + beta * torch.outer(v, k)
+        out.append(S @ q)
+    return torch.stack(out)
+
+
+BY_TOKEN = {"gated": gated_by_token, "delta": delta_by_token, "gated_delta": gated_delta_by_token}
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
@@ -63,11 +79,13 @@ def test_definition_is_the_recurrence(name, padding):
 
 def test_they_start_as_retnet_and_with_half_a_step():
     key = torch.randn(1, 5, 3, 8, dtype=torch.float64)
-    gated, delta = (attentions.get(name)(Heads(10, 5, 8)).to(DEVICE).double() for name in BY_TOKEN)
-    forgotten = 1 - gated.log_gate(key).exp()
+    made = {name: attentions.get(name)(Heads(10, 5, 8)).to(DEVICE).double() for name in BY_TOKEN}
     expected = torch.tensor([1 / 32, 1 / 64, 1 / 128, 1 / 256, 1 / 512], dtype=torch.float64)
-    torch.testing.assert_close(forgotten, expected[:, None].expand(1, 5, 3))
-    assert (delta.beta(key) == 0.5).all()
+    for name in ("gated", "gated_delta"):
+        forgotten = 1 - made[name].log_gate(key).exp()
+        torch.testing.assert_close(forgotten, expected[:, None].expand(1, 5, 3))
+    for name in ("delta", "gated_delta"):
+        assert (made[name].beta(key) == 0.5).all()
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)
@@ -104,6 +122,15 @@ def test_gradcheck_of_causal_delta(length, continued):
         return causal_delta(query, key, value, gate, state=state, chunk=3)[0]
 
     assert torch.autograd.gradcheck(run, small(length))
+
+
+def test_a_gate_of_one_is_the_delta_rule():
+    query, key, value = (t.detach().abs() for t in inputs(150, 6, 2))
+    key, beta = key / key.norm(dim=-1, keepdim=True), value.mean(-1).sigmoid()
+    expected = causal_delta(query, key, value, beta)
+    found = causal_gated_delta(query, key, value, beta, torch.zeros_like(beta))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_gate_of_one_is_linear_attention():

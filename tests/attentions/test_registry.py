@@ -12,6 +12,7 @@ from attention_cases import NAMES, SCALING, build, causal, inputs
 import hf_attnswap
 from hf_attnswap import attentions, cli
 from hf_attnswap.attentions import Heads, registry
+from hf_attnswap.attentions.base import Option
 
 VARIANT = '''
 from ..ops.spec import FeatureMap
@@ -114,7 +115,8 @@ def test_a_new_file_swaps_and_saves(new_file, llama, tmp_path):
     expected = llama(ids).logits
     llama.save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "config.json").read_text())["attnswap"]["swapped"]
-    assert saved == [{"attention": "squares", "options": {"floor": 0.25}, "kind": "causal", "layers": [0, 2]}]
+    options = {"unrotate": False, "half_life": 0.0, "floor": 0.25}
+    assert saved == [{"attention": "squares", "options": options, "kind": "causal", "layers": [0, 2]}]
     torch.testing.assert_close(
         type(llama).from_pretrained(tmp_path / "model").to(ids.device).eval()(ids).logits, expected
     )
@@ -201,7 +203,7 @@ def test_unknown_name_with_nothing_near_it(wrong):
     ("name", "options", "says"),
     (
         ("window", {"windw": 8}, "window has no option 'windw'. Did you mean 'window'? Its options: window, sinks"),
-        ("elu", {"window": 8}, "elu has no option 'window'. Its options: none"),
+        ("elu", {"window": 8}, "elu has no option 'window'. Its options: unrotate, half_life"),
         ("window", {"window": 0}, "window: window is 0; expected at least 1"),
         ("elu+window", {"sinks": -1}, "elu+window: sinks is -1; expected at least 0"),
         ("window", {"window": "8"}, "window: window is '8'; expected int, for example 64"),
@@ -214,12 +216,19 @@ def test_unknown_name_with_nothing_near_it(wrong):
         ("relu", {"alpha": -0.5}, "relu: alpha is -0.5; expected at least 0.0"),
         ("relu", {"alpha": float("nan")}, "relu: alpha is nan; expected at least 0.0"),
         ("relu", {"alpha": float("inf")}, "relu: alpha is inf; expected"),
+        ("relu", {"alpha": 10**400}, "relu: alpha is inf; expected"),
     ),
 )
 def test_unfit_option(name, options, says):
     with pytest.raises(ValueError) as error:
         attentions.get(name)(Heads(4, 2, 8), **options)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("-inf"), float("inf"), -(10**400)))
+def test_an_option_without_a_minimum_is_finite(value):
+    with pytest.raises(ValueError, match=r"mine: shift is -?(inf|nan); expected a finite number"):
+        Option(0.0, "no bound").check("mine", "shift", value)
 
 
 def test_an_int_is_taken_for_a_float():

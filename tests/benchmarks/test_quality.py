@@ -11,6 +11,7 @@ from training_fixtures import ROOT
 from hf_attnswap import UsageError
 from hf_attnswap.evaluation import __main__ as evaluation
 from hf_attnswap.evaluation.processes import blocks_of_process
+from hf_attnswap.report import types
 from hf_attnswap.report.text import number
 from hf_attnswap.training import stage as training_stage
 from hf_attnswap.training.recipe import read_recipe
@@ -201,3 +202,37 @@ def test_the_recipes_of_the_table_are_those_of_its_runs(record):
     stages = read_recipe(ROOT / "benchmarks" / "recipes" / f"{record.parent.name}.yaml", given)
     ran = yaml.safe_load(record.read_text())["stages"]
     assert without_paths([{"stage": name, **options} for name, options in stages]) == without_paths(ran)
+
+
+def arm_of(attention, window=None, stage="distill", tokens=64):
+    """An arm as `quality.measured` makes it, of a run with one stage."""
+    options = {} if window is None else {"window": window, "sinks": 4}
+    stages = [
+        types.Stage(stage, "", "text", tokens, 2, 1e-3, arguments={"attention": attention, "max_train_tokens": tokens})
+    ]
+    group = types.Group(attention, options, [0, 1])
+    nll = [1.0 + 0.1 * number for number in range(10)]
+    return types.Arm(
+        label=f"{attention}{window or ''}", attention=attention, options=options, control=attention == "window",
+        formula="", cost="", cost_class="linear", source="", new_parameters=0, status="measured", swapped=[group],
+        training=stages, perplexity=[types.Perplexity(32, 4.0, 1.45, None, 64, block_nll=nll)],
+    )  # fmt: skip
+
+
+def test_the_window_of_equal_state_is_the_run_that_was_trained_alike(script):
+    quality = script("benchmarks/quality")
+    arms = {
+        "original": arm_of("softmax"), "elu/distill": arm_of("elu"), "w/distill": arm_of("window", 8),
+        "wide/distill": arm_of("window", 40), "more/distill": arm_of("window", 40, tokens=128),
+    }  # fmt: skip
+    arms["original"].training = []
+    windows = {
+        "elu/distill": [{"equal": equal, "window": wide, "sinks": 4} for equal, wide in (("state", 41), ("time", 96))]
+    }
+    quality.compare(arms, windows)
+    state, time = arms["elu/distill"].controls
+    assert (state.equal, state.arm, state.note) == ("state", "wide/distill", None)
+    assert time.arm is None and time.note == "no run is that of window with window=96, sinks=4, trained alike"
+    assert [found.arm for found in arms["elu/distill"].perplexity[0].against] == ["w/distill", "wide/distill"]
+    quality.compare(arms, {"elu/distill": [{"equal": "time", "arm": "softmax", "note": "slower"}]})
+    assert arms["elu/distill"].controls == [types.Control("time", "original", "slower")]

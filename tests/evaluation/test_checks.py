@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import randomise, tiny, tokens
 
 import hf_attnswap
@@ -10,6 +11,8 @@ from hf_attnswap.attentions import registry
 from hf_attnswap.attentions.elu import Elu
 from hf_attnswap.attentions.relu import Relu
 from hf_attnswap.evaluation.checks import check_swap
+from hf_attnswap.evaluation.distribution import distribution_facts
+from hf_attnswap.evaluation.perplexity import perplexity
 from hf_attnswap.integration import attention as attention_function
 from hf_attnswap.masks import Mask
 
@@ -27,6 +30,15 @@ def test_what_is_right_passes(name):
     checks = check_swap(tiny(), randomise(hf_attnswap.swap(tiny(), name)), TEXT)
     assert [check.name for check in checks] == list(NAMES)
     assert [(check.name, check.worst, check.says) for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("name", ("gated", "hedgehog+window"))
+def test_what_is_offloaded_passes(name):
+    model = cpu_offload(randomise(hf_attnswap.swap(tiny(), name)), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert [check.says for check in check_swap(tiny(), model, TEXT) if not check.passed] == []
+    assert perplexity(model, TEXT.reshape(-1), 16).tokens > 0
+    assert len(distribution_facts(model, TEXT[:, :16])) == 3
 
 
 def without_mask(cls):

@@ -115,7 +115,7 @@ def test_files_that_are_not_there_and_unknown_tasks_are_refused(tmp_path, monkey
     monkeypatch.setattr("hf_attnswap.evaluation.tasks.running.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r'lm-eval is not installed: pip install "hf_attnswap\[eval\]"'):
         check_tasks(["needle", "hellaswag"])
-    with pytest.raises(UsageError, match=r"Unknown task 'nedle'. Did you mean 'needle'\? Available: likeness, masked,"):
+    with pytest.raises(UsageError, match=r"Unknown task 'nedle'. Did you mean 'needle'\? Available: copy, likeness,"):
         check_tasks(["nedle"])
     with pytest.raises(UsageError, match="task 'writing' goes on from a text: give one by --validation_file"):
         check_tasks(["writing"], has_text=False)

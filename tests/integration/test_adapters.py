@@ -112,6 +112,27 @@ def test_other_attention_is_refused(base, tmp_path):
         peft.PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.parametrize("way", ("get_peft_model", "add_adapter"))
+def test_two_adapters_have_one_set_of_variants(base, way, tmp_path):
+    """Those of one conversion go together; one with other variants is refused, and changes nothing."""
+    model = adapted(base, "hedgehog", way)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "same")
+    randomise(model).save_pretrained(tmp_path / "other")
+    if way == "get_peft_model":
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "one")
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(base)
+        loaded.load_adapter(tmp_path / "one", "default")
+    loaded.load_adapter(tmp_path / "same", "same")
+    loaded.set_adapter("default")
+    before = logits(loaded)
+    with pytest.raises(UsageError, match="'other' was trained with other parameters .* has with 'default', 'same'"):
+        loaded.load_adapter(tmp_path / "other", adapter_name="other")
+    assert sorted(loaded.peft_config) == ["default", "same"]
+    assert torch.equal(logits(loaded), before)
+
+
 def test_prompts_are_saved_on_a_conversion_alone(base, tmp_path):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = hf_attnswap.swap(AutoModelForCausalLM.from_pretrained(base), "elu")

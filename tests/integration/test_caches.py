@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import swapped_models
 import torch
 import transformers
-from swapped_models import greedy
+from swapped_models import greedy, left_padded
 from tiny_models import randomise, tokens
 
 import hf_attnswap
@@ -187,3 +188,10 @@ def test_a_bias_of_the_scores_is_told_at_the_swap():
         hf_attnswap.swap(model, "elu")
     found, _ = pieces(hf_attnswap.swap(model, "relu_power"), tokens(11))
     torch.testing.assert_close(found, model(tokens(11), use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", ([0], [2], [0, 1, 2]), ids=str)
+def test_states_and_keys_share_a_static_cache(layers):
+    model, (ids, mask) = swapped_models.swapped("window", layers=layers), left_padded()
+    cached = greedy(model, ids, mask, new=6, cache_implementation="static")
+    assert torch.equal(cached.sequences, greedy(model, ids, mask, new=6, use_cache=False).sequences)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_cases import case_id
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_attnswap
@@ -23,19 +24,29 @@ RARE = (
 )
 
 
-def swapped(name: str) -> LlamaForCausalLM:
+BOTH = {"unrotate": True, "half_life": 20}
+
+
+def swapped(name: str, options: dict) -> LlamaForCausalLM:
     """One layer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3,
     )  # fmt: skip
-    return hf_attnswap.swap(LlamaForCausalLM(config).eval(), name)
+    return hf_attnswap.swap(LlamaForCausalLM(config).eval(), name, **options)
 
 
-@pytest.mark.parametrize("name", [*USUAL, *(pytest.param(name, marks=pytest.mark.long) for name in RARE)])
-def test_compile(name):
-    model = swapped(name)
+CASES = [
+    *((name, {}) for name in USUAL),
+    *(pytest.param(name, {}, marks=pytest.mark.long) for name in RARE),
+    *(pytest.param(name, BOTH, marks=pytest.mark.long) for name in ("elu", "hedgehog+window")),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=case_id)
+def test_compile(name, options):
+    model = swapped(name, options)
     ids = torch.randint(0, 64, (2, 90), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
@@ -67,7 +78,7 @@ def test_compile(name):
 
 @pytest.mark.long
 def test_compile_with_inductor():
-    model = swapped("hedgehog+window")
+    model = swapped("hedgehog+window", {})
     ids = torch.randint(0, 64, (1, 90), generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
     with torch.no_grad():
@@ -76,7 +87,7 @@ def test_compile_with_inductor():
 
 
 def test_a_mask_that_compile_cannot_look_into_is_refused_with_advice():
-    model = swapped("elu")
+    model = swapped("elu", {})
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(NotImplementedError, match="pass attention_mask, ones where nothing is padded"), torch.no_grad():

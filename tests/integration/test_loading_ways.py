@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_attnswap
 from hf_attnswap import UsageError
-from hf_attnswap.config import FORMAT_VERSION
+from hf_attnswap.plans import FORMAT_VERSION
 from hf_attnswap.sources.models import gguf_source, load_any
 
 IDS = tokens(20)

@@ -49,6 +49,17 @@ def test_padding_that_is_shown_or_moved_afterwards(name, later):
         logits(model, last, attention_mask=given, past_key_values=cache)
 
 
+def test_under_torch_func_nobody_can_look():
+    _, mask = left_padded()
+    model, last, cache = taken("elu", mask)
+
+    def call(ids):
+        return model(ids, attention_mask=mask, past_key_values=cache).logits
+
+    with pytest.raises(NotImplementedError, match="under torch.func nobody can look"):
+        torch.func.vmap(call)(last[None])
+
+
 def test_a_mask_that_the_caller_writes_on():
     """Its buffer is bool and has room for more tokens, so that a view of it would change with it."""
     model, ids = swapped("elu"), tokens(LENGTH)

@@ -150,7 +150,7 @@ def test_saving_after_restore_saves_a_plain_model(saved, tmp_path):
 
 def test_the_plan_is_readable(saved):
     entry = AutoConfig.from_pretrained(saved / "mixed").attnswap
-    options = {"window": 4, "sinks": 1}
+    options = {"unrotate": False, "half_life": 0.0, "window": 4, "sinks": 1}
     assert entry["format_version"] == 3 and entry["kept"] == "sdpa"
     assert [(g["attention"], g["layers"]) for g in entry["swapped"]] == [("relu_power", [0]), ("elu+window", [1, 2])]
     assert entry["swapped"][1]["options"] == options

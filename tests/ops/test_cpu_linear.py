@@ -29,7 +29,7 @@ def arguments(pick, sizes, dtype=torch.float64):
     mask = torch.rand(sizes["batch"], sizes["length"]) > 0.3 if pick.random() < 0.5 else None
     features = sizes["dim"] * (2 if name == "hedgehog" else 1)
     state = torch.rand(sizes["batch"], sizes["kv_heads"], features, sizes["value_dim"] + 1, dtype=dtype)
-    return (*maps, 0.5, mask, state if pick.random() < 0.5 else None, eps, 64, True), learned
+    return (*maps, 0.5, mask, state if pick.random() < 0.5 else None, eps, 64, True, None), learned
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -56,7 +56,7 @@ def test_error_over_a_long_text(dtype, tolerance, phi):
     maps = [
         FeatureMap("hedgehog", hedgehog_features, tensors={"delta": d}) if phi == "hedgehog" else ELU for d in deltas
     ]
-    more = (*maps, 1.0, None, None, 1e-6, 64, True)
+    more = (*maps, 1.0, None, None, 1e-6, 64, True, None)
     ours = cpu.run(q, k, v, *more)[0].double()
     error = (ours - reference.run(q.double(), k.double(), v.double(), *more)[0]).abs()
     assert error.max() < tolerance * (1 if dtype == torch.float32 else 4)  # of numbers up to 4
@@ -66,11 +66,13 @@ def test_error_over_a_long_text(dtype, tolerance, phi):
 def test_a_state_goes_on_token_by_token(each_set):  # noqa: F811
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 24) for h in (6, 2, 2))
-    whole, _, after = cpu.run(q, k, v, ELU, ELU, 1.0, None, None, 1e-6, 64, True)
+    whole, _, after = cpu.run(q, k, v, ELU, ELU, 1.0, None, None, 1e-6, 64, True, None)
     state = torch.zeros(2, 2, 24, 25)
     for i in range(5):
         kept = state.clone()
-        out, _, new = cpu.run(*(t[:, :, i : i + 1] for t in (q, k, v)), ELU, ELU, 1.0, None, state, 1e-6, 64, True)
+        out, _, new = cpu.run(
+            *(t[:, :, i : i + 1] for t in (q, k, v)), ELU, ELU, 1.0, None, state, 1e-6, 64, True, None
+        )
         torch.testing.assert_close(out, whole[:, :, i : i + 1])
         assert torch.equal(state, kept)  # what a caller holds is left as it is
         state = new
@@ -83,7 +85,9 @@ def test_what_is_no_number_spreads_as_in_the_definition(value):
     q, k, v = (torch.randn(1, h, 20, 8, dtype=torch.float64) for h in (3, 1, 1))
     q[0, 1, 3, 2] = k[0, 0, 9, 1] = value
     for phi in (ELU, RELU):
-        ours, expected = (form.run(q, k, v, phi, phi, 1.0, None, None, 1e-6, 64, True)[0] for form in (cpu, reference))
+        ours, expected = (
+            form.run(q, k, v, phi, phi, 1.0, None, None, 1e-6, 64, True, None)[0] for form in (cpu, reference)
+        )
         torch.testing.assert_close(ours[:, :, :9].isnan(), expected[:, :, :9].isnan())
         assert torch.equal(ours[:, :, 9:].isfinite(), expected[:, :, 9:].isfinite())
 
@@ -95,7 +99,7 @@ def test_more_threads_change_nothing():
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            found.append(cpu.run(q, k, v, ELU, ELU, 1.0, None, None, 1e-6, 64, True))
+            found.append(cpu.run(q, k, v, ELU, ELU, 1.0, None, None, 1e-6, 64, True, None))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -115,7 +119,7 @@ def test_torch_knows_the_operator():
 def test_export_sees_the_operator():
     class Layer(torch.nn.Module):
         def forward(self, q, k, v):
-            return cpu.run(q, k, v, ELU, ELU, 1.0, None, None, 1e-6, 64, True)[0]
+            return cpu.run(q, k, v, ELU, ELU, 1.0, None, None, 1e-6, 64, True, None)[0]
 
     q, k, v = (torch.randn(1, h, 6, 8) for h in (2, 1, 1))
     dims = dict.fromkeys("qkv", {2: torch.export.Dim("n", min=2, max=64)})

@@ -1,5 +1,7 @@
 """Both implementations of causal linear attention, and the gradient of blocked scores, against float64 definitions."""
 
+import math
+
 import pytest
 import torch
 from device_under_test import DEVICE
@@ -21,15 +23,18 @@ def inputs(length: int):
 @pytest.mark.parametrize("length", (1, 7, 8, 9, 70))
 @pytest.mark.parametrize("eps", (1e-6, None))
 @pytest.mark.parametrize("masked", (False, True))
-def test_all_chunks_at_once(length, eps, masked):
+@pytest.mark.parametrize("half_life", (None, 5.0))
+def test_all_chunks_at_once(length, eps, masked, half_life):
     weight = torch.rand(4, 4, dtype=torch.float64, requires_grad=True)
     key_mask = torch.rand(2, length, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
     state = torch.rand(2, 2, 4, 4, dtype=torch.float64)
     found = []
     phi = FeatureMap("of this test", lambda x, weight: (x @ weight).sigmoid(), tensors={"weight": weight})
+    half_lives = None if half_life is None else torch.tensor([half_life, 1.0], dtype=torch.float64).requires_grad_()
     for form, more in ((at_once, ()), (by_formula.run, (True,))):
-        tensors = [*inputs(length), weight]
-        out, den, after = form(*tensors[:3], phi, phi, 0.5, key_mask, state, eps, 8, *more)
+        tensors = [*inputs(length), weight, *([] if half_lives is None else [half_lives])]
+        log_decay = None if half_lives is None else -math.log(2) / half_lives
+        out, den, after = form(*tensors[:3], phi, phi, 0.5, key_mask, state, eps, 8, *more, log_decay)
         grads = torch.autograd.grad(out.square().sum() + den.sum(), tensors)
         found.append([out, den, after, *grads])
     for ours, reference in zip(*found, strict=True):

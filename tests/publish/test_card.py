@@ -82,13 +82,19 @@ def test_controls_formula_machine_and_limits_are_there(demo):
     text = render(demo, config_of(arm.attention, arm.options))
     for said in (
         "softmax (control)", "none (control)", "window (control)", "| hedgehog |", "8,192 tokens",
-        "too few rounds to say from which length on it is faster", demo.machine.processor, demo.date,
+        demo.machine.processor, demo.date,
         "attnswap tradeoff", "import hf_attnswap", 'pipeline("text-generation", "user/smollm2-swapped")',
         "SmolLM2-135M-Instruct.Q4_1.gguf, dequantised", "is for causal attention only", "any other mask raises",
     ):  # fmt: skip
         assert said in text, said
     assert "| relu_power" not in text
     assert not re.search("more information needed|todo|placeholder", text, re.I)
+
+
+def test_few_rounds_say_nothing_of_a_length(demo):
+    for entry in (entry for arm in demo.arms if arm.attention in ("elu", "none") for entry in arm.speed):
+        entry.prefill_speedup = Spread(2.5, 2.25, 2.75, 1)
+    assert "too few rounds to say from which length on it is faster" in render(demo, config_of("elu", {}))
 
 
 def test_speed_is_said_as_it_was_measured(demo):
@@ -133,11 +139,26 @@ def test_some_layers_only(demo):
     config["attnswap"]["swapped"][0]["layers"] = odd
     text = render(demo, config)
     assert "the softmax of 15 attention layers replaced by `elu`" in text
-    assert "All other attention layers keep softmax." in text and "The layers that keep softmax cost time" in text
+    assert "All other attention layers keep softmax." in text and "What keeps softmax costs time" in text
     assert "| none:layers=1::2 (control) |" in text and "| none (control) |" not in text
     assert not unknown(text, demo, config)
     whole = render(demo, config_of("elu", {}))
     assert "keep softmax" not in whole and "| none (control) |" in whole
+
+
+def test_groups_of_layers(demo):
+    group = {"attention": "elu", "options": {}, "kind": "causal", "layers": [0, 1], "groups": ["2.0", "2.2", "7.1"]}
+    (arm,) = (arm for arm in demo.arms if arm.attention == "elu")
+    demo.arms += [replace(arm, label="elu of a plan", swapped=[Group(**group)], cost_class="quadratic")]
+    config = config_of("elu", {}) | {"num_key_value_heads": 3}
+    config["attnswap"]["swapped"] = [group]
+    text = render(demo, config)
+    assert "the softmax of 4 attention layers, in 9 of their key/value groups, replaced by `elu`" in text
+    assert "causal 0, 1; groups 2.0, 2.2, 7.1" in text and "All other attention groups keep softmax." in text
+    assert "| elu of a plan |" in text and "What keeps softmax costs time" in text
+    config["attnswap"]["swapped"] = [group | {"groups": ["2.0", "2.2"]}]
+    with pytest.raises(UsageError, match="elu {} in 2 layers and 2 key/value groups: it has"):
+        render(demo, config)
 
 
 def test_layers_of_several_kinds(demo):

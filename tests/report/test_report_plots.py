@@ -1,5 +1,6 @@
 """The plots: PNG and SVG of the expected size, clipped arms said so, and the dial only where there is one."""
 
+import copy
 import itertools
 import math
 import struct
@@ -13,7 +14,7 @@ from changing import change
 from matplotlib.text import Text
 
 from hf_attnswap.report import Report, facts, plots, tradeoff, write_all
-from hf_attnswap.report.types import Arm, Comparison
+from hf_attnswap.report.types import Arm, Comparison, Range
 
 Without = Callable[[Report, str], Report]
 
@@ -52,6 +53,17 @@ def test_the_plot_shows_the_numbers(report: Report) -> None:
     before = plots.pictures(report)[0].png
     change(report.arms[3].perplexity[1].ratio, value=4.0, low=3.9, high=4.1)
     assert plots.pictures(report)[0].png != before
+
+
+def test_positions_go_as_far_as_they_were_measured(report: Report) -> None:
+    """In a context of too few blocks for a ratio, too."""
+    for arm in report.arms:
+        if arm.perplexity:
+            entry = copy.deepcopy(arm.perplexity[0])
+            change(entry, context=8192, ratio=None, by_position=[*entry.by_position, Range(4096, 8191, 3.2)])
+            arm.perplexity.append(entry)
+    assert facts.headline_context(report) < facts.positions_context(report) == 8192
+    assert "in contexts of 8,192 tokens" in next(p for p in plots.pictures(report) if p.name == "positions").caption
 
 
 def test_the_caption_names_what_is_clipped_and_what_is_missing(report: Report) -> None:

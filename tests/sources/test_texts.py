@@ -153,6 +153,26 @@ def test_blocks_begin_as_the_tokenizer_begins_a_text(source, begun, tmp_path, ca
         token_blocks(source, begun, 1, cache_dir=cache_dir)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_closed_blocks_end_as_the_tokenizer_ends_a_text(source, words, tmp_path, cache):
+    special = [("w1", 1), ("w2", 2)]
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="w1 $A w2", special_tokens=special)
+    cache_dir = tmp_path / "cache" if cache else None
+    for _ in range(2):  # beside the blocks that are open, which have another file
+        blocks = token_blocks(source, words, 5, closed=True, cache_dir=cache_dir)
+        assert blocks.tolist() == [[1, 10, 11, 12, 2], [1, 20, 21, 30, 2], [1, 31, 32, 33, 2], [1, 34, 35, 36, 2]]
+        assert token_blocks(source, words, 5, cache_dir=cache_dir).tolist()[0] == [1, 10, 11, 12, 20]
+    with pytest.raises(UsageError, match="the 1 tokens that begin a block and the 1 that end it"):
+        token_blocks(source, words, 2, closed=True, cache_dir=cache_dir)
+
+
+def test_a_text_without_a_name():
+    """As a script hands on an empty variable."""
+    for name in ("", None):
+        with pytest.raises(UsageError, match="the name of the text is empty"):
+            TextSource(name)
+
+
 def test_a_file_of_blocks_is_written_in_pieces(source, begun, tmp_path, monkeypatch):
     whole = token_blocks(source, begun, 3)
     monkeypatch.setattr(texts, "_AT_ONCE", 2)

@@ -187,7 +187,8 @@ def test_growth_of_three_lengths_and_three_rounds():
         for n in (100, 200, 400)
     }
     empty = {"status": "measured", "reason": None, "alignment": None, "new_parameters": 0, "nll": {}, "checks": []}
-    empty |= {"by_position": {}, "diagnostics": None, "tasks": [], "swapped": [], "kept": 0, "backends": {}}
+    empty |= {"by_position": {}, "diagnostics": None, "tasks": [], "swapped": [], "kept": 0, "kept_groups": [0, 3],
+              "backends": {}}  # fmt: skip
     empty |= {"sound": True, "given": 1}
     softmax, elu = (row(Arm(name, name, {}), dict.fromkeys(("softmax", "elu"), empty), runs, {}) for name in LABELS)
     assert softmax.growth["prefill_s"].exponent == pytest.approx(2) and set(softmax.growth) == {"prefill_s"}

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_attnswap
 from hf_attnswap import UsageError
+from hf_attnswap.sources.conversions import find
 
 WINDOW = ["--attention", "hedgehog"]
 BERT = dict(_SIZES, intermediate_size=48)
@@ -109,9 +110,12 @@ def test_a_flipped_bit_in_the_model_of_a_stage_is_told(train, arguments, checkpo
         train("finetune", [*arguments, *more])
     with pytest.raises(UsageError, match="has changed since its stage wrote it"):
         train("distill", [*arguments, "--attention", "relu", "--teacher_name_or_path", aligned, *more[2:]])
+    with pytest.raises(UsageError, match="has changed since its stage wrote it"):
+        find(aligned)  # an arm of a comparison, a card, a push
     (tmp_path / "out" / "checksums.json").write_text("[]")
     with pytest.raises(UsageError, match="checksums.json' holds no checksums"):
         train("finetune", [*arguments, *more])
     (tmp_path / "out" / "checksums.json").unlink()
+    assert find(aligned).folder == aligned
     train("finetune", [*arguments, *more])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "more" / "model")

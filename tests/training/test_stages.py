@@ -239,6 +239,14 @@ def test_distillation_by_a_named_teacher(train, arguments, checkpoint, tmp_path)
         train("distill", [*arguments, "--output_dir", str(tmp_path / "plain")])
 
 
+def test_blocks_that_are_longer_than_learned_positions(train, arguments, save_tiny, tmp_path):
+    given = [*arguments, *WINDOW, "--model_name_or_path", save_tiny("gpt2"), "--block_size", "513"]
+    for name in ("align", "finetune"):
+        with pytest.raises(UsageError, match="--block_size takes 513 tokens, and GPT2LMHeadModel has"):
+            train(name, given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_lora_finds_the_projections_of_another_family(train, arguments, save_tiny, tmp_path):
     """GPT-2 has other names and classes for them, and dropout by default."""
     folder = save_tiny("gpt2", attn_pdrop=0.1, resid_pdrop=0.1)

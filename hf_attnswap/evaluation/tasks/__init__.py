@@ -2,9 +2,22 @@
 
 from .base import Task, TaskInputs
 from .registry import get, help_text, names, register
-from .running import answers_of, apart, check_tasks, quality_task, run_tasks, separate_texts, text_tokens
+from .running import (
+    RETRIEVAL,
+    RETRIEVAL_LENGTHS,
+    answers_of,
+    apart,
+    check_tasks,
+    quality_task,
+    retrieval_lengths,
+    run_tasks,
+    separate_texts,
+    text_tokens,
+)
 
 __all__ = [
+    "RETRIEVAL",
+    "RETRIEVAL_LENGTHS",
     "Task",
     "TaskInputs",
     "answers_of",
@@ -15,6 +28,7 @@ __all__ = [
     "names",
     "quality_task",
     "register",
+    "retrieval_lengths",
     "run_tasks",
     "separate_texts",
     "text_tokens",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError
+from ...integration.objectives import input_device
 from ...sources.blocks import cut, end_tokens, start_tokens
 from ..result import Result, perplexity
 from .base import Task
@@ -54,11 +55,10 @@ class MaskedTask(Task):
         Raises:
             UsageError: the text is shorter than one block.
         """
-        end = end_tokens(tokenizer)
-        blocks = cut(stream.reshape(-1), length - len(end), start_tokens(tokenizer))
+        blocks = cut(stream.reshape(-1), length, start_tokens(tokenizer), end_tokens(tokenizer))
         if not len(blocks):
             raise UsageError(f"task {self.name!r} needs a text of {length} tokens, there are {stream.numel()}")
-        return torch.cat([blocks, torch.tensor(end, dtype=blocks.dtype).expand(len(blocks), -1)], dim=1)
+        return blocks
 
 
 def draw_places(texts: int, places: range, masked: int, seed: int = 0) -> Tensor:
@@ -93,7 +93,7 @@ def masked_likelihoods(
         mask_token_id: what stands for a masked token.
         batch_size: texts per forward pass.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     rows = texts.repeat_interleave(places.shape[1], dim=0)
     flat = places.flatten()
     values, right = [], []

@@ -15,6 +15,8 @@ from ..result import Result
 from .base import Task
 from .registry import register
 
+BATCH_TOKENS = 8192  # that a model reads at once, at most, so that long texts fit into memory
+
 _HAY = (
     "The grass is green. The sky is blue. The sun is warm. The road goes on. The river runs to the sea. "
     "The birds sing in the trees. The children play by the house. The old man reads his book. "
@@ -29,13 +31,13 @@ class NeedleTask(Task):
     """Hide a number in texts of each of the lengths, at each of the depths in turn.
 
     Attributes:
-        texts: texts per length where `TaskInputs.limit` is None.
+        texts: texts per length where `TaskInputs.limit` is None: with 100 a share is known to a tenth.
         depths: where the number is hidden, 0 (at the start) to 1 (at the question).
     """
 
     name = "needle"
     measures = "Whether the model says a number of five digits that stands somewhere in a long text."
-    texts: int = 20
+    texts: int = 100
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
 
     def run(self, model, tokenizer, inputs, control=None) -> list[Result]:
@@ -45,7 +47,8 @@ class NeedleTask(Task):
                 items = needles(tokenizer, [length], self.depths, ceil(texts / len(self.depths)), inputs.seed)[:texts]
             except ValueError as error:
                 raise UsageError(str(error)) from error
-            results.append(Result(f"needle at {length}", "found", tuple(map(float, found_needles(model, items)))))
+            found = found_needles(model, items, max(1, min(inputs.batch_size, BATCH_TOKENS // length)))
+            results.append(Result(f"needle at {length}", "found", tuple(map(float, found))))
         return results
 
 
@@ -54,7 +57,7 @@ class Needle:
     """Hold one text with a number hidden in it.
 
     Attributes:
-        length: tokens of the text, the question included.
+        length: tokens of the text, from what begins every text to the number at the end.
         depth: where the number is hidden, 0 (at the start) to 1 (at the question).
         request: the text as prompt, and the number as target.
     """
@@ -73,7 +76,7 @@ def needles(
     attention", 2023.
 
     Args:
-        lengths: tokens of a text, the question included.
+        lengths: tokens of a text, from what begins every text to the number at the end.
         depths: where the number is hidden, 0 (at the start) to 1 (at the question).
         seed: seed of the numbers.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UsageError
+from ...integration.objectives import input_device
 from ...sources.blocks import start_tokens
 from ..result import Result
 from .base import Task
@@ -109,7 +110,7 @@ def recalled(model: nn.Module, task: Recall, progress: Callable[[int], None] | N
     Args:
         progress: called with 1 after each text.
     """
-    device, shares = next(model.parameters()).device, []
+    device, shares = input_device(model), []
     for tokens, asked in zip(task.tokens, task.asked, strict=True):
         said = model(input_ids=tokens[None].to(device), use_cache=False).logits[0].argmax(-1).cpu()
         right = said[:-1][asked[:-1]] == tokens[1:][asked[:-1]]

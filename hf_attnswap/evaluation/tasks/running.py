@@ -16,6 +16,10 @@ from .registry import get, names, unknown
 
 Progress = Callable[[str], None]
 
+# What likelihood hides of a swap: reports measure it beside perplexity unless they are told otherwise.
+RETRIEVAL = ("needle", "copy")
+RETRIEVAL_LENGTHS = (512, 1024, 2048, 4096, 8192)
+
 
 def check_tasks(chosen: Sequence[str], has_text: bool = True, predicts: Objective | None = None) -> None:
     """Check that the chosen tasks can run, without running them.
@@ -67,6 +71,17 @@ def quality_task(model: PreTrainedModel) -> str | None:
     if predicts in _ELSEWHERE:
         raise UsageError(f"{type(model).__name__} {_ELSEWHERE[predicts]}")
     return _QUALITY.get(predicts)
+
+
+def retrieval_lengths(model: PreTrainedModel, longest: int = RETRIEVAL_LENGTHS[-1]) -> tuple[int, ...]:
+    """Return at which of `RETRIEVAL_LENGTHS` retrieval is measured: as far as the positions of the model go.
+
+    Args:
+        longest: the longest text of the comparison, tokens; longer ones are left out too.
+    """
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = min(longest, positions) if isinstance(positions, int) else longest
+    return tuple(length for length in RETRIEVAL_LENGTHS if length <= most)
 
 
 def apart(chosen: Sequence[str]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import UsageError
-from ...integration.objectives import require_positions
+from ...integration.objectives import input_device, require_positions
 from ...sources.blocks import cut, start_tokens
 from ..result import Result
 from .base import Task, TaskInputs
@@ -95,7 +95,7 @@ def continuations(model: nn.Module, prompts: Tensor, new_tokens: int) -> Tensor:
     Returns:
         int64 `[N, new_tokens]`, on the CPU.
     """
-    prompts = prompts.to(next(model.parameters()).device)
+    prompts = prompts.to(input_device(model))
     told = {"do_sample": False, "num_beams": 1, "pad_token_id": model.generation_config.pad_token_id or 0}
     told |= {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "attention_mask": torch.ones_like(prompts)}
     return model.generate(prompts, **told)[:, prompts.shape[1] :].cpu()
@@ -112,7 +112,7 @@ def agreement(model: nn.Module, prompts: Tensor, original: Tensor) -> Agreement:
     prompts = prompts.cpu()
     written = continuations(model, prompts, original.shape[1])
     equal = written == original
-    text = torch.cat([prompts, original], dim=1).to(next(model.parameters()).device)
+    text = torch.cat([prompts, original], dim=1).to(input_device(model))
     logits = model(input_ids=text, use_cache=False).logits[:, prompts.shape[1] - 1 : -1]
     ends = model.generation_config.eos_token_id  # which `continuations` does not let a model say
     if ends is not None:

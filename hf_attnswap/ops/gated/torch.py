@@ -15,7 +15,7 @@ from torch import Tensor
 from ..chunks import from_chunks, to_chunks, to_rows
 from ..heads import compute_dtype
 from ..programs import in_one_piece, sizes_are_open, whole_chunks
-from ..states import divided, numerator_grad
+from ..states import decays, divided, numerator_grad
 
 
 def run(query, key, value, log_gate, state, eps, chunk):
@@ -49,20 +49,6 @@ def _step(query, key, value, log_gate, state, eps):
     return out, denominator.squeeze(-1), S.view_as(state)
 
 
-def _decays(log_gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how much remains, at each token of a chunk, of each earlier token and of the state before the chunk.
-
-    Args:
-        log_gate: `[B Hkv, t]`.
-
-    Returns:
-        `prod_{s < l <= i} g_l` as `[B Hkv, t, t]`, 0 in the future, and `prod_{l <= i} g_l` as `[B Hkv, t, 1]`.
-    """
-    size = log_gate.shape[1]
-    between = log_gate[:, :, None].expand(-1, -1, size).tril(-1).cumsum(1)
-    return between.exp_().tril(), log_gate.cumsum(1).exp_()[..., None]
-
-
 def _at_once(query, key, value, log_gate, state, eps, chunk):
     """Return what `causal_gated` returns, all chunks together: no loop, differentiable by autograd.
 
@@ -77,8 +63,8 @@ def _at_once(query, key, value, log_gate, state, eps, chunk):
     v = F.pad(value.to(dtype), (0, 1), value=1.0)
     q, k, v = (to_chunks(F.pad(t.to(dtype), (0, 0, 0, more)), kv_heads, chunk) for t in (query, key, v))
     gates = to_chunks(F.pad(log_gate.to(dtype), (0, more))[..., None], kv_heads, chunk)[..., 0]
-    between, since = (t.unflatten(0, (chunks, -1)) for t in _decays(gates.flatten(0, 1)))
-    of_chunks, since_start = _decays(gates.sum(-1).T)
+    between, since = (t.unflatten(0, (chunks, -1)) for t in decays(gates.flatten(0, 1)))
+    of_chunks, since_start = decays(gates.sum(-1).T)
     S = k.new_zeros(k.shape[1], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype).flatten(0, 1)
     added = (k * between[:, :, -1, :, None]).mT @ v
     sums = torch.einsum("rij,jrfe->irfe", of_chunks, added) + since_start.transpose(0, 1)[..., None] * S
@@ -116,7 +102,7 @@ def _forward(query, key, value, log_gate, state, eps, chunk, *, keep_states):
         q, k = (to_rows(t[:, :, part].to(dtype), rows) for t in (query, key))
         v = ones[:, :size]
         v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
-        between, since = _decays(log_gate[:, :, part].to(dtype).reshape(rows, size))
+        between, since = decays(log_gate[:, :, part].to(dtype).reshape(rows, size))
         if keep_states:
             states[index] = S
         A = torch.bmm(q, k.transpose(1, 2))
@@ -170,7 +156,7 @@ class _CausalGated(torch.autograd.Function):
             v[..., :-1] = value[:, :, part].reshape(rows, size, value_dim)
             dn = numerator_grad(grad_out[:, :, part], grad_den[:, :, part], out[:, :, part], den[:, :, part], ctx.eps)
             dn = to_rows(dn, rows)
-            between, since = _decays(log_gate[:, :, part].to(dtype).reshape(rows, size))
+            between, since = decays(log_gate[:, :, part].to(dtype).reshape(rows, size))
             S, last = states[index], between[:, -1, :, None]
             P, A = torch.bmm(dn, v.transpose(1, 2)), torch.bmm(q, k.transpose(1, 2))
             _per_group(P, size).mul_(between[:, None])

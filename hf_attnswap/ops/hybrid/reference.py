@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...masks import Mask
+from ...masks import Mask, Rotation
 from ..heads import compute_dtype, mix, scores
 from ..spec import FeatureMap
 from ..window.reference import near
@@ -12,30 +12,65 @@ from ..window.reference import near
 NO_MASS = 1e-30
 
 
-def unfit(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+def unfit(
+    query,
+    key,
+    value,
+    map_query,
+    map_key,
+    log_mix,
+    scaling,
+    window,
+    sinks,
+    valid,
+    state,
+    keep_state,
+    rotation,
+    log_decay,
+):
     """Return why this form cannot serve a call that takes or keeps a state, in words; None for all other calls."""
     return "the formula over whole matrices keeps no state for generation" if state is not None or keep_state else None
 
 
-def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+def run(
+    query,
+    key,
+    value,
+    map_query,
+    map_key,
+    log_mix,
+    scaling,
+    window,
+    sinks,
+    valid,
+    state,
+    keep_state,
+    rotation,
+    log_decay,
+):
     """Return what `hybrid_attention` returns, and None for the state, from the whole matrix of weights; O(n^2) memory.
 
     Takes the arguments of `hybrid_attention` in order; differentiable by autograd.
     """
     allowed = Mask(query.shape[2], key.shape[2], valid).matrix(query.device)
     q, k, v = (t.to(compute_dtype(query.dtype)) for t in (query, key, value))
-    weights = hybrid_weights(q, k, allowed, map_query, map_key, log_mix, scaling, window, sinks)
+    maps = map_query, map_key, log_mix
+    weights = hybrid_weights(q, k, allowed, *maps, scaling, window, sinks, rotation, log_decay)
     return mix(weights, v).to(query.dtype), None
 
 
-def hybrid_weights(query, key, allowed, map_query, map_key, log_mix, scaling, window, sinks) -> Tensor:
+def hybrid_weights(
+    query, key, allowed, map_query, map_key, log_mix, scaling, window, sinks, rotation=None, log_decay=None
+) -> Tensor:
     """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `allowed` leaves the row.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; allowed: bool, broadcastable to `[B, H, T, S]`.
-        map_query, map_key, log_mix, scaling, window, sinks: as in `hybrid_attention`.
+        map_query, map_key, log_mix, scaling, window, sinks, rotation, log_decay: as in `hybrid_attention`; with a
+            rotation, T = S.
     """
-    logs, _ = log_terms(query, key, allowed, map_query, map_key, log_mix, scaling, window, sinks)
+    maps = map_query, map_key, log_mix
+    logs, _ = log_terms(query, key, allowed, *maps, scaling, window, sinks, rotation, log_decay)
     return torch.softmax(logs, dim=-1).nan_to_num(0.0)
 
 
@@ -49,21 +84,29 @@ def log_terms(
     scaling: float,
     window: int,
     sinks: int,
+    rotation: Rotation | None = None,
+    log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the logs of the terms of the denominator, and which of these terms stand in the window.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; allowed: bool, broadcastable to `[B, H, T, S]`.
-        map_query, map_key, log_mix, scaling, window, sinks: as in `hybrid_attention`.
+        map_query, map_key, log_mix, scaling, window, sinks, rotation, log_decay: as in `hybrid_weights`.
 
     Returns:
         `[B, H, T, S]`, -inf where a key is not allowed or its features have no mass in the row, and the terms of the
         window as bool, broadcastable to `[B, H, T, S]`.
     """
     inside = near(allowed, window, sinks)
-    features, left_out = map_query.beside_softmax(query)
-    kernel = scores(features, map_key(key))
-    outside = log_scale(query, log_mix, left_out) + log_of_mass(kernel)
+    q, k = (query, key) if rotation is None else (rotation.undo(query), rotation.undo(key))
+    features, left_out = map_query.beside_softmax(q)
+    kernel = scores(features, map_key(k))
+    outside = log_scale(q, log_mix, left_out) + log_of_mass(kernel)
+    if log_decay is not None:
+        rank = allowed.long().cumsum(-1)
+        since = (rank[..., -1:] - window - rank).clamp(min=0).to(outside.dtype)
+        per_head = log_decay.to(outside.dtype).repeat_interleave(query.shape[1] // key.shape[1])
+        outside = outside + per_head[:, None, None] * since
     logs = torch.where(inside, scores(query, key) * scaling, outside)
     return logs.masked_fill(~allowed | (~inside & (kernel <= NO_MASS)), float("-inf")), inside
 

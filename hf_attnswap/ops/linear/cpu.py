@@ -22,10 +22,12 @@ _HEDGEHOG = 3
 _TOKENS = 1024  # whose features are made at once
 
 
-def unfit(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
+def unfit(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay):
     """Return why the kernel cannot serve the call, in words, or None."""
     if not causal:
         return "attention to all keys is two products, which torch has"
+    if log_decay is not None:
+        return "the kernel has no decay"
     if transformed():
         return "torch.func transforms torch's own operations only"
     if kernel_of(map_query, map_key) is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -33,7 +35,7 @@ def unfit(query, key, value, map_query, map_key, scale, key_mask, state, eps, ch
     return None
 
 
-def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
+def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay):
     """Return what `causal_linear` returns; takes its arguments in order, and `causal`."""
     dtype, kind = compute_dtype(query.dtype), kernel_of(map_query, map_key)
     if kind is None:

@@ -12,15 +12,16 @@ from torch import Tensor
 from ..chunks import BLOCK, from_chunks, in_large_kernels, to_chunks, to_rows
 from ..heads import compute_dtype
 from ..programs import in_one_piece, sizes_are_open, whole_chunks
-from ..states import divided, linear_block_at_once, linear_step
+from ..states import divided, faded, fading, linear_block, linear_block_at_once, linear_step, tokens_that_count
 from ._blocks import by_blocks, by_blocks_with_gradient
 from ._features import empty_result, mapped, scaled, write_result
 
 
-def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal):
+def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay):
     """Return what `causal_linear` returns, or what `full_linear` returns and None for the state if not `causal`.
 
-    Takes the arguments of `causal_linear` in order, and `causal`; picks the fastest function of this file.
+    Takes the arguments of `causal_linear` in order, with `causal` before the last; picks the fastest function of this
+    file.
     """
     if not causal:
         return full(query, key, value, map_query, map_key, scale, key_mask, eps)
@@ -30,20 +31,23 @@ def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chun
         form = at_once
     else:
         form = by_blocks_with_gradient if torch.is_grad_enabled() else by_blocks
-    return form(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk)
+    return form(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, log_decay)
 
 
-def one_token(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk):
+def one_token(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, log_decay):
     """Return what `causal_linear` returns for one token after a state, without a gradient; O(F Dv) time per head."""
     dtype = compute_dtype(query.dtype)
     q = mapped(scaled(query, dtype, scale), map_query)
     k = mapped(scaled(key, dtype, scale), map_key, key_mask)
-    mixed, S = linear_step(q, k, value, state.to(dtype))
+    kept = None
+    if log_decay is not None:
+        kept = fading(log_decay.to(dtype), tokens_that_count(key_mask, 1, query.device), 1)[0]
+    mixed, S = linear_step(q, k, value, state.to(dtype), kept)
     out, den = divided(mixed, eps)
     return out if eps is None else out.to(query.dtype), den, S
 
 
-def at_once(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk):
+def at_once(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, log_decay):
     """Return what `causal_linear` returns, all chunks together: no loop, differentiable by autograd.
 
     O(n F) memory, and one state per chunk.
@@ -54,10 +58,16 @@ def at_once(query, key, value, map_query, map_key, scale, key_mask, state, eps, 
     k = mapped(scaled(key, dtype, scale), map_key, key_mask)
     v = F.pad(value.to(dtype), (0, 1), value=1.0)
     chunks = whole_chunks(length, chunk) if sizes_are_open(query) else -(-length // chunk)
+    more, kept = chunks * chunk - length, None
     # Tokens without features behind the last one leave no trace.
-    q, k, v = (to_chunks(F.pad(t, (0, 0, 0, chunks * chunk - length)), kv_heads, chunk) for t in (q, k, v))
+    q, k, v = (F.pad(t, (0, 0, 0, more)) for t in (q, k, v))
+    if log_decay is not None:
+        counted = tokens_that_count(key_mask, length, query.device, more)
+        q, k, kept = faded(q, k, *fading(log_decay.to(dtype), counted, chunk))
+    q, k, v = (to_chunks(t, kv_heads, chunk) for t in (q, k, v))
     first = k.new_zeros(k.shape[1], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype).flatten(0, 1)
-    mixed, after = linear_block_at_once(q, k, v, first)
+    attend = linear_block_at_once if kept is None else linear_block
+    mixed, after = attend(q, k, v, first, kept)
     out, den = divided(from_chunks(mixed, batch, chunk)[:, :, :length], eps)
     return out if eps is None else out.to(query.dtype), den, after.detach().unflatten(0, (batch, kv_heads))
 

@@ -13,7 +13,7 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
 
     Takes the arguments of `window_attention` in order.
     """
-    at = context(query, key, value, valid, window, sinks, state)
+    at = context(query, key, value, valid, window, sinks, state, keep_state)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
         out = numerator / denominator

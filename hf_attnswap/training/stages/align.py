@@ -20,8 +20,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...config import NAME
 from ...errors import UsageError
 from ...integration.swapping import swapped_modules
+from ...launch import say
 from ..align import (
     DEFAULT_LEARNING_RATE,
     DEFAULT_PROJECTIONS_LEARNING_RATE,
@@ -37,6 +39,8 @@ from ..lora import with_lora
 from ..options import LoraOptions, argument
 from ..run import swap_as_asked
 from ..stage import Stage
+
+EXACT = 1e-4  # the error of a layer, as `training.align.text_errors` has it, below which it has nothing to learn
 
 
 @dataclass(kw_only=True)
@@ -85,13 +89,13 @@ class Align(LoraOptions, Stage):
         # What others than causal language models are told by name; the output of their heads is not needed.
         known = inspect.signature(model.forward).parameters
         self._told = None if predicts_next_tokens(model) else {"use_cache": False} if "use_cache" in known else {}
-        if not swapped_modules(model) or self.attention or self.layers or self.option:
-            swap_as_asked(model, self, accelerator, self.attention or "hedgehog+window")
+        if swap_as_asked(model, self, accelerator, None if swapped_modules(model) else "hedgehog+window"):
             self._calibrate(model, blocks)
         if self.train == "new":
             if self.use_lora:
                 raise UsageError("--use_lora is for the projections, which --train attention trains")
             trainable_parameters(model, self.linear_branch_alone)
+            self._leave_exact(model, blocks, accelerator)
             return model
         if self.linear_branch_alone:
             raise UsageError("--linear_branch_alone compares no whole attention modules, as --train attention does")
@@ -115,6 +119,24 @@ class Align(LoraOptions, Stage):
     def finish(self, model: nn.Module, blocks: Tensor) -> None:
         if self.linear_branch_alone:  # the branch has another mass now
             self._calibrate(model, blocks)
+
+    def _leave_exact(self, model: nn.Module, blocks: Tensor, accelerator: Accelerator) -> None:
+        """Freeze the variants of layers whose output is that of softmax already.
+
+        Adam's steps do not become small with the gradient, so they would lead away from there.
+
+        Raises:
+            UsageError: this is so in every layer.
+        """
+        with torch.no_grad(), aligning(model, self.linear_branch_alone, self.weights_loss) as losses:
+            alignment_loss(model, self._inputs(blocks[:1].long().to(next(model.parameters()).device)), losses)
+        exact = [path for path, loss in losses.items() if loss < EXACT]
+        for path in exact:
+            model.get_submodule(path).get_submodule(NAME).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UsageError(f"the output of every swapped layer is within {EXACT:g} of softmax's: nothing to align")
+        if exact:
+            say(accelerator, f"{len(exact)} layers are within {EXACT:g} of softmax, and stay as they are")
 
     def _inputs(self, batch: Tensor) -> Tensor | dict[str, Any]:
         if self._told is None:

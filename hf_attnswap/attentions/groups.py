@@ -1,0 +1,139 @@
+"""Run several variants in one layer, each on some of its key/value groups: the query heads that share keys and values.
+
+Which groups keep softmax, and which get something cheaper, decides how much of a model's quality a swap keeps.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks import Mask
+from .base import KINDS, Attention, Heads, State
+from .softmax import Softmax
+
+
+class Groups(Attention):
+    """Hold one variant for each of several sets of key/value groups of a layer; no variant of its own, without a name.
+
+    Each part has parameters for its heads alone. Where one part keeps a state, the layer does: the other parts then
+    keep their keys and values in that state, of their groups only.
+
+    Attributes:
+        parts: a variant for each set of groups. places: the groups of each part, in order.
+    """
+
+    formula = "each key/value group by its own variant"
+    cost = "that of its variants"
+    cost_class = "quadratic"
+    source = "the plan"
+
+    def __init__(self, heads: Heads, planned: Mapping[int, tuple[type[Attention], dict[str, Any]]]):
+        """Make the parts of a layer.
+
+        Args:
+            heads: shape of the whole layer.
+            planned: class and options of the variant of each group; groups that are absent run softmax.
+        """
+        super().__init__(heads)
+        self.planned = dict(planned)
+        by_choice: list[tuple[tuple[type[Attention], dict[str, Any]], list[int]]] = []
+        for group in range(heads.num_key_value_heads):
+            choice = self.planned.get(group, (Softmax, {}))
+            own = next((groups for known, groups in by_choice if known == choice), None)
+            if own is None:
+                by_choice.append((choice, [group]))
+            else:
+                own.append(group)
+        shared = heads.num_attention_heads // heads.num_key_value_heads
+        parts: list[Attention] = []
+        for (cls, options), groups in by_choice:
+            shape = Heads(shared * len(groups), len(groups), heads.head_dim, heads.value_dim)
+            parts.append(cls(shape, **options))
+        self._hold(parts, [groups for _, groups in by_choice])
+
+    def _hold(self, parts: Sequence[Attention], places: list[list[int]]) -> None:
+        self.parts, self.places = nn.ModuleList(parts), places
+        self.name = " and ".join(f"{part.name} in group{'s' * (len(at) > 1)} {_listed(at)}" for part, at in self.each())
+        self.stateful = any(part.stateful for part in parts)
+        self.any_mask = all(part.any_mask for part in parts)
+        self.unrotate = any(part.unrotate for part in parts)
+        self.kinds = tuple(kind for kind in KINDS if all(kind in part.kinds for part in parts))
+        self.ops = tuple(dict.fromkeys(op for part in parts for op in part.ops))
+        self.family = next((part.family for part in parts if part.family != "plain"), "plain")
+
+    def each(self) -> list[tuple[Attention, list[int]]]:
+        """Return every part with its groups."""
+        return list(zip(self.parts, self.places, strict=True))
+
+    @property
+    def linear_branch(self) -> "Groups | None":
+        """Return the same layer with the linear branch alone where a part has one; None where none has."""
+        branches = [part.linear_branch for part in self.parts]
+        if all(branch is None for branch in branches):
+            return None
+        alone = Groups.__new__(Groups)
+        Attention.__init__(alone, self.heads)
+        alone._hold([branch or part for branch, part in zip(branches, self.parts, strict=True)], self.places)
+        return alone
+
+    def choice(self) -> dict[int, tuple[str, dict[str, Any]]]:
+        """Return name and options of the variant of each group that does not run softmax."""
+        return {group: (cls.name, dict(options)) for group, (cls, options) in self.planned.items()}
+
+    def reset_parameters(self) -> None:
+        for part in self.parts:
+            part.reset_parameters()
+
+    def weights(self, query, key, mask, scaling):
+        outs = []
+        for part, groups in self.each():
+            q, k = self._take(query, groups), self._take(key, groups)
+            outs.append(part.weights(q, k, self._mask_of(mask, groups), scaling))
+        return self._in_order(outs)
+
+    def calibrate(self, query, key, value, mask, scaling):
+        for part, groups in self.each():
+            own = (self._take(t, groups) for t in (query, key, value))
+            part.calibrate(*own, self._mask_of(mask, groups), scaling)
+
+    def forward(self, query, key, value, mask, scaling, state=None):
+        outs = []
+        for number, (part, groups) in enumerate(self.each()):
+            q, k, v = (self._take(t, groups) for t in (query, key, value))
+            own = None
+            if state is not None:
+                prefix = f"{number}."
+                own = State({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+                if not part.stateful:
+                    k, v = (torch.cat([own[name], t], 2) if own else t for name, t in (("key", k), ("value", v)))
+                    own.update(key=k, value=v)
+            outs.append(part(q, k, v, self._mask_of(mask, groups), scaling, own if part.stateful else None))
+            if own is not None:
+                state.update({f"{prefix}{name}": t for name, t in own.items()})
+        return self._in_order(outs)
+
+    def _take(self, t: Tensor, groups: list[int]) -> Tensor:
+        """Return the heads of these groups of `[B, H or Hkv, ...]`, a view where they stand side by side."""
+        size = t.shape[1] // self.heads.num_key_value_heads
+        if groups == list(range(groups[0], groups[-1] + 1)):
+            return t[:, groups[0] * size : (groups[-1] + 1) * size]
+        return torch.cat([t[:, group * size : (group + 1) * size] for group in groups], dim=1)
+
+    def _mask_of(self, mask: Mask, groups: list[int]) -> Mask:
+        return mask if mask.plain else mask.for_heads(lambda t: self._take(t, groups))
+
+    def _in_order(self, outs: list[Tensor]) -> Tensor:
+        """Return the parts' results `[B, H of the part, ...]` as one, the heads in the order of the layer."""
+        at: dict[int, Tensor] = {}
+        for out, groups in zip(outs, self.places, strict=True):
+            at |= dict(zip(groups, out.chunk(len(groups), dim=1), strict=True))
+        return torch.cat([at[group] for group in range(self.heads.num_key_value_heads)], dim=1)
+
+    def extra_repr(self) -> str:
+        return self.name
+
+
+def _listed(groups: list[int]) -> str:
+    return ", ".join(map(str, groups))

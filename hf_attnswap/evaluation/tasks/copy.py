@@ -1,0 +1,60 @@
+"""Measure how well a model copies: its loss on the second half of texts that are written twice."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UsageError
+from ...sources.blocks import cut, start_tokens
+from ..likelihood import last_logits
+from ..result import Result
+from .base import Task
+from .registry import register
+
+
+@register
+@dataclass(frozen=True)
+class CopyTask(Task):
+    """Write held-out texts twice, so that both together have each of the lengths.
+
+    Attributes:
+        texts: texts per length where `TaskInputs.limit` is None, or as many as the held-out text gives.
+    """
+
+    name = "copy"
+    measures = "The loss on the second half of a text that is written twice, nats per token: who recalls, copies."
+    text_tokens = 1
+    texts: int = 32
+
+    def run(self, model, tokenizer, inputs, control=None) -> list[Result]:
+        start, results = start_tokens(tokenizer), []
+        for length in inputs.lengths:
+            half = (length - len(start)) // 2
+            halves = cut(inputs.tokens.reshape(-1), half)[: inputs.limit or self.texts] if half > 1 else ()
+            if not len(halves):
+                raise UsageError(
+                    f"task {self.name!r} at {length} tokens needs a text of 2 to {max(half, 2)} tokens that it can "
+                    f"write twice, and the held-out text has {inputs.tokens.numel()}: give more text or other lengths"
+                )
+            scores = tuple(copy_losses(model, halves, start))
+            results.append(Result(f"{self.name} at {length}", "loss", scores, higher_is_better=False))
+        return results
+
+
+@torch.no_grad()
+def copy_losses(model: nn.Module, halves: Tensor, start: list[int]) -> list[float]:
+    """Return for each text the mean loss on its second writing, all but the first token of it, nats per token.
+
+    That first token cannot be known: nothing says that the text begins anew. The log-softmax is computed in float32.
+
+    Args:
+        halves: what is written twice, int64 `[N, half]`.
+        start: what begins every text, see `sources.blocks.start_tokens`.
+    """
+    device, losses = next(model.parameters()).device, []
+    for half in halves:
+        text = torch.cat([torch.tensor(start, dtype=half.dtype), half, half]).to(device)
+        logits = last_logits(model, len(half), input_ids=text[None])[0, :-1]
+        losses.append(nn.functional.cross_entropy(logits.float(), text[1 - len(half) :]).item())
+    return losses
