@@ -29,7 +29,9 @@ def arguments(pick, sizes, dtype=torch.float64):
     mask = torch.rand(sizes["batch"], sizes["length"]) > 0.3 if pick.random() < 0.5 else None
     features = sizes["dim"] * (2 if name == "hedgehog" else 1)
     state = torch.rand(sizes["batch"], sizes["kv_heads"], features, sizes["value_dim"] + 1, dtype=dtype)
-    return (*maps, 0.5, mask, state if pick.random() < 0.5 else None, eps, 64, True, None), learned
+    decay = -torch.rand(sizes["kv_heads"], dtype=dtype) if sizes["length"] and pick.random() < 0.4 else None
+    learned += [] if decay is None else [decay.requires_grad_()]
+    return (*maps, 0.5, mask, state if pick.random() < 0.5 else None, eps, 64, True, decay), learned
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -13,7 +13,7 @@ pytestmark = needs_kernels
 
 
 def drawn(seed):
-    """Query, key, value, what stands behind them in a call of the hybrid, and where the text is cut."""
+    """Query, key, value, what stands behind them and last in a call of the hybrid, and where the text is cut."""
     pick, sizes = draw(seed, lengths=(1, 2, 17, 40, 90))
     given = tensors(pick, sizes)
     deltas = [(torch.randn(sizes[h], sizes["dim"], sizes["dim"]) / 4).double() for h in ("heads", "kv_heads")]
@@ -28,16 +28,18 @@ def drawn(seed):
     cuts = sorted({0, sizes["length"], *(pick.randrange(sizes["length"] + 1) for _ in range(pick.choice([0, 2])))})
     if pick.random() < 0.3:
         cuts = list(range(min(sizes["length"], 20) + 1))
-    return given, (*maps, log_mix), shape, valid, cuts, learned
+    decay = -torch.rand(sizes["kv_heads"], dtype=torch.float64)
+    tail = None, decay.requires_grad_() if pick.random() < 0.5 else None
+    return given, (*maps, log_mix), tail, shape, valid, cuts, learned
 
 
-def walked(form, given, own, shape, valid, cuts):
+def walked(form, given, own, tail, shape, valid, cuts):
     """The output of all pieces together, and the numbers of the last state that mean something."""
     outs, state = [], None
     for start, stop in zip(cuts, cuts[1:], strict=False):
         part = slice(start, stop)
         now = None if valid is None else valid[:, part]
-        out, state = form.run(*(t[:, :, part] for t in given), *own, *shape, now, state, True)
+        out, state = form.run(*(t[:, :, part] for t in given), *own, *shape, now, state, True, *tail)
         outs.append(out)
     out = torch.cat(outs, dim=2)
     out = out if valid is None else out * valid[:, None, : out.shape[2], None]
@@ -46,21 +48,22 @@ def walked(form, given, own, shape, valid, cuts):
 
 @pytest.mark.parametrize("seed", range(16))
 def test_outputs_and_states(each_set, seed):  # noqa: F811
-    given, own, *how, _ = drawn(seed)
+    given, own, tail, *how, _ = drawn(seed)
     with torch.no_grad():
-        for op, arguments in ((window, ()), (hybrid, own)):
-            ours, expected = (walked(form, given, arguments, *how) for form in (op.cpu, op.torch))
+        for op, arguments, last in ((window, (), ()), (hybrid, own, tail)):
+            ours, expected = (walked(form, given, arguments, last, *how) for form in (op.cpu, op.torch))
             for x, y in zip(ours, expected, strict=True):
                 torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("seed", range(16))
 def test_gradients(each_set, seed):  # noqa: F811
-    given, own, shape, valid, _, learned = drawn(seed)
+    given, own, tail, shape, valid, _, learned = drawn(seed)
     keep = 1 if valid is None else valid[:, None, :, None]
-    for op, arguments in ((window, ()), (hybrid, own)):
-        leaves = [*given, *([*learned, own[-1]] if own is arguments else [])]
-        runs = [lambda form=form: [form.run(*given, *arguments, *shape, valid, None, False)[0] * keep]  # noqa: B023
+    learned += [own[-1], *(t for t in tail if t is not None)]
+    for op, arguments, last in ((window, (), ()), (hybrid, own, tail)):
+        leaves = [*given, *(learned if last else [])]
+        runs = [lambda form=form: [form.run(*given, *arguments, *shape, valid, None, False, *last)[0] * keep]  # noqa: B023
                 for form in (op.cpu, op.torch)]  # fmt: skip
         for ours, expected in paired(*runs, leaves):
             torch.testing.assert_close(ours, expected)
@@ -68,7 +71,7 @@ def test_gradients(each_set, seed):  # noqa: F811
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_text_without_a_state(seed):
-    given, _, shape, valid, _, _ = drawn(seed)
+    given, _, _, shape, valid, _, _ = drawn(seed)
     with torch.no_grad():
         ours, expected = (form.run(*given, *shape, valid, None, False)[0] for form in (window.cpu, window.reference))
     keep = 1 if valid is None else valid[:, None, :, None]
@@ -83,14 +86,14 @@ def test_steps_of_generation(each_set, window_size, sinks):  # noqa: F811
     shape, own = (0.4, window_size, sinks), (ELU, ELU, torch.randn(6, dtype=torch.float64))
     valid = torch.arange(12)[None] >= torch.tensor([0, 9])[:, None]
     with torch.no_grad():
-        for op, arguments in ((window, ()), (hybrid, own)):
+        for op, arguments, last in ((window, (), ()), (hybrid, own, (None, -torch.rand(2).double()))):
             found = []
             for form in (op.cpu, op.torch):
-                out, state = form.run(*(t[:, :, :12] for t in given), *arguments, *shape, valid, None, True)
+                out, state = form.run(*(t[:, :, :12] for t in given), *arguments, *shape, valid, None, True, *last)
                 outs = []
                 for i in range(12, 30):
                     token = (t[:, :, i : i + 1] for t in given)
-                    out, state = form.run(*token, *arguments, *shape, None, state, True)
+                    out, state = form.run(*token, *arguments, *shape, None, state, True, *last)
                     outs.append(out)
                 found.append([torch.cat(outs, 2), *([state.linear] if arguments else [])])
             for ours, expected in zip(*found, strict=True):
@@ -100,7 +103,7 @@ def test_steps_of_generation(each_set, window_size, sinks):  # noqa: F811
 def test_inputs_of_half_the_size():
     torch.manual_seed(0)
     given = [torch.randn(1, h, 100, 16) for h in (6, 2, 2)]
-    more = (ELU, ELU, torch.zeros(6), 0.25, 8, 2, None, None, False)
+    more = (ELU, ELU, torch.zeros(6), 0.25, 8, 2, None, None, False, None, None)
     exact, _ = hybrid.reference.run(*(t.double() for t in given), *more)
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
         out, _ = hybrid.cpu.run(*(t.to(dtype) for t in given), *more)

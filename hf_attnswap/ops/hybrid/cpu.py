@@ -7,7 +7,7 @@ import torch
 
 from ... import native
 from ..heads import compute_dtype
-from ..linear.cpu import branch, hybrid_branch, kernel_of
+from ..linear.cpu import branch, gates, hybrid_branch, kernel_of
 from ..programs import transformed
 from ..sliding import HybridState, Step, context
 from ..window.cpu import fits_step, softmax_of_context, step
@@ -18,7 +18,22 @@ dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 available = native.missing
 
 
-def unfit(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+def unfit(
+    query,
+    key,
+    value,
+    map_query,
+    map_key,
+    log_mix,
+    scaling,
+    window,
+    sinks,
+    valid,
+    state,
+    keep_state,
+    rotation,
+    log_decay,
+):
     """Return why the kernel cannot serve the call, in words, or None."""
     if transformed() or torch.compiler.is_compiling():
         return "torch's own operations only are compiled and transformed"
@@ -27,34 +42,58 @@ def unfit(query, key, value, map_query, map_key, log_mix, scaling, window, sinks
     return None
 
 
-def run(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state):
+def run(
+    query,
+    key,
+    value,
+    map_query,
+    map_key,
+    log_mix,
+    scaling,
+    window,
+    sinks,
+    valid,
+    state,
+    keep_state,
+    rotation,
+    log_decay,
+):
     """Return what `hybrid_attention` returns; takes its arguments in order."""
-    dtype = compute_dtype(query.dtype)
-    if state is not None and fits_step(query, key, value, valid, state.window):
-        return _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state)
-    at = context(query, key, value, valid, window, sinks, state and state.window)
+    dtype, maps = compute_dtype(query.dtype), (map_query, map_key)
+    if state is not None and rotation is None and fits_step(query, key, value, valid, state.window):
+        return _step(query, key, value, *maps, log_mix, scaling, window, sinks, state, log_decay)
+    at = context(query, key, value, valid, window, sinks, state and state.window, keep_state)
+    turns = None if rotation is None else at.slots(rotation.turns[:, None], state and state.turns)
+
+    def seen_by_map(x, slots: slice):
+        """Return queries or keys in these slots as the maps see them."""
+        return x.to(dtype) if rotation is None else rotation.of(turns[:, 0, slots]).undo(x.to(dtype))
+
     if isinstance(at, Step):
         numerator, denominator, peak = at.softmax_parts(scaling)
         out, lse = numerator / denominator, (peak + denominator.log()).squeeze(-1)
         leaving_key, leaving_value, leaves = at.leaving()
+        own, gone, counted = slice(-1, None), slice(0, 1), None
     else:
         out, lse = softmax_of_context(at, scaling)
-        rows = slice(0, at.length)
-        leaving_key, leaving_value, leaves = at.key[:, :, rows], at.value[:, :, rows], at.leaving()
+        gone = slice(0, at.length)
+        leaving_key, leaving_value, leaves = at.key[:, :, gone], at.value[:, :, gone], at.leaving()
+        own, counted = slice(at.window, at.window + at.length), at.counted()
     leaves = None if leaves is None else leaves.expand(query.shape[0], -1)
-    leaving = (at.query.to(dtype), leaving_key.to(dtype), leaving_value.to(dtype), leaves)
-    before = state and state.linear.to(dtype)
-    learned = (*map_query.tensors.values(), *map_key.tensors.values(), log_mix)
+    leaving_key = seen_by_map(leaving_key, gone)
+    given = (seen_by_map(at.query, own), leaving_key, leaving_value.to(dtype), leaves)
+    given += (gates(log_decay, leaving_key, counted), state and state.linear.to(dtype))
+    learned = [*map_query.tensors.values(), *map_key.tensors.values(), log_mix, log_decay]
     if native.by_hand(query, key, value, *learned):
-        S = hybrid_branch(*leaving, before, map_query, map_key, log_mix, out, lse)
+        S = hybrid_branch(*given, *maps, log_mix, out, lse)
     else:
-        numerator, den, S, left = branch(*leaving, before, map_query, map_key)
+        numerator, den, S, left = branch(*given, *maps)
         out = _joined(out, lse, numerator, den, left + log_mix.to(dtype)[:, None])
-    out = out if isinstance(at, Step) else at.unalign(out)
-    return out.to(query.dtype), HybridState(at.state(), S) if keep_state else None
+    out = (out if isinstance(at, Step) else at.unalign(out)).to(query.dtype)
+    return out, HybridState(at.state(), S, None if turns is None else at.recent(turns)) if keep_state else None
 
 
-def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state):
+def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state, log_decay):
     """Return what `hybrid_attention` returns for one token after a state, where `fits_step` of the window holds."""
     old = state.window
     out, lse, after = step(query, key, value, scaling, window, sinks, old)
@@ -64,8 +103,8 @@ def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks
         leaves = torch.zeros(query.shape[0], 1, dtype=torch.bool)
     else:
         leaves = (old.count >= slots)[:, None]
-    given = (query, old.key[:, :, leaving], old.value[:, :, leaving], leaves, state.linear.to(query.dtype))
-    S = hybrid_branch(*given, map_query, map_key, log_mix, out, lse)
+    given = (query, old.key[:, :, leaving], old.value[:, :, leaving], leaves, gates(log_decay, key, None))
+    S = hybrid_branch(*given, state.linear.to(query.dtype), map_query, map_key, log_mix, out, lse)
     return out, HybridState(after, S)
 
 

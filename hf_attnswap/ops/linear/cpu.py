@@ -26,8 +26,6 @@ def unfit(query, key, value, map_query, map_key, scale, key_mask, state, eps, ch
     """Return why the kernel cannot serve the call, in words, or None."""
     if not causal:
         return "attention to all keys is two products, which torch has"
-    if log_decay is not None:
-        return "the kernel has no decay"
     if transformed():
         return "torch.func transforms torch's own operations only"
     if kernel_of(map_query, map_key) is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
@@ -36,12 +34,26 @@ def unfit(query, key, value, map_query, map_key, scale, key_mask, state, eps, ch
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay):
-    """Return what `causal_linear` returns; takes its arguments in order, and `causal`."""
+    """Return what `causal_linear` returns; takes its arguments in order, with `causal` before the last."""
     dtype, kind = compute_dtype(query.dtype), kernel_of(map_query, map_key)
     if kind is None:
-        return _of_features(query, key, value, map_query, map_key, scale, key_mask, state, eps)
+        return _of_features(query, key, value, map_query, map_key, scale, key_mask, state, eps, log_decay)
     matrices = _matrices(kind, map_query, map_key, dtype)
-    return _run(query, key, value, None, key_mask, state, *matrices, kind, float(scale), eps)
+    gate = gates(log_decay, key, key_mask)
+    return _run(query, key, value, gate, key_mask, state, *matrices, kind, float(scale), eps)
+
+
+def gates(log_decay: Tensor | None, key: Tensor, counted: Tensor | None) -> Tensor | None:
+    """Return a decay per key/value head, `[Hkv]`, as the log of a gate per token, `[B, Hkv, T]`; None for None.
+
+    Args:
+        key: `[B, Hkv, T, D]`, for its shape and dtype.
+        counted: bool `[1 or B, T]`, the tokens with which the state fades; None for all.
+    """
+    if log_decay is None:
+        return None
+    gate = log_decay.to(compute_dtype(key.dtype))[:, None].expand(key.shape[:3])
+    return gate if counted is None else gate * counted[:, None].to(gate.dtype)
 
 
 def on_features(query, key, value, log_gate, state, eps) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,12 +89,13 @@ def kernel_of(map_query, map_key) -> int | None:
     return _MAPS.get(map_query.name) if map_query.name == map_key.name else None
 
 
-def hybrid_branch(query, key, value, mask, state, map_query, map_key, log_mix, out, lse) -> Tensor:
+def hybrid_branch(query, key, value, mask, gate, state, map_query, map_key, log_mix, out, lse) -> Tensor:
     """Join linear attention to the output of a softmax, in place, and return the state after the last token.
 
     Args:
         query, key, value: in `compute_dtype`; key and value of the token that each row adds, where `mask` `[B, T]` does
-            not switch it off. state, map_query, map_key: as in `causal_linear`, maps of `kernel_of`.
+            not switch it off. gate: as `gates` returns it. state, map_query, map_key: as in `causal_linear`, maps of
+            `kernel_of`.
         log_mix: log of the factor of the linear branch, `[H]`.
         out: `[B, H, T, Dv]`, the output of the softmax; becomes that of both. lse: `[B, H, T]`, the log of its mass.
     """
@@ -90,7 +103,7 @@ def hybrid_branch(query, key, value, mask, state, map_query, map_key, log_mix, o
     matrices = _matrices(kind, map_query, map_key, dtype)
     _, den, after, _ = _results(query, key, value, kind, 0.0)
     state = None if state is None else state.to(dtype)
-    tensors = _prepared(query, key, value, None, mask, state, *matrices)
+    tensors = _prepared(query, key, value, gate, mask, state, *matrices)
     call = _call(*tensors, kind, 1.0, 0.0, out, den)
     lse, log_mix = lse.contiguous(), log_mix.to(dtype).contiguous()
     call.beside, call.after = 1, native.pointer(after)
@@ -99,7 +112,7 @@ def hybrid_branch(query, key, value, mask, state, map_query, map_key, log_mix, o
     return after
 
 
-def branch(query, key, value, mask, state, map_query, map_key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def branch(query, key, value, mask, gate, state, map_query, map_key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what a hybrid joins, with a gradient: numerator, denominator, last state, and what the queries left out.
 
     Takes the first arguments of `hybrid_branch`. The last output is the log of a factor of each row, `[B, H, T]`, a
@@ -107,11 +120,11 @@ def branch(query, key, value, mask, state, map_query, map_key) -> tuple[Tensor, 
     """
     kind = kernel_of(map_query, map_key)
     matrices = _matrices(kind, map_query, map_key, query.dtype)
-    numerator, den, after, left = forward(query, key, value, None, mask, state, *matrices, kind, 1.0, None, True)
+    numerator, den, after, left = forward(query, key, value, gate, mask, state, *matrices, kind, 1.0, None, True)
     return numerator, den, after.detach(), left.detach()
 
 
-def _of_features(query, key, value, map_query, map_key, scale, key_mask, state, eps):
+def _of_features(query, key, value, map_query, map_key, scale, key_mask, state, eps, log_decay):
     """Return what `run` returns without a gradient, block by block of tokens, whose features are made first."""
     dtype, length = compute_dtype(query.dtype), key.shape[2]
     out, den = empty_result(query, value, dtype if eps is None else query.dtype)
@@ -119,7 +132,8 @@ def _of_features(query, key, value, map_query, map_key, scale, key_mask, state, 
         part = slice(start, start + _TOKENS)
         q, k = (mapped(scaled(x[:, :, part], dtype, scale), m) for x, m in ((query, map_query), (key, map_key)))
         mask = None if key_mask is None else key_mask[:, part]
-        now = (q, k, value[:, :, part].to(dtype), None, mask, None if state is None else state.to(dtype), None, None)
+        state = None if state is None else state.to(dtype)
+        now = (q, k, value[:, :, part].to(dtype), gates(log_decay, k, mask), mask, state, None, None)
         out[:, :, part], den[:, :, part], state, _ = _forward(*now, 0, 1.0, eps, False)
     return out, den, state
 

@@ -28,7 +28,7 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     if fits_step(query, key, value, valid, state):
         out, _, after = step(query, key, value, scaling, window, sinks, state)
         return out, after if keep_state else None
-    at = context(query, key, value, valid, window, sinks, state)
+    at = context(query, key, value, valid, window, sinks, state, keep_state)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
         out = numerator / denominator
