@@ -234,7 +234,10 @@ def test_the_variable_is_read_once_when_it_is_needed(monkeypatch, forget, capsys
     (
         ("fast", "no op has a backend 'fast'; expected one of reference, torch"),
         ("scores=fast", "op scores has no backend 'fast'; expected one of reference, torch"),
-        ("score=torch", "there is no op 'score'; the ops are delta, gated, hybrid, linear, scores, window"),
+        (
+            "score=torch",
+            "there is no op 'score'; the ops are delta, gated, gated_delta, hybrid, linear, scores, window",
+        ),
         ("torch,reference", "two backends for all ops; name one"),
         ("scores=torch,scores=torch", "two backends for scores; name one"),
     ),
@@ -250,5 +253,5 @@ def test_choosing_costs_little():
     import timeit
 
     op = OPS["linear"]
-    given = (torch.zeros(1),) * 11
+    given = (torch.zeros(1),) * 12
     assert min(timeit.repeat(lambda: op._choose(given), number=1000, repeat=5)) / 1000 < 20e-6
