@@ -136,7 +136,7 @@ def rotation(length: int, batch: int = 2) -> Rotation:
 
 
 def causal(length: int, valid: Tensor | None = None) -> Mask:
-    return Mask(length, length, valid=valid, rotation=rotation(length))
+    return Mask(length, length, valid=valid, rotation=rotation(length, 2 if valid is None else len(valid)))
 
 
 def mask_of(kind: str, length: int, padding: str) -> Mask:

@@ -82,7 +82,7 @@ def convert(
         read = read_plan(plan)
     else:
         config = SwapConfig(
-            attention or SwapConfig.attention, layers_of(layers), parse_options(option or []),
+            SwapConfig.attention if attention is None else attention, layers_of(layers), parse_options(option or []),
             kind or SwapConfig.kinds, places_of(keep),
         )  # fmt: skip
     loaded, processor = load_any(

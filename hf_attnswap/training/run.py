@@ -92,7 +92,7 @@ def plan_of(options: TrainingOptions, default: str | None = None) -> SwapConfig 
             raise UsageError(f"{' and '.join(given)} belong to --attention, which is missing")
         return None
     return SwapConfig(
-        options.attention or default or "",
+        default if options.attention is None else options.attention,
         layers_of(options.layers),
         parse_options(options.option or []),
         keep=places_of(options.keep),

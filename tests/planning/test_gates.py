@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import tiny_llama
 from encoders import CLS, MASK, SEP, bert, words_tokenizer
 from tiny_models import tiny, tokens
 from transformers import BertForMaskedLM, BertModel, Gemma3ForCausalLM, Gemma3TextConfig
@@ -72,7 +71,7 @@ def test_the_gradient_is_that_of_finite_differences():
 
 
 def test_a_group_is_its_query_heads_alone():
-    groups = find_groups(tiny_llama(), "window", WINDOW)
+    groups = find_groups(tiny(), "window", WINDOW)
     assert groups.names == ("0.0", "0.1", "1.0", "1.1", "2.0", "2.1")
     assert groups.by_layer() == {0: [0, 1], 1: [2, 3], 2: [4, 5]}
     assert groups.config([3, 0]).keep == ["0.0", "1.1"]
@@ -100,7 +99,7 @@ def test_sliding_layers_keep_what_they_are():
 
 
 def test_next_tokens_are_told_everywhere_and_of_copies_in_the_second_half():
-    texts = Texts.of(tiny_llama(), NoStart(), 16)
+    texts = Texts.of(tiny(), NoStart(), 16)
     stream = torch.arange(3, 63)
     plain, twice = texts.plain(stream, 2), texts.twice(stream, 2)
     assert plain.ids.tolist() == list(range(5, 21))

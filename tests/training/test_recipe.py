@@ -331,12 +331,15 @@ def test_from_a_recipe_to_a_model_card(convert, recipe, checkpoint, text, tmp_pa
     found = report.read(measured / "report.json")
     arms = {arm.label: arm for arm in found.arms}
     where = "layers=1:3"
-    assert list(arms) == [
+    asked = [
         "softmax", f"none:{where}", f"window:window=4,sinks=1,{where}", f"hedgehog:{where}", "hedgehog+window of out"
     ]  # fmt: skip
+    assert [label for label in arms if label in asked] == asked
+    # Windows of equal state and equal time, which depend on what was measured.
+    assert arms.keys() - set(asked) <= {control.arm for arm in found.arms for control in arm.controls}
     arm = arms["hedgehog+window of out"]
     assert {a.status for a in arms.values()} == {"measured"} and arm.conversion == "out"
-    assert [group.layers for a in arms.values() for group in a.swapped] == [[1, 2]] * 4
+    assert [group.layers for label in asked for group in arms[label].swapped] == [[1, 2]] * 4
     assert arm.cost_class == "quadratic" and arm.cost.endswith(", softmax in 1 of 3 layers")
     assert [check.passed for check in arm.checks] == [True] * 5
     assert [(stage.stage, stage.size, stage.steps) for stage in arm.training] == [

@@ -27,7 +27,7 @@ from hf_attnswap.sources.lock import alone_in
         ("align", ["--attention", "elu", "--linear_branch_alone"], "has no linear branch beside a window"),
         ("align", ["--attention", "hedghog"], "Did you mean 'hedgehog'"),
         ("align", ["--option", "window"], "expected name=value"),
-        ("finetune", ["--layers", "1::2"], "--layers and --option belong to --attention"),
+        ("finetune", ["--layers", "1::2"], "--layers belong to --attention, which is missing"),
         ("finetune", ["--model_name_or_path", "nowhere"], "cannot load the model 'nowhere'"),
         ("finetune", ["--train_file", "nowhere.txt"], "text file 'nowhere.txt' does not exist"),
         ("finetune", ["--block_size", "100000"], "less than one block of 100000"),
