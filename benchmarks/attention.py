@@ -26,7 +26,7 @@ import torch
 from figures import Record, draw, heading, note, print_table, quartiles, spread
 from peers import Eager, FastTransformers
 
-from hf_attnswap import UsageError, attentions
+from hf_attnswap import UsageError, attentions, native
 from hf_attnswap.attentions import Heads
 from hf_attnswap.benchmark.attention import Candidate, Sdpa, Variant, forward, forward_backward, random_inputs
 from hf_attnswap.benchmark.measure import interleaved, peak_memory_mib, ratios
@@ -37,7 +37,7 @@ from hf_attnswap.sources.models import find_dtype
 from hf_attnswap.statistics import Spread, crossover
 from hf_attnswap.tradeoff import Arm
 
-ATTENTIONS = "elu hedgehog hedgehog+window window relu_norm relu_power:p=8".split()
+ATTENTIONS = "elu hedgehog gated delta hedgehog+window window relu relu_norm relu_power:p=8 sigmoid".split()
 LENGTHS = [2**power for power in range(7, 16)]
 WORKS = "forward", "forward + backward", "decode"
 STEPS = 20  # timed together: one lasts microseconds
@@ -268,8 +268,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
     report["memory"] = [record for dtype in dtypes for record in measure_memory(args, heads, dtype)]
     with watch() as ran:
         report["figures"] = [record for dtype in dtypes for record in measure(args, heads, dtype)]
+    report["kernels"] = native.describe()
     report["backends"] = {op: sorted(backends) for op, backends in ran.items()}
-    note(f"backends that ran: {told(ran) or 'none of ours'}")
+    note(f"backends that ran: {told(ran) or 'none of ours'}; {report['kernels']}")
     picture = summarise(report)
     with whole_folder(args.output_dir) as folder:
         (folder / "attention.json").write_text(json.dumps(report, indent=1))
