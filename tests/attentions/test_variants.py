@@ -43,9 +43,9 @@ DENSE = named(lambda cls: cls.any_mask)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
-def check_against_reference(attention, given: Inputs, mask: Mask) -> None:
+def check_against_reference(attention, given: Inputs, mask: Mask, tolerance: float | None = None) -> None:
     """Outputs and gradients, at the rows of valid tokens, in the dtype of the inputs against float64."""
-    tolerance = TOLERANCE[given.query.dtype]
+    tolerance = tolerance or TOLERANCE[given.query.dtype]
     exact = copy.deepcopy(attention).double()
     exact_given = Inputs(*(t.detach().double().requires_grad_() for t in given))
     out = attention(*given, mask, SCALING)

@@ -13,7 +13,7 @@ available = native.missing
 
 def unfit(query, key, value, beta, state, chunk):
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed() or torch.compiler.is_compiling():
+    if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "torch's own operations only are compiled and transformed"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, beta)):
         return "the kernel has no gradient"

@@ -35,7 +35,7 @@ def unfit(
     log_decay,
 ):
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed() or torch.compiler.is_compiling():
+    if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "torch's own operations only are compiled and transformed"
     if kernel_of(map_query, map_key) is None:
         return f"the map {map_query.name} is not one of the kernel's"

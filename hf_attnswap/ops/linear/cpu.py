@@ -26,8 +26,8 @@ def unfit(query, key, value, map_query, map_key, scale, key_mask, state, eps, ch
     """Return why the kernel cannot serve the call, in words, or None."""
     if not causal:
         return "attention to all keys is two products, which torch has"
-    if transformed():
-        return "torch.func transforms torch's own operations only"
+    if transformed() or torch.jit.is_tracing():
+        return "torch.func and torch.jit.trace take torch's own operations only"
     if kernel_of(map_query, map_key) is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return f"the map {map_query.name} is not one of the kernel's, and has no gradient beside it"
     return None

@@ -26,8 +26,8 @@ _DENOMINATORS = {"count": 1, "total": 2}
 
 def unfit(query, key, value, mask, scaling, activation, gain, result_dtype):
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed():
-        return "torch.func transforms torch's own operations only"
+    if transformed() or torch.jit.is_tracing():
+        return "torch.func and torch.jit.trace take torch's own operations only"
     if activation.name not in _ACTIVATIONS:
         return f"the activation {activation.name} is not one of the kernel's"
     if activation.denominator is not None and activation.denominator.name not in _DENOMINATORS:
@@ -204,8 +204,9 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, _grad_total):
-    dq, dk, dv, doffset = backward(grad_out, *ctx.saved_tensors, *ctx.numbers)
-    return dq, dk, dv, None, None if ctx.saved_tensors[-1] is None else doffset, *[None] * 6
+    saved = ctx.saved_tensors  # which gradient checkpointing hands out once
+    dq, dk, dv, doffset = backward(grad_out, *saved, *ctx.numbers)
+    return dq, dk, dv, None, None if saved[-1] is None else doffset, *[None] * 6
 
 
 forward.register_autograd(_backward, setup_context=_keep)

@@ -15,7 +15,7 @@ available = native.missing
 
 def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state):
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed() or torch.compiler.is_compiling():
+    if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "torch's own operations only are compiled and transformed"
     return None
 
