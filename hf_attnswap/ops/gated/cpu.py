@@ -14,7 +14,9 @@ available = native.missing
 
 def unfit(query, key, value, log_gate, state, eps, chunk):
     """Return why the kernel cannot serve the call, in words, or None."""
-    return "torch.func and torch.jit.trace take torch's own operations only" if transformed() or torch.jit.is_tracing() else None
+    if transformed() or torch.jit.is_tracing():
+        return "torch.func and torch.jit.trace take torch's own operations only"
+    return None
 
 
 def run(query, key, value, log_gate, state, eps, chunk):
