@@ -13,7 +13,7 @@ from hf_attnswap.benchmark.generation import filled_cache
 from hf_attnswap.errors import UsageError
 from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.integration.observing import answering
-from hf_attnswap.integration.rotations import rotary_of
+from hf_attnswap.integration.rotations import rotary_of, rotation_of
 from hf_attnswap.integration.swapping import swapped_modules
 
 SIZES = dict(
@@ -189,6 +189,14 @@ class Unclear(LlamaAttention):
         return query_states
 
 
+class Closed(LlamaAttention):
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None):
+        cos, sin = position_embeddings
+        query_states = self.q_proj(hidden_states)
+        query_states = apply_rotary_pos_emb(query_states, query_states, cos, sin)  # noqa: F821
+        return query_states
+
+
 def test_a_class_that_inherits_its_rotation_has_one():
     config = AutoConfig.for_model("llama", **SIZES)
     assert rotary_of(Another(config, 0), "causal") == rotary_of(LlamaAttention(config, 0), "causal")
@@ -203,3 +211,17 @@ def test_a_condition_that_cannot_be_told_is_named():
 def test_half_lives_are_for_causal_attention():
     with pytest.raises(UsageError, match="is bidirectional attention, and a half-life is for causal attention only"):
         hf_attnswap.swap(tiny_encoder(), "elu", half_life=20)
+
+
+def test_a_module_that_cannot_be_handed_its_rotation_is_refused():
+    globals()["apply_rotary_pos_emb"] = lambda q, k, cos, sin: (q, k)
+    with pytest.raises(NotImplementedError, match="Closed takes no more keywords, such as its rotation"):
+        rotary_of(Closed(AutoConfig.for_model("llama", **SIZES), 0), "causal")
+
+
+def test_a_rotation_of_other_tokens_is_refused():
+    rotary = rotary_of(LlamaAttention(AutoConfig.for_model("llama", **SIZES), 0), "causal")
+    cos_and_sin, query = (torch.ones(1, 5, 16), torch.zeros(1, 5, 16)), torch.zeros(2, 4, 6, 16)
+    assert rotation_of(rotary, cos_and_sin, query[:, :, :5], 5).turns.shape[:2] == (2, 5)
+    with pytest.raises(NotImplementedError, match=r"cos of shape \(1, 5, 16\) for 2 rows of 6 tokens"):
+        rotation_of(rotary, cos_and_sin, query, 6)

@@ -19,21 +19,9 @@ available = native.missing
 
 
 def unfit(
-    query,
-    key,
-    value,
-    map_query,
-    map_key,
-    log_mix,
-    scaling,
-    window,
-    sinks,
-    valid,
-    state,
-    keep_state,
-    rotation,
-    log_decay,
-):
+    query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state,
+    rotation, log_decay,
+):  # fmt: skip
     """Return why the kernel cannot serve the call, in words, or None."""
     if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "torch's own operations only are compiled and transformed"
@@ -43,21 +31,9 @@ def unfit(
 
 
 def run(
-    query,
-    key,
-    value,
-    map_query,
-    map_key,
-    log_mix,
-    scaling,
-    window,
-    sinks,
-    valid,
-    state,
-    keep_state,
-    rotation,
-    log_decay,
-):
+    query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state,
+    rotation, log_decay,
+):  # fmt: skip
     """Return what `hybrid_attention` returns; takes its arguments in order."""
     dtype, maps = compute_dtype(query.dtype), (map_query, map_key)
     if state is not None and rotation is None and fits_step(query, key, value, valid, state.window):

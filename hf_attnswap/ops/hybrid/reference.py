@@ -13,41 +13,17 @@ NO_MASS = 1e-30
 
 
 def unfit(
-    query,
-    key,
-    value,
-    map_query,
-    map_key,
-    log_mix,
-    scaling,
-    window,
-    sinks,
-    valid,
-    state,
-    keep_state,
-    rotation,
-    log_decay,
-):
+    query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state,
+    rotation, log_decay,
+):  # fmt: skip
     """Return why this form cannot serve a call that takes or keeps a state, in words; None for all other calls."""
     return "the formula over whole matrices keeps no state for generation" if state is not None or keep_state else None
 
 
 def run(
-    query,
-    key,
-    value,
-    map_query,
-    map_key,
-    log_mix,
-    scaling,
-    window,
-    sinks,
-    valid,
-    state,
-    keep_state,
-    rotation,
-    log_decay,
-):
+    query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state,
+    rotation, log_decay,
+):  # fmt: skip
     """Return what `hybrid_attention` returns, and None for the state, from the whole matrix of weights; O(n^2) memory.
 
     Takes the arguments of `hybrid_attention` in order; differentiable by autograd.

@@ -14,21 +14,9 @@ from .reference import NO_MASS, log_of_mass, log_scale, one_for_none
 
 
 def run(
-    query,
-    key,
-    value,
-    map_query,
-    map_key,
-    log_mix,
-    scaling,
-    window,
-    sinks,
-    valid,
-    state,
-    keep_state,
-    rotation,
-    log_decay,
-):
+    query, key, value, map_query, map_key, log_mix, scaling, window, sinks, valid, state, keep_state,
+    rotation, log_decay,
+):  # fmt: skip
     """Return what `hybrid_attention` returns; one token after a state goes by the recurrence. O(n d) memory.
 
     Takes the arguments of `hybrid_attention` in order.
