@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/attnswap tradeoff $(INPUTS)/SmolLM2-135M-Instruct.Q4_1.gguf --output_dir demo_report \
 		--train_file $(INPUTS)/train.txt --validation_file $(INPUTS)/validation.txt \
 		--arm window --arm relu_power --arm elu --arm benchmarks/plans/smollm2-135m-quarter.yaml \
-		--align_tokens 0 --length 512 --length 2048 --max_eval_tokens 8192 --tasks needle --task_length 512 --limit 10
+		--align_tokens 0 --length 512 --length 2048 --max_eval_tokens 4096 --tasks needle --task_length 512 --limit 8
 
 report: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
