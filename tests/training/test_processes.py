@@ -16,16 +16,17 @@ CONFIGS = "examples/configs"
 MODULE = "hf_attnswap.training"
 SWAP = ["--attention", "hedgehog+window", "--option", "window=4", "--option", "sinks=1"]
 
-# Runs a module, but writes half a file and kills itself the fourth time that tensors are saved: the middle of the
-# second checkpoint.
+# Runs a module (the second argument), but writes half a file and kills itself the nth time (the first argument) that
+# tensors are saved, which is twice in a checkpoint.
 TORN = """
 import os, runpy, signal, sys
 import safetensors.torch
 calls = []
 save = safetensors.torch.save_file
+nth = int(sys.argv.pop(1))
 def torn(tensors, file, metadata=None):
     calls.append(file)
-    if len(calls) == 4:
+    if len(calls) == nth:
         with open(file, "wb") as stream:
             stream.write(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -86,10 +87,9 @@ def test_killed_in_a_checkpoint_and_once_more_a_run_ends_as_if_nothing_had_happe
     more = ["--max_train_steps", "24", "--checkpointing_steps", "2"]
     train("align", command("align", tmp_path / "whole", *more)[3:])
     killed = command("align", tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
-    started = process("-c", TORN, *killed[1:])
-    finish(started, code=-signal.SIGKILL)
+    finish(process("-c", TORN, 4, *killed[1:]), code=-signal.SIGKILL)
     assert {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()} == {"step_2", "partial_4"}
-    kill_at_random(process(*killed), tmp_path / "killed", random.random())
+    finish(process("-c", TORN, random.randint(3, 20), *killed[1:]), code=-signal.SIGKILL)
     assert not (tmp_path / "killed" / "model").exists()
     _, err = finish(process(*killed))
     assert "going on from" in err
