@@ -156,7 +156,6 @@ class Letters:
 
 
 def test_a_report_has_the_controls_and_what_the_arm_is_beside_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_attnswap.benchmark.measure._return_freed_memory", lambda *given: None)
     monkeypatch.setattr(controls, "equal_time", lambda *given: {"arm": "softmax", "note": "slower"})
     (tmp_path / "text.txt").write_text("The cat sat on the mat, and then it went out into the rain. " * 50)
     given = Settings(
