@@ -1,5 +1,5 @@
 // Activations on scores: the weight a(s) and its derivative, element by element. `c` is a number of the row: what is
-// added to the score (sigmoid), its largest score (EXP, POWER), or 1 over the largest term (POWER_UNSHIFTED).
+// added to the score (sigmoid), a score near its largest (EXP, whose scores are in base 2), its largest (POWER), or 1 over the largest term (POWER_UNSHIFTED).
 #pragma once
 #include "vector.h"
 
@@ -8,7 +8,7 @@ namespace {
 enum { RELU_ = 0, RELU2 = 1, SIGMOID = 2, SOFTPLUS = 3, GELU = 4, EXP = 5, POWER = 6, POWER_UNSHIFTED = 7 };
 
 // Whether the row's largest score must be known before its weights.
-INLINE bool needs_peak(int64_t activation) { return activation >= EXP; }
+constexpr bool peak_comes_first(int64_t activation) { return activation == POWER || activation == POWER_UNSHIFTED; }
 
 INLINE V relu(V x) { return x < 0 ? V{} : x; }
 INLINE V sigmoid(V x) { return 1 / (1 + exponential(-x)); }
@@ -51,7 +51,7 @@ INLINE V activate(V s, V c, L squarings) {
     V density;
     return s * normal(s, density);
   }
-  if (A == EXP) return exponential(s - c);
+  if (A == EXP) return power_of_two(s - c);
   V r = A == POWER ? relu((s - c) + 1) : relu(s + 1) * c;
   for (L i = 0; i < squarings; i++) r = r * r;
   return r;
@@ -82,7 +82,7 @@ INLINE V activate(V s, V c, L squarings, V& slope) {
     slope = phi + s * density;
     return s * phi;
   }
-  if (A == EXP) return slope = exponential(s - c);
+  if (A == EXP) return slope = power_of_two(s - c);
   V r = A == POWER ? relu((s - c) + 1) : relu(s + 1) * c;
   slope = kept(r > 0, A == POWER ? set(1) : c);
   for (L i = 0; i < squarings; i++) slope = slope * 2 * r, r = r * r;  // (r^2m)' = 2 r^m (r^m)'

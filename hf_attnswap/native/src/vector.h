@@ -72,6 +72,11 @@ INLINE I lanes() {
   return x;
 }
 
+INLINE bool any(I mask) {
+  whole bits = 0;
+  UNROLL for (int i = 0; i < LANES; i++) bits |= mask[i];
+  return bits;
+}
 INLINE real total(V x) {
   real a[LANES];
   store(a, x);
@@ -115,6 +120,20 @@ INLINE V exponential(V x) {
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1;
   return kept(~below, p * power);
+}
+
+// 2^x for x <= 0, as `exponential` does it.
+INLINE V power_of_two(V x) {
+  if (DOUBLE) return exponential(x * (real)0.6931471805599453);
+  const real magic = 12582912.f + 127;
+  V shifted = x + magic, f = x - (shifted - magic);
+  V p = set(0.0013264727f);
+  p = p * f + 0.009671513f;
+  p = p * f + 0.055507336f;
+  p = p * f + 0.24022242f;
+  p = p * f + 0.69314700f;
+  p = p * f + 1;
+  return kept(~(x < -126), p * (V)((I)shifted << 23));
 }
 
 // Numbers for the time of a task, aligned.
