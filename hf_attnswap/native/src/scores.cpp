@@ -32,7 +32,7 @@ struct ScoreTile {
     L offset = a.keys - a.length;
     seen = a.causal ? offset + r0 + rows : a.keys;
     free = a.causal ? offset + r0 + 1 : a.keys;
-    read_transposed(a.q, b, h, heads, r0, rows, a.dim, (real)(A == EXP ? a.scale * 1.4426950408889634 : a.scale), qt);
+    read_transposed(a.q, b, h, heads, r0, rows, a.dim, scale_of<A>(a), qt);
   }
   // Which rows of a vector of columns see key j.
   I sees(L j, L column) const {
@@ -61,7 +61,7 @@ struct ScoreTile {
     for (L x = 0; x < C; x++) peak[x] = -INFINITY;
     if (A == SIGMOID)
       for (L x = 0; x < C; x++) {
-        real count = is_row(x) ? ((const real*)a.count)[b * a.count_stride + r0 + x % ROWS] : 1;
+        real count = is_row(x) ? count_of(a, b, r0 + x % ROWS) : 1;
         c[x] = ((const real*)a.offset)[h + x / ROWS] - std::log(count);
       }
     if (!peak_comes_first(A)) return;
@@ -69,16 +69,7 @@ struct ScoreTile {
       const L keys = least(KEYS, seen - j);
       score(j, keys, st + j * C), raise(j, keys, st + j * C);
     }
-    for (L x = 0; x < C; x += LANES) {
-      V p = load(peak + x);
-      p = p == -INFINITY ? V{} : p;
-      if (A == POWER_UNSHIFTED) {
-        const real tiny = DOUBLE ? 2.2250738585072014e-308 : 1.17549435e-38f;
-        p = 1 + p;
-        p = 1 / (p < tiny ? set(tiny) : p);
-      }
-      store(c + x, p);
-    }
+    for (L x = 0; x < C; x += LANES) store(c + x, of_peak<A>(load(peak + x)));
   }
   // Softmax: raise the peak, from which weights are counted, and bring what is summed so far to it.
   void shift(L j, L keys, const real* s) {
@@ -117,11 +108,7 @@ struct ScoreTile {
     for (L x = 0; x < keys * C; x += LANES) found |= load(w + x) != 0;
     return any(found);
   }
-  real denominator(L column) const {
-    if (a.denominator == 1) return std::pow(((const real*)a.count)[b * a.count_stride + r0 + column % ROWS], (real)a.alpha);
-    if (a.denominator == 0) return 1;
-    return a.eps ? total[column] + (real)a.eps : total[column] > 0 || total[column] != total[column] ? total[column] : 1;
-  }
+  real divisor(L column) const { return denominator(a, b, r0 + column % ROWS, total[column]); }
 
   void forward() {
     prepare();
@@ -143,9 +130,8 @@ struct ScoreTile {
     }
     for (L x = 0; x < C; x++) {
       if (!is_row(x)) continue;
-      real d = denominator(x);
-      if (a.total) ((real*)a.total)[row(x)] = total[x];
-      if (a.peak) ((real*)a.peak)[row(x)] = c[x];
+      real d = divisor(x);
+      ((real*)a.total)[row(x)] = total[x], ((real*)a.peak)[row(x)] = c[x];
       write_row(a.out, AS_COMPUTED, b, h + x / ROWS, r0 + x % ROWS, 0, a.value_dim, out + x * columns, 1 / d);
     }
   }
@@ -180,10 +166,10 @@ struct ScoreGradient : ScoreTile<A> {
       L head = h + x / ROWS, n = r0 + x % ROWS;
       read_rows(a.q, AS_COMPUTED, b, head, n, 1, 0, a.dim, wide, (real)a.scale, q + x * wide, wide);
       read_rows(a.go, AS_COMPUTED, b, head, n, 1, 0, a.value_dim, columns, 1, row, columns);
-      total[x] = a.total ? ((const real*)a.total)[Tile::row(x)] : 0;
+      total[x] = ((const real*)a.total)[Tile::row(x)];
       if (A == EXP) c[x] = ((const real*)a.peak)[Tile::row(x)];
       const real* out = (const real*)a.out.p + b * a.out.b + head * a.out.h + n * a.out.n;
-      real r = 1 / Tile::denominator(x), d = 0;
+      real r = 1 / Tile::divisor(x), d = 0;
       for (L e = 0; e < a.value_dim; e++) row[e] *= r, d += row[e] * out[e];
       if (a.denominator == 2 && (a.eps || total[x] != 0)) dl[x] = -d;
     }
@@ -254,7 +240,7 @@ struct ScoreGradient : ScoreTile<A> {
 
 template <int A>
 void score_forward(const Scores& a) {
-  const L group = a.heads / a.kv_heads, heads = heads_per_tile(group), sets = group / heads, tiles = (a.length + ROWS - 1) / ROWS;
+  const L group = a.heads / a.kv_heads, heads = heads_at_once(group), sets = group / heads, tiles = (a.length + ROWS - 1) / ROWS;
   const L most = 8, runs = (tiles + most - 1) / most;
   parallel(a.threads, a.batch * a.kv_heads * sets * runs, [&](L task) {
     L set = task % (a.batch * a.kv_heads * sets), run = runs - 1 - task / (a.batch * a.kv_heads * sets);  // the longest rows first
@@ -267,7 +253,7 @@ void score_forward(const Scores& a) {
 // Part p of the rows has its own sums for dk and dv; their first dimension is that of the parts.
 template <int A>
 void score_backward(const Scores& a) {
-  const L group = a.heads / a.kv_heads, heads = heads_per_tile(group), tiles = (a.length + ROWS - 1) / ROWS;
+  const L group = a.heads / a.kv_heads, heads = heads_at_once(group), tiles = (a.length + ROWS - 1) / ROWS;
   parallel(a.threads, a.batch * a.kv_heads * a.parts, [&](L task) {
     L pair = task / a.parts, part = task % a.parts, b = pair / a.kv_heads, kv = pair % a.kv_heads;
     for (L g = 0; g < group; g += heads) {
@@ -278,18 +264,6 @@ void score_backward(const Scores& a) {
     }
   });
 }
-
-#define BY_ACTIVATION(run)                        \
-  switch (a.activation) {                         \
-    case RELU_: return run<RELU_>(a);             \
-    case RELU2: return run<RELU2>(a);             \
-    case SIGMOID: return run<SIGMOID>(a);         \
-    case SOFTPLUS: return run<SOFTPLUS>(a);       \
-    case GELU: return run<GELU>(a);               \
-    case EXP: return run<EXP>(a);                 \
-    case POWER: return run<POWER>(a);             \
-    default: return run<POWER_UNSHIFTED>(a);      \
-  }
 
 void scores_forward(const Scores& a) { BY_ACTIVATION(score_forward) }
 void scores_backward(const Scores& a) { BY_ACTIVATION(score_backward) }

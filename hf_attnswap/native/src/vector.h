@@ -55,6 +55,9 @@ template <class T> INLINE T least(T a, T b) { return b < a ? b : a; }
 template <class T> INLINE T most(T a, T b) { return a < b ? b : a; }
 INLINE L up(L n, L to) { return (n + to - 1) / to * to; }
 
+// Query heads that go together through what they share: as many as share a key, up to 4.
+INLINE L heads_at_once(L group) { return group % 4 == 0 ? 4 : group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1; }
+
 INLINE V load(const real* p) { V x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store(real* p, V x) { memcpy(p, &x, sizeof x); }
 INLINE V set(real x) { return x - V{}; }  // x + 0 would change -0

@@ -2,7 +2,8 @@
 
 The scores of a tile stand transposed, so that sums, maxima and masks need no work across a vector. Where an activation
 needs the largest score of its row, the tile's scores are made first and kept until they have become weights; softmax
-goes on from the largest so far, and brings its sums to a new one. Keys whose weights are all zero are passed over. The backward pass makes the scores again. One row alone goes by torch.
+goes on from the largest so far, and brings its sums to a new one. Keys whose weights are all zero are passed over. The
+backward pass makes the scores again. One row alone, a step of generation, reads keys and values once.
 """
 
 import torch
@@ -37,7 +38,7 @@ def unfit(query, key, value, mask, scaling, activation, gain, result_dtype):
 
 def run(query, key, value, mask, scaling, activation, gain, result_dtype):
     """Return what `score_attention` returns; takes its arguments in order."""
-    if query.shape[2] == 1 and not torch.compiler.is_compiling():
+    if query.shape[2] == 1 and not torch.compiler.is_compiling() and not fits_row(query, key, value):
         return at_once(query, key, value, mask, scaling, activation, gain, result_dtype)
     dtype, params = compute_dtype(query.dtype), activation.params
     query, key, value = (t.to(dtype) for t in (query, key, value))
@@ -63,6 +64,14 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
     call = _forward if native.by_hand(query, key, value, offset) else forward
     out = call(*arguments)[0][..., : value.shape[-1]]
     return with_gain(out, gain).to(result_dtype)
+
+
+def fits_row(query, key, value) -> bool:
+    """Return whether the kernel can take all keys and values as they are; a copy would take longer than the row."""
+    return all(
+        t.dtype == compute_dtype(t.dtype) == query.dtype and t.shape[-1] % 16 == 0 and t.stride(-1) == 1
+        for t in (key, value)
+    )
 
 
 def _counts(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
@@ -125,7 +134,8 @@ def _prepared(q, k, v, valid, offset, causal):
 def _forward(q, k, v, valid, offset, *numbers) -> tuple[Tensor, Tensor, Tensor]:
     results = _results(q, v)
     tensors, count = _prepared(q, k, v, valid, offset, causal=numbers[-1])
-    native.run("scores_forward", q.dtype, _call(*tensors, *numbers, *results, count))
+    kernel = "scores_row" if q.shape[2] == 1 else "scores_forward"
+    native.run(kernel, q.dtype, _call(*tensors, *numbers, *results, count))
     return results
 
 
