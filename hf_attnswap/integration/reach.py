@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .. import attentions
+from ..attentions import Attention
 from ..errors import UsageError
 from ..plans import Plan, choices
 from .read_mask import ANY_MASK
@@ -79,7 +80,7 @@ def check_reach(
             index: (name, modules[index].reach)
             for index, planned in sorted(plan.items())
             for name, _ in choices(planned)
-            if passes(modules[index]) and not attentions.get(name).any_mask
+            if passes(modules[index]) and not _honours(attentions.get(name), group[1], modules[index].reach)
         }
         if not near:
             continue
@@ -101,6 +102,10 @@ def check_reach(
             "%s: texts of more than %d tokens will be refused, also while they are generated%s",
             says, reach.tokens, f"; layers={sorted(others)} swaps the layers that see all" if others else "",
         )  # fmt: skip
+
+
+def _honours(variant: type[Attention], kind: str, reach: Reach) -> bool:
+    return variant.any_mask or variant.slides and kind == "causal" and reach.sliding_window is not None
 
 
 def passes(entry: Any) -> bool:
