@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..masks import Mask
 from ..ops.heads import scores
@@ -66,8 +66,8 @@ class Hybrid(Attention):
         return mask if self.unrotate else replace(mask, rotation=None)
 
     def weights(self, query, key, mask, scaling):
-        where = scaling, self.window, self.sinks
-        return hybrid_weights(query, key, self.seen_by_maps(mask), *self.maps_and_mix(), *where, self.linear.log_decay())
+        mask, where = self.seen_by_maps(mask), (scaling, self.window, self.sinks)
+        return hybrid_weights(query, key, mask, *self.maps_and_mix(), *where, self.linear.log_decay())
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):

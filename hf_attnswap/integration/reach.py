@@ -1,7 +1,8 @@
 """How far an attention module sees: sliding windows and chunks, which a state cannot follow once it has read past them.
 
-Inside one window or chunk a text is like any other. So a swap is refused where nobody chose such a layer and there are
-others; where somebody did, or all layers are such, a warning tells how long texts may be.
+Some variants honour a sliding window, and any does inside one window or chunk, where a text is like any other. A swap
+to one that does not is refused where nobody chose such a layer and there are others; where somebody did, or all layers
+are such, a warning tells how long texts may be.
 """
 
 import logging
@@ -87,9 +88,10 @@ def check_reach(
         name, reach = next(iter(near.values()))
         kind = "" if group[1] == "causal" else f"{group[1]} "
         see = "layer {} sees" if len(near) == 1 else "layers {} see"
+        slides = group[1] == "causal" and reach.sliding_window is not None
         says = (
             f"{model}: {kind}{see.format(_listed(list(near)))} no more than {reach}, which {name} cannot honour in "
-            f"longer texts ({ANY_MASK} can)"
+            f"longer texts ({'window, hedgehog, other linear variants, hybrids, ' * slides}{ANY_MASK} can)"
         )
         others = [index for index, entry in modules.items() if not passes(entry)]
         if others and not chosen:

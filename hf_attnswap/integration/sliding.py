@@ -1,4 +1,4 @@
-"""The sliding window of a layer: how large it is, and a mask that says so, for variants that honour it by themselves."""
+"""The sliding window of a layer: how large it is, and a mask that says so, for variants that honour it themselves."""
 
 from dataclasses import replace
 from typing import Any

@@ -74,7 +74,7 @@ class Mask:
     @property
     def plain(self) -> bool:
         """Return whether causality and padding say all, so that nothing has to be known of single scores."""
-        return self.dense is self.bias is self.softcap is self.sinks is self.window is None
+        return all(part is None for part in (self.dense, self.bias, self.softcap, self.sinks, self.window))
 
     def without_window(self) -> "Mask":
         """Return the mask of a layer that has no sliding window."""

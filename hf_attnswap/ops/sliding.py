@@ -35,8 +35,8 @@ class WindowState:
     """Hold what a window layer remembers: the first keys and values, then the last (right-aligned), and a count.
 
     Attributes:
-        key: `[B, Hkv, f + r, D]`; value: `[B, Hkv, f + r, Dv]`, for the first f and the last r tokens, padding included:
-            m and w, or fewer as long as fewer have come. Slots that no valid token has reached do not count.
+        key: `[B, Hkv, f + r, D]`; value: `[B, Hkv, f + r, Dv]`, for the first f and the last r tokens, padding
+            included: m and w, or fewer as long as fewer have come. Slots that no valid token has reached do not count.
         count: int `[B]`, how many valid tokens came before.
     """
 

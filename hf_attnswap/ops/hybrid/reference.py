@@ -35,9 +35,7 @@ def run(
     return mix(weights, v).to(query.dtype), None
 
 
-def hybrid_weights(
-    query, key, mask, map_query, map_key, log_mix, scaling, window, sinks, log_decay=None
-) -> Tensor:
+def hybrid_weights(query, key, mask, map_query, map_key, log_mix, scaling, window, sinks, log_decay=None) -> Tensor:
     """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `mask` leaves the row.
 
     Args:
