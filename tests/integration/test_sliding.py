@@ -19,6 +19,8 @@ from transformers import (
 )
 
 import hf_attnswap
+from hf_attnswap.benchmark.generation import decode, filled_cache
+from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops.heads import mix
@@ -137,6 +139,14 @@ def test_the_usual_sizes(name):
         )
     torch.testing.assert_close(before[:, 512:], after[:, 512:], **CLOSE)  # which does not see the first token
     assert greedy(model, ids, new=3).sequences.shape == (1, 516)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_that_is_filled_for_a_benchmark_is_that_of_a_text(name):
+    model = sliding("mistral", name)
+    filled, read = filled_cache(model, LENGTH), model(tokens(LENGTH, batch=1), use_cache=True).past_key_values
+    assert cache_nbytes(filled) == cache_nbytes(read)
+    decode(model, filled, torch.full((1, 1), 5), 2)
 
 
 def test_padding_between_tokens_is_refused():
