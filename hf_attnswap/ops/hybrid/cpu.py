@@ -39,9 +39,9 @@ def run(
 ):  # fmt: skip
     """Return what `hybrid_attention` returns; takes its arguments in order."""
     dtype, maps = compute_dtype(query.dtype), (map_query, map_key)
-    if state is not None and rotation is None and fits_step(query, key, value, valid, state.window):
+    if state is not None and rotation is None and fits_step(query, key, value, valid, window, sinks, state.window):
         return _step(query, key, value, *maps, log_mix, scaling, window, sinks, state, log_decay)
-    at = context(query, key, value, valid, window, sinks, state and state.window, keep_state)
+    at = context(query, key, value, valid, window, sinks, state and state.window)
     turns = None if rotation is None else at.slots(rotation.turns[:, None], state and state.turns)
 
     def seen_by_map(x, slots: slice):
