@@ -73,7 +73,8 @@ def test_gradients(each_set, seed):  # noqa: F811
 def test_a_text_without_a_state(seed):
     given, _, _, shape, valid, _, _ = drawn(seed)
     with torch.no_grad():
-        ours, expected = (form.run(*given, *shape, valid, None, False, None)[0] for form in (window.cpu, window.reference))
+        more = (*shape, valid, None, False, None)
+        ours, expected = (form.run(*given, *more)[0] for form in (window.cpu, window.reference))
     keep = 1 if valid is None else valid[:, None, :, None]
     torch.testing.assert_close(ours * keep, expected * keep)
 
