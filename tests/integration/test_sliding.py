@@ -153,6 +153,20 @@ def test_padding_between_tokens_is_refused():
         greedy(model, ids, mask, new=6)
 
 
+@pytest.mark.parametrize("name", ("window", "elu"))
+def test_short_texts_in_long_rows(name):
+    """Rows of which no text is longer than the window, padded or packed, are those of the texts alone."""
+    model, ids = sliding("mistral", name), tokens(LENGTH)
+    mask = torch.zeros(2, LENGTH, dtype=torch.long)
+    mask[0, -9:] = 1  # the other row is padding alone
+    padded = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
+    torch.testing.assert_close(padded[0, -9:], logits(model, ids[:1, -9:])[0], **CLOSE)
+    packed = torch.cat([torch.arange(n) for n in (10, 7, 9)])[None]
+    together = logits(model, ids[:1], position_ids=packed, use_cache=False)
+    alone = [logits(model, text) for text in ids[:1].split((10, 7, 9), dim=1)]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), **CLOSE)
+
+
 def test_a_mask_that_shows_more_than_the_window_is_refused():
     model, ids = sliding("mistral", "elu"), tokens(LENGTH)
     whole = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
