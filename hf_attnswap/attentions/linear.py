@@ -56,7 +56,8 @@ class LinearAttention(Attention):
     of this family writes `feature_map`, or the two others where queries and keys differ.
 
     With a half-life h, causal attention has `d^{i - j} phi(q_i).phi(k_j)` with d = 2^(-1/h) in place of the product; i
-    and j count the tokens that are not padding. Without the rotation, phi sees query and key before it.
+    and j count the tokens that are not padding. Without the rotation, phi sees query and key before it. In a layer with
+    a sliding window W the sums go over the keys i - W + 1 to i (`within.py`).
 
     Attributes:
         scaled: the maps see query and key times sqrt(scaling), not as they are.
