@@ -139,11 +139,12 @@ INLINE V power_of_two(V x) {
   return kept(~(x < -126), p * (V)((I)shifted << 23));
 }
 
-// Numbers for the time of a task, aligned.
+// Numbers for the time of a task, aligned by hand: aligned_alloc takes longer than a step of generation computes.
 struct Buffer {
+  void* memory;
   real* p;
-  explicit Buffer(L n) : p((real*)aligned_alloc(64, up(n * sizeof(real), 64) + 64)) {}
-  ~Buffer() { free(p); }
+  explicit Buffer(L n) : memory(malloc(n * sizeof(real) + 128)), p((real*)(((uintptr_t)memory + 63) & ~(uintptr_t)63)) {}
+  ~Buffer() { free(memory); }
   Buffer(const Buffer&) = delete;
   operator real*() const { return p; }
   void clear(L n) { memset(p, 0, n * sizeof(real)); }
