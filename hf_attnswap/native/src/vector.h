@@ -125,7 +125,9 @@ INLINE V exponential(V x) {
   return kept(~below, p * power);
 }
 
-// 2^x for x <= 0, as `exponential` does it.
+constexpr real LOG2_E = 1.4426950408889634;
+
+// 2^x for x <= 0, as `exponential` does it; its scores carry the factor LOG2_E.
 INLINE V power_of_two(V x) {
   if (DOUBLE) return exponential(x * (real)0.6931471805599453);
   const real magic = 12582912.f + 127;

@@ -17,8 +17,6 @@ struct Sight {
   L sinks_seen(L r) const { return least(sinks, count + r + 1); }
 };
 
-constexpr real LOG2_E = 1.4426950408889634;
-
 // One part of a group in one tile of rows: weights of the softmax 2^{s - c}, with scores in base 2, their sums and the
 // numerators.
 struct SoftmaxTile {
