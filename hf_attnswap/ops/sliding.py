@@ -341,7 +341,7 @@ def context(
         keep_state: whether there are tokens to come, for which a state is asked.
     """
     if torch.compiler.is_compiling():  # one program for all lengths
-        state = state and _whole(state, window, sinks)
+        state = state and whole(state, window, sinks)
     if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled():
         return Step(query, key, value, window, sinks, state)
     if not torch.compiler.is_compiling():
@@ -352,7 +352,7 @@ def context(
     return Context(query, key, value, valid, window, sinks, state)
 
 
-def _whole(state: WindowState, window: int, sinks: int) -> WindowState:
+def whole(state: WindowState, window: int, sinks: int) -> WindowState:
     """Return the state with a slot for every token of the window; those that are added hold no token."""
 
     def grown(slots: Tensor) -> Tensor:

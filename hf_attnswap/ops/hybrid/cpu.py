@@ -9,7 +9,7 @@ from ... import native
 from ..heads import compute_dtype
 from ..linear.cpu import branch, gates, hybrid_branch, kernel_of
 from ..programs import transformed
-from ..sliding import HybridState, Step, context
+from ..sliding import HybridState, Step, context, whole
 from ..window.cpu import fits_step, softmax_of_context, step
 from .reference import NO_MASS, log_of_mass, one_for_none
 
@@ -23,8 +23,8 @@ def unfit(
     rotation, log_decay,
 ):  # fmt: skip
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "torch's own operations only are compiled and transformed"
+    if transformed() or torch.jit.is_tracing():
+        return "torch.func and torch.jit.trace take torch's own operations only"
     if kernel_of(map_query, map_key) is None:
         return f"the map {map_query.name} is not one of the kernel's"
     return None
@@ -59,19 +59,14 @@ def run(
     leaving_key = seen_by_map(leaving_key, gone)
     given = (seen_by_map(at.query, own), leaving_key, leaving_value.to(dtype), leaves)
     given += (gates(log_decay, leaving_key, counted), state and state.linear.to(dtype))
-    learned = [*map_query.tensors.values(), *map_key.tensors.values(), log_mix, log_decay]
-    if native.by_hand(query, key, value, *learned):
-        S = hybrid_branch(*given, *maps, log_mix, out, lse)
-    else:
-        numerator, den, S, left = branch(*given, *maps)
-        out = _joined(out, lse, numerator, den, left + log_mix.to(dtype)[:, None])
+    out, S = _with_linear(given, maps, log_mix, log_decay, out, lse)
     out = (out if isinstance(at, Step) else at.unalign(out)).to(query.dtype)
     return out, HybridState(at.state(), S, None if turns is None else at.recent(turns)) if keep_state else None
 
 
 def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state, log_decay):
     """Return what `hybrid_attention` returns for one token after a state, where `fits_step` of the window holds."""
-    old = state.window
+    old = whole(state.window, window, sinks) if torch.compiler.is_compiling() else state.window
     out, lse, after = step(query, key, value, scaling, window, sinks, old)
     # The oldest token beside the sinks leaves, where the window is full of tokens.
     leaving, slots = slice(sinks, sinks + 1), old.key.shape[2]
@@ -80,8 +75,22 @@ def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks
     else:
         leaves = (old.count >= slots)[:, None]
     given = (query, old.key[:, :, leaving], old.value[:, :, leaving], leaves, gates(log_decay, key, None))
-    S = hybrid_branch(*given, state.linear.to(query.dtype), map_query, map_key, log_mix, out, lse)
+    given += (state.linear.to(query.dtype),)
+    out, S = _with_linear(given, (map_query, map_key), log_mix, log_decay, out, lse)
     return out, HybridState(after, S)
+
+
+def _with_linear(given, maps, log_mix, log_decay, out, lse):
+    """Return the output of both branches, and the state of the linear one.
+
+    Args:
+        given: the first arguments of `branch`; out, lse: of the softmax. the others: as the op takes them.
+    """
+    learned = [*maps[0].tensors.values(), *maps[1].tensors.values(), log_mix, log_decay]
+    if native.by_hand(*given[:3], out, *learned):
+        return out, hybrid_branch(*given, *maps, log_mix, out, lse)
+    numerator, den, S, left = branch(*given, *maps)
+    return _joined(out, lse, numerator, den, left + log_mix.to(den.dtype)[:, None]), S
 
 
 def _joined(out, lse, numerator, den, log_scale):

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ... import native
 from ..heads import compute_dtype
-from ..programs import transformed
-from ..sliding import Context, Step, WindowState, context
+from ..programs import sizes_are_open, transformed
+from ..sliding import Context, Step, WindowState, context, whole
 
 devices = ("cpu",)
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -15,14 +15,14 @@ available = native.missing
 
 def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state):
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "torch's own operations only are compiled and transformed"
+    if transformed() or torch.jit.is_tracing():
+        return "torch.func and torch.jit.trace take torch's own operations only"
     return None
 
 
 def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     """Return what `window_attention` returns; takes its arguments in order."""
-    if valid is None and state is None and not keep_state:
+    if valid is None and state is None and not keep_state and not sizes_are_open(query):
         parts = softmax_of_text(query, key, value, scaling, window, sinks)
         return parts[0].to(query.dtype), None
     if fits_step(query, key, value, valid, state):
@@ -47,23 +47,36 @@ def fits_step(query, key, value, valid, state) -> bool:
 
 def step(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Tensor, WindowState]:
     """Return the output of one token after a state, the log of its mass `[B, H, 1]`, and the state with the token."""
-    query, key, value, old_k, old_v = (native.rows(t) for t in (query, key, value, state.key, state.value))
+    if torch.compiler.is_compiling():  # one program for all lengths
+        state = whole(state, window, sinks)
+    run = _step if native.by_hand(query, key, value) else one_step
+    out, lse, *slots = run(query, key, value, state.key, state.value, state.count, float(scaling), window, sinks)
+    return out, lse, WindowState(*slots, state.count + 1)
+
+
+def _step_results(query, key, value, old_k, window, sinks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for output, log of the mass, and the slots of keys and values."""
     batch, heads, _, dim = query.shape
-    slots = old_k.shape[2]
-    now, value_dim = min(slots + 1, sinks + window), value.shape[-1]
+    now, value_dim = min(old_k.shape[2] + 1, sinks + window), value.shape[-1]
     new_k = key.new_empty(batch, key.shape[1], now, dim)
     new_v = value.new_empty(batch, key.shape[1], now, value_dim)
-    out, lse = query.new_empty(batch, heads, 1, value_dim), query.new_empty(batch, heads, 1)
+    return query.new_empty(batch, heads, 1, value_dim), query.new_empty(batch, heads, 1), new_k, new_v
+
+
+def _step(query, key, value, old_k, old_v, count, scaling, window, sinks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, value, old_k, old_v = (native.rows(t) for t in (query, key, value, old_k, old_v))
+    out, lse, new_k, new_v = results = _step_results(query, key, value, old_k, window, sinks)
+    batch, heads, _, dim = query.shape
     call = native.WindowStep(
         threads=torch.get_num_threads(),
         batch=batch,
         heads=heads,
         kv_heads=key.shape[1],
         dim=dim,
-        value_dim=value_dim,
+        value_dim=value.shape[-1],
         window=window,
         sinks=sinks,
-        slots=slots,
+        slots=old_k.shape[2],
         scaling=scaling,
         q=native.strided(query),
         k=native.strided(key),
@@ -73,11 +86,32 @@ def step(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Tens
         new_k=native.strided(new_k),
         new_v=native.strided(new_v),
         out=native.strided(out),
-        count=native.pointer(state.count),
+        count=native.pointer(count),
         lse=native.pointer(lse),
     )
     native.run("window_step", query.dtype, call)
-    return out, lse, WindowState(new_k, new_v, state.count + 1)
+    return results
+
+
+@torch.library.custom_op("hf_attnswap::window_step", mutates_args=(), device_types="cpu")
+def one_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    old_k: Tensor,
+    old_v: Tensor,
+    count: Tensor,
+    scaling: float,
+    window: int,
+    sinks: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, log of the mass, and the slots with the token; see `WindowStep` in `native/src/interface.h`."""
+    return _step(query, key, value, old_k, old_v, count, scaling, window, sinks)
+
+
+@one_step.register_fake
+def _(query, key, value, old_k, old_v, count, scaling, window, sinks):
+    return _step_results(query, key, value, old_k, window, sinks)
 
 
 def softmax_of_text(query, key, value, scaling, window, sinks) -> tuple[Tensor, Tensor]:
