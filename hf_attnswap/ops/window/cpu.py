@@ -1,5 +1,8 @@
 """Compute window attention by the CPU kernels: tiles of 16 rows of the heads that share a key, scores transposed."""
 
+import functools
+import threading
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,10 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
         parts = softmax_of_text(query, key, value, scaling, window, sinks)
         return parts[0].to(query.dtype), None
     if fits_step(query, key, value, valid, state):
-        out, _, after = step(query, key, value, scaling, window, sinks, state)
+        if torch.compiler.is_compiling():
+            out, _, _, after = step_in_program(query, key, value, scaling, window, sinks, whole(state, window, sinks))
+            return out, after if keep_state else None
+        out, after = step(query, key, value, scaling, window, sinks, state)
         return out, after if keep_state else None
     at = context(query, key, value, valid, window, sinks, state, keep_state)
     if isinstance(at, Step):
@@ -45,52 +51,61 @@ def fits_step(query, key, value, valid, state) -> bool:
     return kept and key.shape[-1] % 16 == 0 and value.shape[-1] % 16 == 0
 
 
-def step(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Tensor, WindowState]:
-    """Return the output of one token after a state, the log of its mass `[B, H, 1]`, and the state with the token."""
-    if torch.compiler.is_compiling():  # one program for all lengths
-        state = whole(state, window, sinks)
-    run = _step if native.by_hand(query, key, value) else one_step
-    out, lse, *slots = run(query, key, value, state.key, state.value, state.count, float(scaling), window, sinks)
-    return out, lse, WindowState(*slots, state.count + 1)
+def step(query, key, value, scaling, window, sinks, state, lse=None, leaves=None) -> tuple[Tensor, WindowState]:
+    """Return the output of one token after a state, and the state with the token.
 
-
-def _step_results(query, key, value, old_k, window, sinks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return memory for output, log of the mass, and the slots of keys and values."""
+    Args:
+        lse: memory for the log of the mass, `[B, H, 1]`; None where nobody asks for it. leaves: memory for whether the
+            oldest token beside the sinks leaves the window, bool `[B, 1]`; None where nobody asks.
+    """
     batch, heads, _, dim = query.shape
-    now, value_dim = min(old_k.shape[2] + 1, sinks + window), value.shape[-1]
-    new_k = key.new_empty(batch, key.shape[1], now, dim)
-    new_v = value.new_empty(batch, key.shape[1], now, value_dim)
-    return query.new_empty(batch, heads, 1, value_dim), query.new_empty(batch, heads, 1), new_k, new_v
+    _, kv_heads, _, value_dim = value.shape
+    given = [t.contiguous() for t in (query, key, value, state.key, state.value, state.count)]
+    slots = state.key.shape[2]
+    now = min(slots + 1, sinks + window)
+    new_k, new_v = key.new_empty(batch, kv_heads, now, dim), value.new_empty(batch, kv_heads, now, value_dim)
+    out, after = query.new_empty(batch, heads, 1, value_dim), torch.empty_like(given[-1])
+    sizes = (batch, heads, kv_heads, dim, value_dim, window, sinks, slots, float(scaling), query.dtype)
+    call = _prepared_step(threading.get_ident(), torch.get_num_threads(), *sizes)
+    call(*map(native.pointer, (*given, new_k, new_v, out, after, lse, leaves)))
+    return out, WindowState(new_k, new_v, after)
 
 
-def _step(query, key, value, old_k, old_v, count, scaling, window, sinks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, value, old_k, old_v = (native.rows(t) for t in (query, key, value, old_k, old_v))
-    out, lse, new_k, new_v = results = _step_results(query, key, value, old_k, window, sinks)
-    batch, heads, _, dim = query.shape
+@functools.lru_cache
+def _prepared_step(
+    thread, threads, batch, heads, kv_heads, dim, value_dim, window, sinks, slots, scaling, dtype
+) -> native.Prepared:
+    """Return the call of a step, for the calling thread; its tensors are contiguous."""
+    now = min(slots + 1, sinks + window)
     call = native.WindowStep(
-        threads=torch.get_num_threads(),
+        threads=threads,
         batch=batch,
         heads=heads,
-        kv_heads=key.shape[1],
+        kv_heads=kv_heads,
         dim=dim,
-        value_dim=value.shape[-1],
+        value_dim=value_dim,
         window=window,
         sinks=sinks,
-        slots=old_k.shape[2],
+        slots=slots,
         scaling=scaling,
-        q=native.strided(query),
-        k=native.strided(key),
-        v=native.strided(value),
-        old_k=native.strided(old_k),
-        old_v=native.strided(old_v),
-        new_k=native.strided(new_k),
-        new_v=native.strided(new_v),
-        out=native.strided(out),
-        count=native.pointer(count),
-        lse=native.pointer(lse),
+        q=native.side_by_side(heads, dim),
+        k=native.side_by_side(kv_heads, dim),
+        v=native.side_by_side(kv_heads, value_dim),
+        old_k=native.side_by_side(kv_heads, dim, slots),
+        old_v=native.side_by_side(kv_heads, value_dim, slots),
+        new_k=native.side_by_side(kv_heads, dim, now),
+        new_v=native.side_by_side(kv_heads, value_dim, now),
+        out=native.side_by_side(heads, value_dim),
     )
-    native.run("window_step", query.dtype, call)
-    return results
+    fields = "q", "k", "v", "old_k", "old_v", "count", "new_k", "new_v", "out", "next", "lse", "leaves"
+    return native.Prepared("window_step", dtype, call, fields)
+
+
+def step_in_program(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Tensor, Tensor, WindowState]:
+    """Return what `step` gives, `lse` and `leaves` behind the output, from a state with a slot for every token."""
+    given = (query, key, value, state.key, state.value, state.count)
+    out, lse, leaves, *after = one_step(*given, float(scaling), window, sinks)
+    return out, lse, leaves, WindowState(*after)
 
 
 @torch.library.custom_op("hf_attnswap::window_step", mutates_args=(), device_types="cpu")
@@ -104,14 +119,19 @@ def one_step(
     scaling: float,
     window: int,
     sinks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, log of the mass, and the slots with the token; see `WindowStep` in `native/src/interface.h`."""
-    return _step(query, key, value, old_k, old_v, count, scaling, window, sinks)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return output, log of the mass, whether a token leaves, and the state with the token; arguments as in `step`."""
+    lse, leaves = query.new_empty(query.shape[:3]), count.new_empty(len(count), 1, dtype=torch.bool)
+    out, after = step(query, key, value, scaling, window, sinks, WindowState(old_k, old_v, count), lse, leaves)
+    return out, lse, leaves, after.key, after.value, after.count
 
 
 @one_step.register_fake
 def _(query, key, value, old_k, old_v, count, scaling, window, sinks):
-    return _step_results(query, key, value, old_k, window, sinks)
+    now = min(old_k.shape[2] + 1, sinks + window)
+    slots = (t.new_empty(*t.shape[:2], now, t.shape[3]) for t in (key, value))
+    out, leaves = query.new_empty(*query.shape[:3], value.shape[-1]), count.new_empty(len(count), 1, dtype=torch.bool)
+    return out, query.new_empty(query.shape[:3]), leaves, *slots, torch.empty_like(count)
 
 
 def softmax_of_text(query, key, value, scaling, window, sinks) -> tuple[Tensor, Tensor]:
