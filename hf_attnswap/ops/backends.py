@@ -38,7 +38,7 @@ OPS: dict[str, "Op"] = {}
 _PORTABLE = ("torch", "reference")
 _ALL = "all ops"
 
-_logged: set[str] = set()
+_logged: set[tuple[str, ...]] = set()
 _logging = threading.Lock()
 
 
@@ -162,23 +162,25 @@ class Op:
             reason = form.refusal(arguments)
             if reason is None:
                 if wanting is not None:
-                    _log_once(logging.WARNING, f"backend {form.backend} runs, not {wanting.backend}: {wanting.missing}")
+                    _log_once(
+                        logging.WARNING, "backend %s runs, not %s: %s", form.backend, wanting.backend, wanting.missing
+                    )
                 return form
             if form.runs_on(arguments[0].device.type) and not torch.compiler.is_compiling():
                 if form.missing is not None and form.devices is not None:
                     wanting = form
                 else:
-                    _log_once(logging.INFO, f"{self.name}: backend {form.backend} is passed over: {reason}")
+                    _log_once(logging.INFO, "%s: backend %s is passed over: %s", self.name, form.backend, reason)
         raise NotImplementedError(f"{self.name}: no backend of {', '.join(self.forms)} can serve this call")
 
 
-def _log_once(level: int, line: str) -> None:
-    """Log a line, once per process."""
+def _log_once(level: int, *line: str) -> None:
+    """Log a line, a format and what stands in it, once per process."""
     with _logging:
         if line in _logged:
             return
         _logged.add(line)
-    log.log(level, line)
+    log.log(level, *line)
 
 
 def _parse(text: str | None) -> dict[str, str]:

@@ -39,10 +39,12 @@ def run(
 ):  # fmt: skip
     """Return what `hybrid_attention` returns; takes its arguments in order."""
     dtype, maps = compute_dtype(query.dtype), (map_query, map_key)
-    if state is not None and rotation is None and fits_step(query, key, value, valid, state.window):
+    if torch.compiler.is_compiling() and state is not None:  # one program for all lengths
+        state = HybridState(whole(state.window, window, sinks), state.linear, state.turns)
+    if state is not None and rotation is None and fits_step(query, key, value, valid, window, sinks, state.window):
         form = _step_in_program if torch.compiler.is_compiling() else _step
         return form(query, key, value, *maps, log_mix, scaling, window, sinks, state, log_decay)
-    at = context(query, key, value, valid, window, sinks, state and state.window, keep_state)
+    at = context(query, key, value, valid, window, sinks, state and state.window)
     turns = None if rotation is None else at.slots(rotation.turns[:, None], state and state.turns)
 
     def seen_by_map(x, slots: slice):
@@ -115,8 +117,8 @@ def _prepared_step(thread, threads, batch, heads, kv_heads, dim, value_dim, slot
 
 
 def _step_in_program(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state, log_decay):
-    """Return what `_step` returns, by operators that torch.compile takes: one program for all lengths."""
-    old, oldest = whole(state.window, window, sinks), slice(sinks, sinks + 1)  # beside the sinks
+    """Return what `_step` returns, by operators that torch.compile takes."""
+    old, oldest = state.window, slice(sinks, sinks + 1)  # beside the sinks
     out, lse, leaves, after = step_in_program(query, key, value, scaling, window, sinks, old)
     given = (query, old.key[:, :, oldest], old.value[:, :, oldest], leaves, gates(log_decay, key, None))
     given += (state.linear.to(query.dtype),)

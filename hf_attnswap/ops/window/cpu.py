@@ -16,25 +16,27 @@ dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 available = native.missing
 
 
-def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state):
+def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return why the kernel cannot serve the call, in words, or None."""
     if transformed() or torch.jit.is_tracing():
         return "torch.func and torch.jit.trace take torch's own operations only"
-    return None
+    return None if reach is None else "sinks that go out of reach are not known to the kernel"
 
 
-def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
+def run(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return what `window_attention` returns; takes its arguments in order."""
     if valid is None and state is None and not keep_state and not sizes_are_open(query):
         parts = softmax_of_text(query, key, value, scaling, window, sinks)
         return parts[0].to(query.dtype), None
-    if fits_step(query, key, value, valid, state):
+    if torch.compiler.is_compiling() and state is not None:  # one program for all lengths
+        state = whole(state, window, sinks)
+    if fits_step(query, key, value, valid, window, sinks, state):
         if torch.compiler.is_compiling():
-            out, _, _, after = step_in_program(query, key, value, scaling, window, sinks, whole(state, window, sinks))
+            out, _, _, after = step_in_program(query, key, value, scaling, window, sinks, state)
             return out, after if keep_state else None
         out, after = step(query, key, value, scaling, window, sinks, state)
         return out, after if keep_state else None
-    at = context(query, key, value, valid, window, sinks, state, keep_state)
+    at = context(query, key, value, valid, window, sinks, state)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
         out = numerator / denominator
@@ -43,9 +45,12 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     return out.to(query.dtype), at.state() if keep_state else None
 
 
-def fits_step(query, key, value, valid, state) -> bool:
-    """Return whether `step` serves the call: a token after a state, no padding, no gradient, whole vectors."""
+def fits_step(query, key, value, valid, window, sinks, state) -> bool:
+    """Return whether `step` serves the call: a token after a state with all sinks, no padding, no gradient, whole
+    vectors."""
     if query.shape[2] != 1 or valid is not None or state is None or torch.is_grad_enabled():
+        return False
+    if state.first(window, sinks) < sinks:
         return False
     kept = all(t.dtype == compute_dtype(t.dtype) == query.dtype for t in (key, value, state.key, state.value))
     return kept and key.shape[-1] % 16 == 0 and value.shape[-1] % 16 == 0
