@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
 
-.PHONY: demo report test sanitize lint docs clean
+.PHONY: demo report test forced sanitize lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
@@ -22,6 +22,12 @@ report: $(VENV)/.demo
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The suite with each backend in turn for all ops; what a form does not serve is skipped, and -rs says why.
+forced: $(VENV)/.test
+	for backend in torch cpu reference; do \
+		HF_ATTNSWAP_BACKEND=$$backend HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs || exit 1; \
+	done
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, whose library has to be loaded before Python's.
 sanitize: $(VENV)/.test

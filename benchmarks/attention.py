@@ -1,15 +1,18 @@
-"""Speed and memory of attention alone, by length, beside torch's SDPA, eager softmax and pytorch-fast-transformers.
+"""Speed and memory of attention alone, by length, beside torch's SDPA, eager softmax, ONNX Runtime and
+pytorch-fast-transformers.
 
 All candidates take turns in every round, and each figure is a ratio to the SDPA of its own round. Feature maps are
-included, inputs are random. One decode step goes from the state after n tokens, or to n keys; peak memory is that of
+included, inputs are random. `softmax` is that of this package, in the tiles of its scores: what an activation gains by
+itself is its ratio to that row. ONNX Runtime's operator stands there bare, which is less than attention, and with map
+and division. One decode step goes from the state after n tokens, or to n keys; peak memory is that of
 forward + backward, on top of what was there before, in a process of its own. Every length, or what was left out and
 why, stands in the table.
 
-    pip install --no-build-isolation -e ".[bench-peer]"      # builds the peer's C++; without it, the peer is left out
+    pip install --no-build-isolation -e ".[bench-peer]"      # builds a peer's C++; a peer that is missing is left out
     python benchmarks/attention.py --output_dir bench
     python benchmarks/attention.py --output_dir bench --attention elu --length 1024 --length 8192
 
-The peer's build takes an nvcc on the PATH for a wish for CUDA, and fails with a torch that has none: hide it then.
+That build takes an nvcc on the PATH for a wish for CUDA, and fails with a torch that has none: hide it then.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from typing import Any
 
 import torch
 from figures import Record, draw, heading, note, print_table, quartiles, spread
-from peers import Eager, FastTransformers
+from peers import Eager, FastTransformers, OnnxRuntime
 
 from hf_attnswap import UsageError, attentions, native
 from hf_attnswap.attentions import Heads
@@ -37,12 +40,21 @@ from hf_attnswap.sources.models import find_dtype
 from hf_attnswap.statistics import Spread, crossover
 from hf_attnswap.tradeoff import Arm
 
-ATTENTIONS = "elu hedgehog gated delta hedgehog+window window relu relu_norm relu_power:p=8 sigmoid".split()
+ATTENTIONS = (
+    "softmax elu hedgehog gated delta gated_delta hedgehog+window window relu relu_norm relu_power:p=8 relu_power:p=16 "
+    "sigmoid softplus gelu"
+).split()
 LENGTHS = [2**power for power in range(7, 16)]
 WORKS = "forward", "forward + backward", "decode"
 STEPS = 20  # timed together: one lasts microseconds
 PATIENCE = 4  # times the budget that a call of a control may take: without it there is no ratio
-SDPA, BOTH_WAYS, PEER = "SDPA", "SDPA, bidirectional", "fast-transformers"
+SDPA, BOTH_WAYS = "SDPA", "SDPA, bidirectional"
+SOFTMAX = "softmax"  # that of this package
+PEERS = {
+    "fast-transformers": FastTransformers,
+    "ONNX Runtime, bare": functools.partial(OnnxRuntime, False),
+    "ONNX Runtime, elu": functools.partial(OnnxRuntime, True),
+}
 
 
 @dataclass(frozen=True)
@@ -69,21 +81,28 @@ def entries(names: Sequence[str], heads: Heads, dtype: torch.dtype) -> dict[str,
         found[BOTH_WAYS] = Entry(Sdpa(causal=False), None, 2, alone)
         bidirectional = Variant(found["elu"].candidate.attention, causal=False)
         found["elu, bidirectional"] = Entry(bidirectional, BOTH_WAYS, 1, alone)
-    if peer() is not None:
-        found[PEER] = Entry(peer(), SDPA, 1, dtypes=(torch.float32,))
+    for name, candidate in peers().items():
+        if not isinstance(candidate, str):
+            works = ("forward", "decode") if isinstance(candidate, OnnxRuntime) else WORKS
+            found[name] = Entry(candidate, SDPA, 1, works, (torch.float32,))
     return found
 
 
 @functools.cache
-def peer() -> FastTransformers | None:
-    try:
-        return FastTransformers()
-    except ImportError:
-        return None
+def peers() -> dict[str, Candidate | str]:
+    """The peers by name, or why one cannot run."""
+    found: dict[str, Candidate | str] = {}
+    for name, make in PEERS.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            found[name] = str(error)
+    return found
 
 
-def measure(args: argparse.Namespace, heads: Heads, dtype: torch.dtype) -> Iterator[Record]:
+def measure(args: argparse.Namespace, heads: Heads, dtype: torch.dtype, threads: int) -> Iterator[Record]:
     """One record per candidate, work and length: seconds and ratios of all rounds, or why there are none."""
+    torch.set_num_threads(threads)
     candidates = entries(args.attention, heads, dtype)
     for work in WORKS:
         known: dict[str, tuple[int, float]] = {}  # the last length of each, and its seconds
@@ -98,17 +117,21 @@ def measure(args: argparse.Namespace, heads: Heads, dtype: torch.dtype) -> Itera
                     runs[name] = call(entry.candidate, work, inputs)
             with torch.no_grad() if work == "decode" else torch.enable_grad():
                 times = interleaved(runs, args.rounds, budget_s=args.budget)
-            note(f"{str(dtype)[6:]}, {work}, {length} tokens: {sum(map(sum, times.values())):.1f} s")
+            took = sum(map(sum, times.values()))
+            note(f"{str(dtype)[6:]}, {work}, {threads} threads, {length} tokens: {took:.1f} s")
             for name, entry in candidates.items():
                 if work not in entry.works:
                     continue
                 record = {"attention": name, "control": entry.control, "work": work, "dtype": str(dtype)[6:]}
-                record |= {"length": length, "seconds": None, "ratio": None, "skipped": reasons[name]}
+                record |= {"threads": threads, "length": length, "seconds": None, "ratio": None, "to_softmax": None}
+                record["skipped"] = reasons[name]
                 if name in times:
                     known[name] = length, Spread.of(times[name]).median
                     record["seconds"] = quartiles([t / (STEPS if work == "decode" else 1) for t in times[name]])
                     if entry.control in times:
                         record["ratio"] = quartiles(ratios(times[entry.control], times[name]))
+                    if SOFTMAX in times and entry.control == SDPA:
+                        record["to_softmax"] = quartiles(ratios(times[SOFTMAX], times[name]))
                 yield record
 
 
@@ -150,7 +173,7 @@ def too_slow(entry: Entry, work: str, length: int, before: tuple[int, float] | N
 
 def peak(name: str, args: argparse.Namespace, heads: Heads, dtype: torch.dtype, length: int) -> float | None:
     """MiB of forward + backward of one candidate, to be called in a new process."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads[0])
     candidate = entries(args.attention, heads, dtype)[name].candidate
     forward_backward(candidate, random_inputs(heads, 64, dtype=dtype))  # what the first call of all allocates
     inputs = random_inputs(heads, length, batch_size=args.batch_size, dtype=dtype)
@@ -176,20 +199,25 @@ def measure_memory(args: argparse.Namespace, heads: Heads, dtype: torch.dtype) -
 
 def tables(report: Record) -> None:
     """Print what was measured."""
-    for dtype, work in dict.fromkeys((r["dtype"], r["work"]) for r in report["figures"]):
-        figures = [r for r in report["figures"] if (r["dtype"], r["work"]) == (dtype, work)]
+    for dtype, work, threads in dict.fromkeys((r["dtype"], r["work"], r["threads"]) for r in report["figures"]):
+        figures = [r for r in report["figures"] if (r["dtype"], r["work"], r["threads"]) == (dtype, work, threads)]
         lengths = sorted({r["length"] for r in figures})
-        rows = []
+        rows, beside = [], []
         for name in dict.fromkeys(r["attention"] for r in figures):
             own = [r for r in figures if r["attention"] == name]
             crossed = [c for c in report["crossovers"] if all(c[k] == own[0][k] for k in KEY)]
             rows.append([name, *map(cell, own), *(says(c["length"], lengths) for c in crossed)])
+            if name not in (SDPA, SOFTMAX) and any(r["to_softmax"] for r in own):
+                beside.append([name, *(spread(r["to_softmax"]) for r in own)])
+        of_what = f"{work}, {dtype}, {threads} threads: times as fast as"
         print_table(
-            f"{work}, {dtype}: times as fast as SDPA, median and quartiles over the rounds",
+            f"{of_what} SDPA, median and quartiles over the rounds",
             ["", *map(str, lengths), "faster from"],
             rows,
             "SDPA itself: milliseconds. In brackets: why there is no figure.",
         )
+        if beside:
+            print_table(f"{of_what} this package's own softmax", ["", *map(str, lengths)], beside)
     lengths = sorted({r["length"] for r in report["memory"]})
     for dtype in dict.fromkeys(r["dtype"] for r in report["memory"]):
         rows = []
@@ -199,7 +227,7 @@ def tables(report: Record) -> None:
         print_table(f"peak memory of forward + backward, {dtype}, MiB", ["", *map(str, lengths)], rows)
 
 
-KEY = ("attention", "control", "work", "dtype")
+KEY = ("attention", "control", "work", "dtype", "threads")
 
 
 def cell(record: Record) -> str:
@@ -227,7 +255,7 @@ def summarise(report: Record) -> bytes:
         records = [r for r in records if r["ratio"]]
         found = crossover([(r["length"], r["ratio"]["median"]) for r in records])
         report["crossovers"].append(dict(zip(KEY, key, strict=True)) | {"length": found})
-        panels.setdefault(f"{key[2]}, {key[3]}", {})[key[0]] = records
+        panels.setdefault(f"{key[2]}, {key[3]}, {key[4]} threads", {})[key[0]] = records
     return draw(panels, "times as fast as SDPA")
 
 
@@ -242,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
     parser.add_argument("--num_key_value_heads", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--head_dim", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, action="append", help="may be repeated (default: 1, 2); memory: the first"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="at most (default: %(default)s)")
     parser.add_argument(
         "--budget", type=float, default=30, help="seconds for all rounds of one length; a call that would take longer "
@@ -255,19 +285,22 @@ def main(argv: Sequence[str] | None = None) -> Record:
         sorted(set(args.memory_length or [1024, 8192])),
     )
     dtypes = [find_dtype(name) for name in dict.fromkeys(args.dtype or ["float32", "bfloat16"])]
-    if min(*args.length, *args.memory_length, args.rounds, args.threads, args.batch_size) < 1:
+    args.threads = list(dict.fromkeys(args.threads or [1, 2]))
+    if min(*args.length, *args.memory_length, args.rounds, *args.threads, args.batch_size) < 1:
         raise UsageError("lengths, rounds, threads and batch_size must be at least 1")
     require_empty(args.output_dir)
-    torch.set_num_threads(args.threads)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # the peer and its children bring an OpenMP of their own
-    if peer() is None:
-        note(f'{PEER} is not installed and left out: pip install --no-build-isolation -e ".[bench-peer]" builds it')
+    torch.set_num_threads(args.threads[0])
+    os.environ["OMP_NUM_THREADS"] = str(max(args.threads))  # a peer and its children bring an OpenMP of their own
+    for name, reason in peers().items():
+        if isinstance(reason, str):
+            note(f'{name} is left out: {reason} (pip install --no-build-isolation -e ".[bench-peer]")')
     heads = Heads(args.num_attention_heads, args.num_key_value_heads, args.head_dim)
     settings = {"heads": vars(heads), "batch_size": args.batch_size, "rounds": args.rounds, "budget_s": args.budget}
-    report = heading(argv, **settings, peer=PEER if peer() else None)
+    there = [name for name, candidate in peers().items() if not isinstance(candidate, str)]
+    report = heading(argv, **settings, threads=args.threads, peers=there)
     report["memory"] = [record for dtype in dtypes for record in measure_memory(args, heads, dtype)]
     with watch() as ran:
-        report["figures"] = [record for dtype in dtypes for record in measure(args, heads, dtype)]
+        report["figures"] = [r for dtype in dtypes for n in args.threads for r in measure(args, heads, dtype, n)]
     report["kernels"] = native.describe()
     report["backends"] = {op: sorted(backends) for op, backends in ran.items()}
     note(f"backends that ran: {told(ran) or 'none of ours'}; {report['kernels']}")

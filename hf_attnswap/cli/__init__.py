@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import UsageError, one_line_errors
-from . import bench, diagnose, evaluate, models, plan, publish, report, tradeoff, variants
+from . import bench, diagnose, doctor, evaluate, models, plan, publish, report, tradeoff, variants
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +19,7 @@ app = typer.Typer(
 _ClickException = typer.BadParameter.__base__.__base__
 
 app.command("ls")(variants.list_variants)
+app.command()(doctor.doctor)
 app.command("inspect")(models.inspect_model)
 app.command()(models.convert)
 app.command()(evaluate.evaluate)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from .build import LIBRARY, SOURCES, fingerprint, instruction_sets
+from .build import LIBRARY, SOURCES, fingerprint, instruction_sets, is_built
 
 VARIABLE = "HF_ATTNSWAP_CPU"
 _REALS = {torch.float32: "f32", torch.float64: "f64"}
@@ -28,12 +28,12 @@ def _loaded() -> ctypes.CDLL | str:
     """Return the library, or why there is none, in words."""
     if not LIBRARY.exists():
         return "the CPU kernels are not built (python -m hf_attnswap.native builds them)"
+    # Looked up in the file: a library that is loaded stays, also when another one is built in its place.
+    if not is_built(fingerprint()):
+        return "the CPU kernels were built from other sources (python -m hf_attnswap.native builds them again)"
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        library.attnswap_fingerprint.restype = ctypes.c_char_p
-        if library.attnswap_fingerprint().decode().split()[0] != fingerprint():
-            return "the CPU kernels were built from other sources (python -m hf_attnswap.native builds them again)"
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         return f"the CPU kernels cannot be loaded: {error}"
     # The threads of the OpenMP that torch has loaded, so that there is one pool.
     if pool := getattr(ctypes.CDLL(None), "GOMP_parallel", None):

@@ -47,6 +47,11 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+def is_built(mark: str) -> bool:
+    """Return whether the library is there and has this mark in it: the `fingerprint`, and flags that were added."""
+    return LIBRARY.exists() and mark.encode() in LIBRARY.read_bytes()
+
+
 def compiler() -> list[str] | None:
     """Return the command of the C++ compiler: that of CXX, or the first of c++, g++ and clang++ on the PATH."""
     given = shlex.split(os.environ.get("CXX", ""))
@@ -69,7 +74,7 @@ def build(flags: Sequence[str] = ()) -> str | None:
     if command is None:
         return "no C++ compiler was found (CXX, c++, g++, clang++)"
     mark = " ".join([fingerprint(), *flags])
-    if LIBRARY.exists() and f"{mark}\n".encode() in LIBRARY.read_bytes():
+    if is_built(f"{mark}\n"):
         return None
     more = [*FLAGS, *flags]
     with tempfile.TemporaryDirectory() as folder:

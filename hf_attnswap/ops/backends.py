@@ -9,7 +9,8 @@ A form is a file in the folder of its op, named after its backend. A form has
     available()                 optional: why the form cannot run on this machine, in words, or None; called on import
 
 Native forms are tried first, then `torch`, then `reference`. An op without a form for a backend, or without one for
-the device of the call, says nothing; a form that is passed over for another reason is logged once at INFO.
+the device of the call, says nothing. A form that cannot run on this machine is named once at WARNING, with the one
+that runs in its place; a form that is passed over for another reason is logged once at INFO.
 HF_ATTNSWAP_BACKEND, read when the first op is called, forces a backend: `torch` for all ops that have such a form,
 `scores=torch,linear=reference` for some. A forced form that cannot serve a call refuses that call.
 """
@@ -37,7 +38,7 @@ OPS: dict[str, "Op"] = {}
 _PORTABLE = ("torch", "reference")
 _ALL = "all ops"
 
-_logged: set[tuple[str, str, str]] = set()
+_logged: set[tuple[str, ...]] = set()
 _logging = threading.Lock()
 
 
@@ -156,22 +157,30 @@ class Op:
                         f"{reason}"
                     )
                 return form
+        wanting = None  # made for this device, and cannot run on this machine
         for form in self.forms.values():
             reason = form.refusal(arguments)
             if reason is None:
+                if wanting is not None:
+                    _log_once(
+                        logging.WARNING, "backend %s runs, not %s: %s", form.backend, wanting.backend, wanting.missing
+                    )
                 return form
             if form.runs_on(arguments[0].device.type) and not torch.compiler.is_compiling():
-                _log_once(self.name, form.backend, reason)
+                if form.missing is not None and form.devices is not None:
+                    wanting = form
+                else:
+                    _log_once(logging.INFO, "%s: backend %s is passed over: %s", self.name, form.backend, reason)
         raise NotImplementedError(f"{self.name}: no backend of {', '.join(self.forms)} can serve this call")
 
 
-def _log_once(op: str, backend: str, reason: str) -> None:
-    """Log at INFO that a backend is passed over, once per op, backend and reason."""
+def _log_once(level: int, *line: str) -> None:
+    """Log a line, a format and what stands in it, once per process."""
     with _logging:
-        if (op, backend, reason) in _logged:
+        if line in _logged:
             return
-        _logged.add((op, backend, reason))
-    log.info("%s: backend %s is passed over: %s", op, backend, reason)
+        _logged.add(line)
+    log.log(level, *line)
 
 
 def _parse(text: str | None) -> dict[str, str]:
@@ -226,6 +235,23 @@ def backends_of(op: str) -> list[str]:
     """
     first = _forced().get(op) or _forced().get(_ALL)
     return sorted(OPS[op].forms, key=lambda backend: backend != first)
+
+
+def on_machine(op: str, device: str) -> list[dict[str, str | None]]:
+    """Return the forms of an op for a type of device, in the order in which this thread tries them.
+
+    Each is a dict of its `backend` and, where it cannot run on this machine, the reason `missing`, else None. Where one
+    is forced it stands alone: it refuses what it cannot serve.
+
+    Raises:
+        KeyError: an op that does not exist.
+        UsageError: HF_ATTNSWAP_BACKEND names an op or a backend that does not exist.
+    """
+    order = backends_of(op)
+    first = OPS[op].forms[order[0]]
+    order = order[:1] if first.backend in (_forced().get(op), _forced().get(_ALL)) else order
+    forms = [OPS[op].forms[backend] for backend in order]
+    return [{"backend": f.backend, "missing": f.missing} for f in forms if f.runs_on(device)]
 
 
 @contextmanager

@@ -374,7 +374,7 @@ def context(
         reach: as in `window_attention`.
     """
     if torch.compiler.is_compiling():  # one program for all lengths
-        state = state and _whole(state, window, sinks)
+        state = state and whole(state, window, sinks)
     first = 0 if state is None else state.first(window, sinks)
     if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled() and first == sinks:
         return Step(query, key, value, window, sinks, state, reach)
@@ -385,7 +385,7 @@ def context(
     return Context(query, key, value, valid, window, sinks, state, first, reach)
 
 
-def _whole(state: WindowState, window: int, sinks: int) -> WindowState:
+def whole(state: WindowState, window: int, sinks: int) -> WindowState:
     """Return the state with a slot for every sink and every token of the window; those that are added hold no token."""
     first = state.first(window, sinks)
 

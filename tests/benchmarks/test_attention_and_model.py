@@ -35,36 +35,44 @@ def benchmark(monkeypatch):
 @pytest.mark.long
 def test_attention(benchmark, tmp_path, capsys):
     given = "--length 16 --length 32 --memory_length 64 --rounds 3 --dtype float32 --attention elu".split()
-    given += ["--attention", "relu_power:p=8", "--output_dir", str(tmp_path / "out")]
+    given += ["--attention", "relu_power:p=8", "--threads", "1", "--output_dir", str(tmp_path / "out")]
     report = benchmark("attention").main(given)
     assert json.loads((tmp_path / "out" / "attention.json").read_text()) == json.loads(json.dumps(report))
     assert (tmp_path / "out" / "attention.png").read_bytes().startswith(b"\x89PNG")
     assert report["machine"]["threads"] == 1 and report["versions"]["torch"] == torch.__version__
     assert "--length 16" in report["command"]
     figures = {(r["attention"], r["work"], r["length"]): r for r in report["figures"]}
-    names = {"SDPA", "eager", "elu", "relu_power:p=8"} | ({"fast-transformers"} if report["peer"] else set())
+    names = {"SDPA", "eager", "elu", "relu_power:p=8", *report["peers"]}
     for name, work, length in itertools.product(names, ("forward", "forward + backward", "decode"), (16, 32)):
+        if name.startswith("ONNX") and work == "forward + backward":
+            assert (name, work, length) not in figures
+            continue
         found = figures[name, work, length]
         assert found["skipped"] is None and found["seconds"]["runs"] == 3
         assert (found["ratio"] is None) == (name == "SDPA")
     assert figures["elu, bidirectional", "forward", 32]["control"] == "SDPA, bidirectional"
     crossed = {(c["attention"], c["work"]) for c in report["crossovers"]}
     assert crossed >= {("elu", "forward"), ("elu", "decode"), ("relu_power:p=8", "forward + backward")}
-    assert {r["attention"] for r in report["memory"]} == names
+    assert {r["attention"] for r in report["memory"]} == {name for name in names if not name.startswith("ONNX")}
     assert all(r["peak_memory_mib"] > 0 or r["skipped"] for r in report["memory"])
     printed = capsys.readouterr()
     assert "times as fast as SDPA" in printed.out and "relu_power:p=8" in printed.out
-    assert ("fast-transformers is not installed" in printed.err) == (report["peer"] is None)
+    assert ("fast-transformers is left out" in printed.err) != ("fast-transformers" in report["peers"])
 
 
 def test_attention_in_bfloat16(benchmark, monkeypatch, tmp_path):
     """The peer, which knows float32 alone, is named with that reason."""
     module = benchmark("attention")
     monkeypatch.setattr(module, "measure_memory", lambda *_: [])
-    monkeypatch.setattr(module, "peer", lambda: module.Sdpa())
-    given = "--length 16 --rounds 1 --dtype bfloat16 --attention elu".split()
-    figures = module.main([*given, "--output_dir", str(tmp_path / "out")])["figures"]
-    assert {r["dtype"] for r in figures} == {"bfloat16"}
+    monkeypatch.setattr(module, "peers", lambda: {"fast-transformers": module.Sdpa(), "another": "is not there"})
+    given = (
+        "--length 16 --rounds 1 --dtype bfloat16 --attention softmax --attention relu --threads 1 --threads 2".split()
+    )
+    report = module.main([*given, "--output_dir", str(tmp_path / "out")])
+    figures = report["figures"]
+    assert {r["dtype"] for r in figures} == {"bfloat16"} and report["peers"] == ["fast-transformers"]
+    assert {r["threads"] for r in figures} == {1, 2}
+    assert all(bool(r["to_softmax"]) == (r["skipped"] is None and r["control"] == "SDPA") for r in figures)
     for record in figures:
         assert record["skipped"] == ("float32 only" if record["attention"] == "fast-transformers" else None)
 

@@ -13,7 +13,7 @@ from tiny_models import tiny
 from hf_attnswap import UsageError, cli, ops
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops import backends
-from hf_attnswap.ops.backends import OPS, backend, backends_of, told, watch
+from hf_attnswap.ops.backends import OPS, backend, backends_of, on_machine, told, watch
 
 PORTABLE = ("torch", "reference")
 SWAPPED = [name for name in NAMES if name not in ("softmax", "none")]  # these are one call of torch
@@ -49,8 +49,9 @@ def add_form(tmp_path, monkeypatch, text: str, op: str = "scores", name: str = "
 
 @pytest.fixture
 def forget(monkeypatch):
-    """Native forms are hidden, nothing is known of earlier tests, and nothing is left to later ones."""
+    """Nothing is forced, native forms are hidden, nothing is known of earlier tests, and nothing left to later ones."""
     monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(backends._Here, "forced", {})
     for op in OPS.values():
         op.forms = {backend: op.forms[backend] for backend in PORTABLE}
     yield
@@ -138,22 +139,34 @@ def test_a_form_for_another_device_is_no_form_here(tmp_path, monkeypatch, forget
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("line", "reason", "level", "says"),
     (
-        ("import a_library_that_is_not_there", "a_library_that_is_not_there is not installed"),
-        ("available = lambda: 'the processor has no AVX-512'", "the processor has no AVX-512"),
+        (
+            "import a_library_that_is_not_there", "a_library_that_is_not_there is not installed",
+            "INFO", "scores: backend probe is passed over: ",
+        ),
+        (
+            "available = lambda: 'the processor has no AVX-512'", "the processor has no AVX-512",
+            "WARNING", "backend torch runs, not probe: ",
+        ),
     ),
     ids=("library", "processor"),
-)
+)  # fmt: skip
 def test_a_form_that_this_machine_cannot_run_is_passed_over_with_its_reason(
-    tmp_path, monkeypatch, forget, caplog, line, reason
+    tmp_path, monkeypatch, forget, caplog, line, reason, level, says
 ):
+    """Once for all ops, and where users see it if the form is there for this device."""
     caplog.set_level(logging.INFO)
     add_form(tmp_path, monkeypatch, f"{FORM}\n{line}\n")
+    add_form(tmp_path, monkeypatch, f"{FORM}\n{line}\n", op="gated")
     given = [t.float() for t in inputs(9)]
-    build("relu", dtype=torch.float32)(*given, Mask(9, 9), SCALING)
-    assert caplog.messages == [f"scores: backend probe is passed over: {reason}"]
+    for name in ("relu", "relu", *(["gated"] if level == "WARNING" else [])):
+        build(name, dtype=torch.float32)(*given, Mask(9, 9), SCALING)
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [(level, says + reason)]
+    forms = {"backend": "probe", "missing": reason}
+    assert on_machine("scores", "cpu") == [forms, *({"backend": b, "missing": None} for b in PORTABLE)]
     with backend("scores=probe"), pytest.raises(NotImplementedError, match=reason):
+        assert on_machine("scores", "cpu") == [forms]
         build("relu", dtype=torch.float32)(*given, Mask(9, 9), SCALING)
 
 

@@ -138,7 +138,9 @@ struct Scores {
   void* doffset;
 };
 
-// The delta rule. type: as in Linear. beta: [B, Hkv, T], as computed. state, after: [B, Hkv, D, Dv]; either may be null.
+// The delta rule. type: as in Linear. beta: [B, Hkv, T], as computed. gate: as in Linear. state, after: [B, Hkv, D, Dv];
+// either may be null. Gradients, as computed: go of out; dbeta [B, Hkv, T]; gate_q and gate_k, [B, Hkv, T] or null: what
+// passes through gate t is the sum of their difference over the tokens from t on.
 struct Delta {
   int64_t threads;
   int64_t batch;
@@ -152,9 +154,17 @@ struct Delta {
   struct Tensor k;
   struct Tensor v;
   struct Tensor beta;
+  struct Tensor gate;
   struct Tensor out;
+  struct Tensor go;
+  struct Tensor dq;
+  struct Tensor dk;
+  struct Tensor dv;
   void* state;
   void* after;
+  void* dbeta;
+  void* gate_q;
+  void* gate_k;
 };
 
 // One token after a state, all as computed: old_k and old_v hold `slots` slots, the `sinks` first ones among them, new_k

@@ -13,6 +13,7 @@ import torch
 from ..chunks import to_rows, tril_
 from ..heads import compute_dtype
 from ..programs import in_one_piece
+from .reference import run as by_formula
 
 
 def run(query, key, value, beta, state, chunk):
@@ -26,6 +27,8 @@ def run(query, key, value, beta, state, chunk):
         return _step(query, key, value, beta, state)
     if in_one_piece(query):
         return _at_once(query, key, value, beta, state)
+    if not query.shape[2]:
+        return by_formula(query, key, value, beta, state, chunk)
     if torch.is_grad_enabled():
         return _CausalDelta.apply(query, key, value, beta, state, chunk)
     return _forward(query, key, value, beta, state, chunk, keep_states=False)[:2]

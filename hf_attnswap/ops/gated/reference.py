@@ -16,7 +16,7 @@ def run(query, key, value, log_gate, state, eps, chunk):
     q, k, gate = query.to(dtype), key.to(dtype), log_gate.to(dtype).exp()
     v = F.pad(value.to(dtype), (0, 1), value=1.0)
     S = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
-    rows = []
+    rows = [q.new_empty(*q.shape[:2], 0, v.shape[-1])]  # of an empty text
     for i in range(query.shape[2]):
         S = gate[:, :, i, None, None] * S + k[:, :, i, :, None] * v[:, :, i, None, :]
         rows.append(scores(q[:, :, i : i + 1], S.mT))

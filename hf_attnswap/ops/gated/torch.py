@@ -16,6 +16,7 @@ from ..chunks import from_chunks, to_chunks, to_rows
 from ..heads import compute_dtype
 from ..programs import in_one_piece, sizes_are_open, whole_chunks
 from ..states import decays, divided, numerator_grad
+from .reference import run as by_formula
 
 
 def run(query, key, value, log_gate, state, eps, chunk):
@@ -30,6 +31,8 @@ def run(query, key, value, log_gate, state, eps, chunk):
         return _step(*arguments[:-1])
     if in_one_piece(query):
         return _at_once(*arguments)
+    if not query.shape[2]:
+        return by_formula(*arguments)
     if torch.is_grad_enabled():
         return _CausalGated.apply(*arguments)
     return _forward(*arguments, keep_states=False)[:3]

@@ -13,7 +13,7 @@ def run(query, key, value, beta, log_gate, state, chunk):
     dtype = compute_dtype(query.dtype)
     q, k, v, b, gate = (t.to(dtype) for t in (query, key, value, beta, log_gate.exp()))
     S = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
-    rows = []
+    rows = [q.new_empty(*q.shape[:2], 0, v.shape[-1])]  # of an empty text
     for i in range(query.shape[2]):
         token, S = k[:, :, i, :, None], gate[:, :, i, None, None] * S
         S = S + token * (b[:, :, i, None, None] * (v[:, :, i, None, :] - token.mT @ S))

@@ -17,6 +17,7 @@ from ..heads import compute_dtype
 from ..programs import in_one_piece
 from ..rows import Tile, by_rows
 from ..states import decays
+from .reference import run as by_formula
 
 
 def run(query, key, value, beta, log_gate, state, chunk):
@@ -36,6 +37,9 @@ def run(query, key, value, beta, log_gate, state, chunk):
     if length == 1 and state is not None and not torch.is_grad_enabled():
         out, S = _step(query, key, value, beta, log_gate, S)
         return out.to(query.dtype), S.view_as(state)
+
+    if not in_one_piece(query) and not length:
+        return by_formula(query, key, value, beta, log_gate, state, chunk)
 
     def attend(query, key, value, bias, tile, S):
         """Return the output of one chunk, `[B, H, t, Dv]`, and the state after it."""

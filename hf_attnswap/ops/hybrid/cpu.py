@@ -12,8 +12,8 @@ from ... import native
 from ..heads import compute_dtype, in_dtype
 from ..linear.cpu import branch, gates, hybrid_branch, kernel_of, matrices
 from ..programs import transformed
-from ..sliding import HybridState, Step, context
-from ..window.cpu import fits_step, softmax_of_context, step
+from ..sliding import HybridState, Step, context, whole
+from ..window.cpu import fits_step, softmax_of_context, step, step_in_program
 from .reference import NO_MASS, log_of_mass, one_for_none
 
 devices = ("cpu",)
@@ -26,8 +26,8 @@ def unfit(
     rotation, log_decay,
 ):  # fmt: skip
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "torch's own operations only are compiled and transformed"
+    if transformed() or torch.jit.is_tracing():
+        return "torch.func and torch.jit.trace take torch's own operations only"
     if kernel_of(map_query, map_key) is None:
         return f"the map {map_query.name} is not one of the kernel's"
     return None
@@ -39,8 +39,11 @@ def run(
 ):  # fmt: skip
     """Return what `hybrid_attention` returns; takes its arguments in order."""
     dtype, maps = compute_dtype(query.dtype), (map_query, map_key)
+    if torch.compiler.is_compiling() and state is not None:  # one program for all lengths
+        state = HybridState(whole(state.window, window, sinks), state.linear, state.turns)
     if state is not None and rotation is None and fits_step(query, key, value, valid, window, sinks, state.window):
-        return _step(query, key, value, *maps, log_mix, scaling, window, sinks, state, log_decay)
+        form = _step_in_program if torch.compiler.is_compiling() else _step
+        return form(query, key, value, *maps, log_mix, scaling, window, sinks, state, log_decay)
     at = context(query, key, value, valid, window, sinks, state and state.window)
     turns = None if rotation is None else at.slots(rotation.turns[:, None], state and state.turns)
 
@@ -62,12 +65,7 @@ def run(
     leaving_key = seen_by_map(leaving_key, gone)
     given = (seen_by_map(at.query, own), leaving_key, leaving_value.to(dtype), leaves)
     given += (gates(log_decay, leaving_key, counted), state and state.linear.to(dtype))
-    learned = [*map_query.tensors.values(), *map_key.tensors.values(), log_mix, log_decay]
-    if native.by_hand(query, key, value, *learned):
-        S = hybrid_branch(*given, *maps, log_mix, out, lse)
-    else:
-        numerator, den, S, left = branch(*given, *maps)
-        out = _joined(out, lse, numerator, den, left + log_mix.to(dtype)[:, None])
+    out, S = _with_linear(given, maps, log_mix, log_decay, out, lse)
     out = (out if isinstance(at, Step) else at.unalign(out)).to(query.dtype)
     return out, HybridState(at.state(), S, None if turns is None else at.recent(turns)) if keep_state else None
 
@@ -116,6 +114,29 @@ def _prepared_step(thread, threads, batch, heads, kv_heads, dim, value_dim, slot
     )
     fields = "q", "k", "v", "wq", "wk", "log_mix", "gate", "out", "lse", "den", "mask", "state", "after"
     return native.Prepared("linear_forward", dtype, call, fields)
+
+
+def _step_in_program(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state, log_decay):
+    """Return what `_step` returns, by operators that torch.compile takes."""
+    old, oldest = state.window, slice(sinks, sinks + 1)  # beside the sinks
+    out, lse, leaves, after = step_in_program(query, key, value, scaling, window, sinks, old)
+    given = (query, old.key[:, :, oldest], old.value[:, :, oldest], leaves, gates(log_decay, key, None))
+    given += (state.linear.to(query.dtype),)
+    out, S = _with_linear(given, (map_query, map_key), log_mix, log_decay, out, lse)
+    return out, HybridState(after, S)
+
+
+def _with_linear(given, maps, log_mix, log_decay, out, lse):
+    """Return the output of both branches, and the state of the linear one.
+
+    Args:
+        given: the first arguments of `branch`; out, lse: of the softmax. the others: as the op takes them.
+    """
+    learned = [*maps[0].tensors.values(), *maps[1].tensors.values(), log_mix, log_decay]
+    if native.by_hand(*given[:3], out, *learned):
+        return out, hybrid_branch(*given, *maps, log_mix, out, lse)
+    numerator, den, S, left = branch(*given, *maps)
+    return _joined(out, lse, numerator, den, left + log_mix.to(den.dtype)[:, None]), S
 
 
 def _joined(out, lse, numerator, den, log_scale):

@@ -64,8 +64,11 @@ def run(
 
         tensors = [at.sink_key, at.sink_value, *map_query.tensors.values(), *map_key.tensors.values(), log_mix]
         tensors += [] if log_decay is None else [log_decay]
-        (out,), S = by_rows(attend, at.query, at.key, at.value, at.tiles(), tensors, carry=S.flatten(0, 1))
-        out, S = at.unalign(out), S.unflatten(0, key.shape[:2])
+        if at.open or at.length:
+            (out,), S = by_rows(attend, at.query, at.key, at.value, at.tiles(), tensors, carry=S.flatten(0, 1))
+            out, S = at.unalign(out), S.unflatten(0, key.shape[:2])
+        else:
+            out = value.new_empty(*query.shape[:3], value.shape[-1])
     if not keep_state:
         return out.to(query.dtype), None
     return out.to(query.dtype), HybridState(at.state(), S, None if turns is None else at.recent(turns))

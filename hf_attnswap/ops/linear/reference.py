@@ -24,14 +24,15 @@ def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chun
     weights = (q @ k.mT).tril()
     if log_decay is not None:
         # n_i tokens count up to token i: key j has faded n_i - n_j times.
-        n = tokens_that_count(key_mask, query.shape[2], query.device).cumsum(1).to(dtype)[:, None, :, None]
+        counted = tokens_that_count(key_mask, query.shape[2], query.device).to(dtype)[:, None, :, None]
+        n, all_of_them = counted.cumsum(2), counted.sum(2, keepdim=True)
         log_decay = log_decay.to(dtype).repeat_interleave(group)[:, None, None]
         weights = weights * (log_decay * (n - n.mT).tril()).exp()
-        q, k = q * (log_decay * n).exp(), k * (log_decay * (n[:, :, -1:] - n)).exp()
+        q, k = q * (log_decay * n).exp(), k * (log_decay * (all_of_them - n)).exp()
     mixed = weights @ v
     added = (k.mT @ v)[:, ::group]
     if state is not None:
         mixed = mixed + q @ state.to(dtype).repeat_interleave(group, dim=1)
-        added = added + (state if log_decay is None else state * (log_decay * n[:, :, -1:]).exp()[:, ::group])
+        added = added + (state if log_decay is None else state * (log_decay * all_of_them).exp()[:, ::group])
     out, den = divided(mixed, eps)
     return out if eps is None else out.to(query.dtype), den, added.detach()

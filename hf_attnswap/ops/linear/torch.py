@@ -15,6 +15,7 @@ from ..programs import in_one_piece, sizes_are_open, whole_chunks
 from ..states import divided, faded, fading, linear_block, linear_block_at_once, linear_step, tokens_that_count
 from ._blocks import by_blocks, by_blocks_with_gradient
 from ._features import empty_result, mapped, scaled, write_result
+from .reference import run as by_formula
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay):
@@ -29,6 +30,8 @@ def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chun
         form = one_token
     elif in_large_kernels(query) or in_one_piece(query):
         form = at_once
+    elif not query.shape[2]:
+        return by_formula(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay)
     else:
         form = by_blocks_with_gradient if torch.is_grad_enabled() else by_blocks
     return form(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, log_decay)

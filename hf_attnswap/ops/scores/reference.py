@@ -63,7 +63,9 @@ def weights_and_denominator(
     if mask.sinks is not None:
         sinks = (mask.sinks.to(s.dtype)[:, None, None] * factor).expand(*s.shape[:-1], 1)
         s, count = torch.cat([s, sinks], dim=-1), count + 1
-    peak = s.amax(-1, keepdim=True) if activation.needs_peak else None
+    peak = None
+    if activation.needs_peak:
+        peak = s.amax(-1, keepdim=True) if s.shape[-1] else s.sum(-1, keepdim=True)  # torch has none of no keys
     weights = activation(s, count, peak)
     if activation.denominator is None:
         return weights, None

@@ -20,7 +20,7 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
 
     O(n^2) where the call has to go in one piece. Takes the arguments of `score_attention` in order.
     """
-    if query.shape[2] == 1 or in_one_piece(query, key):
+    if in_one_piece(query, key) or query.shape[2] <= 1:
         form = at_once
     else:
         form = by_blocks if fits_blocks(query, key, mask, activation) else by_tiles

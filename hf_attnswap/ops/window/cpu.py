@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ... import native
 from ..heads import compute_dtype
-from ..programs import transformed
-from ..sliding import Context, Step, WindowState, context
+from ..programs import sizes_are_open, transformed
+from ..sliding import Context, Step, WindowState, context, whole
 
 devices = ("cpu",)
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -18,17 +18,22 @@ available = native.missing
 
 def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return why the kernel cannot serve the call, in words, or None."""
-    if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "torch's own operations only are compiled and transformed"
+    if transformed() or torch.jit.is_tracing():
+        return "torch.func and torch.jit.trace take torch's own operations only"
     return None if reach is None else "sinks that go out of reach are not known to the kernel"
 
 
 def run(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return what `window_attention` returns; takes its arguments in order."""
-    if valid is None and state is None and not keep_state:
+    if valid is None and state is None and not keep_state and not sizes_are_open(query):
         parts = softmax_of_text(query, key, value, scaling, window, sinks)
         return parts[0].to(query.dtype), None
+    if torch.compiler.is_compiling() and state is not None:  # one program for all lengths
+        state = whole(state, window, sinks)
     if fits_step(query, key, value, valid, window, sinks, state):
+        if torch.compiler.is_compiling():
+            out, _, _, after = step_in_program(query, key, value, scaling, window, sinks, state)
+            return out, after if keep_state else None
         out, after = step(query, key, value, scaling, window, sinks, state)
         return out, after if keep_state else None
     at = context(query, key, value, valid, window, sinks, state)
@@ -99,6 +104,39 @@ def _prepared_step(
     )
     fields = "q", "k", "v", "old_k", "old_v", "count", "new_k", "new_v", "out", "next", "lse", "leaves"
     return native.Prepared("window_step", dtype, call, fields)
+
+
+def step_in_program(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Tensor, Tensor, WindowState]:
+    """Return what `step` gives, `lse` and `leaves` behind the output, from a state with a slot for every token."""
+    given = (query, key, value, state.key, state.value, state.count)
+    out, lse, leaves, *after = one_step(*given, float(scaling), window, sinks)
+    return out, lse, leaves, WindowState(*after)
+
+
+@torch.library.custom_op("hf_attnswap::window_step", mutates_args=(), device_types="cpu")
+def one_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    old_k: Tensor,
+    old_v: Tensor,
+    count: Tensor,
+    scaling: float,
+    window: int,
+    sinks: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return output, log of the mass, whether a token leaves, and the state with the token; arguments as in `step`."""
+    lse, leaves = query.new_empty(query.shape[:3]), count.new_empty(len(count), 1, dtype=torch.bool)
+    out, after = step(query, key, value, scaling, window, sinks, WindowState(old_k, old_v, count), lse, leaves)
+    return out, lse, leaves, after.key, after.value, after.count
+
+
+@one_step.register_fake
+def _(query, key, value, old_k, old_v, count, scaling, window, sinks):
+    now = min(old_k.shape[2] + 1, sinks + window)
+    slots = (t.new_empty(*t.shape[:2], now, t.shape[3]) for t in (key, value))
+    out, leaves = query.new_empty(*query.shape[:3], value.shape[-1]), count.new_empty(len(count), 1, dtype=torch.bool)
+    return out, query.new_empty(query.shape[:3]), leaves, *slots, torch.empty_like(count)
 
 
 def softmax_of_text(query, key, value, scaling, window, sinks) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,9 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state, rea
             out = numerator / denominator.clamp(min=1)
             return (from_chunks(out, query.shape[0], at.chunk_of(query)),), carry
 
-        (out,), _ = by_rows(attend, at.query, at.key, at.value, at.tiles(), (at.sink_key, at.sink_value))
-        out = at.unalign(out)
+        if at.open or at.length:
+            (out,), _ = by_rows(attend, at.query, at.key, at.value, at.tiles(), (at.sink_key, at.sink_value))
+            out = at.unalign(out)
+        else:
+            out = value.new_empty(*query.shape[:3], value.shape[-1])
     return out.to(query.dtype), at.state() if keep_state else None
