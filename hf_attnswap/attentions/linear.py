@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
-from ..ops.heads import scores
+from ..ops.heads import in_dtype, scores
 from ..ops.linear import causal_linear, full_linear
 from ..ops.spec import FeatureMap
 from .base import Attention, Option
@@ -141,7 +141,7 @@ class LinearAttention(Attention):
             if self.divide_by_count:
                 counts = key.shape[2] if mask.valid is None else mask.valid.sum(1).clamp(min=1)[:, None, None, None]
                 out = out / counts
-            return out.to(dtype)
+            return in_dtype(out, dtype)
         valid = mask.new_tokens()
         before = None if state is None else state.get("S")
         out, _, after = causal_linear(
@@ -153,7 +153,7 @@ class LinearAttention(Attention):
                 state["count"] = counts
         if state is not None:
             state["S"] = after
-        return out.to(dtype)
+        return in_dtype(out, dtype)
 
     @staticmethod
     def _divide(numerator, query, valid, state):
