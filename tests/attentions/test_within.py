@@ -110,6 +110,17 @@ def test_gradients_are_those_of_the_definition(name):
         assert_near(one, other, 1e-8, "gradient")
 
 
+@pytest.mark.parametrize("name", named(lambda cls: cls.any_mask))
+def test_variants_on_the_scores_beside_them_in_a_layer(name):
+    """They take a matrix from the model, and the window itself where they share a layer with a variant that has it."""
+    attention, given, valid = build(name, 6, 2), inputs(LENGTH, 6, 2), valid_keys("left", LENGTH)
+    mask = Mask(LENGTH, LENGTH, valid, window=W)
+    with torch.no_grad():
+        found = attention(*given, mask, SCALING)
+        right = attention(*given, Mask(LENGTH, LENGTH, dense=mask.matrix(), causal=False), SCALING)
+    assert_near(found, right, 1e-9, "output")
+
+
 def test_memory_is_linear_in_the_text():
     attention, given = build("hedgehog"), inputs(1024, batch=1)
     with torch.no_grad(), Largest() as largest:
