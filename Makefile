@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
 
-.PHONY: demo report test sanitize lint docs clean
+.PHONY: demo report test gpu-check sanitize lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
@@ -22,6 +22,10 @@ report: $(VENV)/.demo
 
 test: $(VENV)/.test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# On a machine with a GPU, in under five minutes: kernels, whole models, training rate, and the tests.
+gpu-check: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu_check.py --output gpu_check.json
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, whose library has to be loaded before Python's.
 sanitize: $(VENV)/.test

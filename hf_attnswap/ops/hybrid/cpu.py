@@ -11,7 +11,7 @@ from ..linear.cpu import branch, gates, hybrid_branch, kernel_of
 from ..programs import transformed
 from ..sliding import HybridState, Step, context
 from ..window.cpu import fits_step, softmax_of_context, step
-from .reference import NO_MASS, log_of_mass, one_for_none
+from ._joined import joined
 
 devices = ("cpu",)
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -64,7 +64,7 @@ def run(
         S = hybrid_branch(*given, *maps, log_mix, out, lse)
     else:
         numerator, den, S, left = branch(*given, *maps)
-        out = _joined(out, lse, numerator, den, left + log_mix.to(dtype)[:, None])
+        out = joined(out, lse, numerator, den, left + log_mix.to(dtype)[:, None])
     out = (out if isinstance(at, Step) else at.unalign(out)).to(query.dtype)
     return out, HybridState(at.state(), S, None if turns is None else at.recent(turns)) if keep_state else None
 
@@ -82,16 +82,3 @@ def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks
     given = (query, old.key[:, :, leaving], old.value[:, :, leaving], leaves, gates(log_decay, key, None))
     S = hybrid_branch(*given, state.linear.to(query.dtype), map_query, map_key, log_mix, out, lse)
     return out, HybridState(after, S)
-
-
-def _joined(out, lse, numerator, den, log_scale):
-    """Return the output of both branches with a gradient; what the kernel does in `hybrid_branch`.
-
-    Args:
-        out, lse: output of the softmax, `[B, H, T, Dv]`, and log of its mass, `[B, H, T]`. numerator, den: of the
-            linear branch. log_scale: `[B, H, T]`, log of the factor of the linear branch.
-    """
-    none = den <= NO_MASS
-    mass = (log_scale + log_of_mass(den)).masked_fill(none, torch.finfo(den.dtype).min)
-    lead = (lse - mass)[..., None]
-    return out * torch.sigmoid(lead) + numerator * (torch.sigmoid(-lead) / one_for_none(den)[..., None])
