@@ -90,6 +90,27 @@ def linear(name, dtype, dim, length=512):
             form.run(*given)
 
 
+def near(name, dtype, dim, length=512):
+    """The window, or a hybrid with the map `name`: with and without a gradient, or a token after a state."""
+    from hf_attnswap.ops.hybrid import triton as hybrid
+    from hf_attnswap.ops.sliding import HybridState, WindowState
+    from hf_attnswap.ops.window import triton as window
+
+    def run(state=None):
+        tensors = qkv(dtype, dim, length)
+        if name == "window":
+            return window.run(*tensors, 0.1, 64, 4, None, state, False)[0]
+        mix, old = torch.zeros(6, requires_grad=True), state and HybridState(state, states)
+        return hybrid.run(*tensors, *maps(name, dim), mix, 0.1, 64, 4, None, old, False, None, None)[0]
+
+    slots = [torch.zeros(2, 2, 68, dim, dtype=dtype) for _ in range(2)]
+    states = torch.zeros(2, 2, dim * (2 if name == "hedgehog" else 1), dim + 1)
+    with torch.no_grad():
+        run(WindowState(*slots, torch.full((2,), 99)) if length == 1 else None)
+    if length > 1:
+        run().sum().backward()
+
+
 POPULAR = ("relu", "relu_norm", "relu_power", "sigmoid")
 BF16, F32 = torch.bfloat16, torch.float32
 CASES = {
@@ -104,6 +125,11 @@ CASES = {
     "linear elu 64 float32": (linear, "elu", F32, 64),
     "linear elu 64 step": (linear, "elu", BF16, 64, 1),
     "linear hedgehog 64 step": (linear, "hedgehog", BF16, 64, 1),
+    **{f"near {n} {d}": (near, n, BF16, d) for n in ("window", "hedgehog") for d in (64, 128)},
+    "near window 256": (near, "window", BF16, 256),
+    "near window 64 float32": (near, "window", F32, 64),
+    "near elu 64": (near, "elu", BF16, 64),
+    **{f"near {n} 64 step": (near, n, BF16, 64, 1) for n in ("window", "hedgehog", "elu")},
 }  # fmt: skip
 
 

@@ -138,7 +138,8 @@ def of_queries(
         acc, sums = _through_keys(acc, sums, q, g, k0, v0, kt, vt, valid, lo, free_lo, positions, start, end, whole, xs,
                                   row, delta, S, D, DV, BD, BDV, BN, ACT, LOGP, CAUSAL, PAD, True, SUM, IP)  # fmt: skip
     acc, sums = _through_keys(acc, sums, q, g, k0, v0, kt, vt, valid, free_lo, free_hi, positions, start, end, whole,
-                              xs, row, delta, S, D, DV, BD, BDV, BN, ACT, LOGP, CAUSAL, PAD, False, SUM, IP)  # fmt: skip
+                              xs, row, delta, S, D, DV, BD, BDV, BN, ACT, LOGP, CAUSAL, PAD, False, SUM,
+                              IP)  # fmt: skip
     acc, sums = _through_keys(acc, sums, q, g, k0, v0, kt, vt, valid, free_hi, hi, positions, start, end, whole, xs,
                               row, delta, S, D, DV, BD, BDV, BN, ACT, LOGP, CAUSAL, PAD, True, SUM, IP)  # fmt: skip
     if ACT == POWER:
