@@ -46,7 +46,7 @@ TINY_MODEL = SMOLLM2 | dict(vocab_size=64, hidden_size=32, intermediate_size=48,
 
 def tests(seconds: float) -> dict:
     """Run the tests of the kernels and of what stands on them on the GPU, at most so many seconds."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-p", "no:cacheprovider", "tests/ops",
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests/ops",
                "tests/attentions", "tests/masks", "tests/integration/test_models.py"]  # fmt: skip
     environment = {**os.environ, "ATTNSWAP_TEST_DEVICE": "cuda", "HF_HUB_OFFLINE": "1"}
     try:

@@ -156,11 +156,14 @@ class Op:
                         f"{reason}"
                     )
                 return form
+        device = arguments[0].device.type
         for form in self.forms.values():
+            if not form.runs_on(device):
+                continue
             reason = form.refusal(arguments)
             if reason is None:
                 return form
-            if form.runs_on(arguments[0].device.type) and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
                 _log_once(self.name, form.backend, reason)
         raise NotImplementedError(f"{self.name}: no backend of {', '.join(self.forms)} can serve this call")
 

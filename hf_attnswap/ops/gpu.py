@@ -63,6 +63,11 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value in the dtype of the query: products take one; under autocast there may be two."""
+    return query, key.to(query.dtype), value.to(query.dtype)
+
+
 def side_by_side(x: Tensor) -> Tensor:
     """Return the tensor, copied unless the numbers of a token stand side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -41,11 +41,11 @@ def compiled(kernel, arguments, constants, arch):
             signature[name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1 and name not in (kernel.do_not_specialize or ()):
+        elif value == 1 and name not in kernel.do_not_specialize:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in kernel.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     with contextlib.redirect_stdout(io.StringIO()) as log:

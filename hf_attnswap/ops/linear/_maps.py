@@ -70,7 +70,7 @@ def _softmax(y):
     return e / tl.sum(e, 1)[:, None]
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "T"])
 def hedgehog(
     X, DELTA, OUT, LEFT, xb, xh, xt, ob, oh, ot, H, T, scale,
     D: tl.constexpr, BD: tl.constexpr, BESIDE: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr,
@@ -102,7 +102,7 @@ def hedgehog(
     store_rows(out + D, r0, ot, m, T, d, D, g)
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "T"])
 def hedgehog_backward(
     FEATURES, GRAD, DELTA, DY, DX, fb, fh, ft, gb, gh, gt, yb, yh, yt, xb, xh, xt, H, T, scale,
     D: tl.constexpr, BD: tl.constexpr, BESIDE: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr,

@@ -27,7 +27,7 @@ def _columns(r0, T, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BACKWAR
         return c0, tl.minimum(r0 + BM, T)
 
 
-@triton.jit(do_not_specialize=["H", "G", "NC"])
+@triton.jit(do_not_specialize=["H", "G", "NC", "T"])
 def by_features(
     X, Y, V, XMASK, YMASK, STATES, OUT, DEN, NEAR, MASS, xb, xh, xt, yb, yh, yt, vb, vh, vt, ob, oh, ot, H, G, T, NC,
     scale, eps,
@@ -87,7 +87,7 @@ def by_features(
     store_rows(out, r0, ot, m, T, e, DV, acc)
 
 
-@triton.jit(do_not_specialize=["H", "G", "NC"])
+@triton.jit(do_not_specialize=["H", "G", "NC", "T"])
 def by_values(
     X, Y, K, W, PLACE, KMASK, PMASK, STATES, OUT, xb, xh, xt, yb, yh, yt, kb, kh, kt, pb, ph, pt, ob, oh, ot, H, G, T,
     NC, scale,
@@ -136,7 +136,7 @@ def by_values(
     store_rows(head(OUT, b, h, ob, oh), r0, ot, m, T, f, F, acc)
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "T"])
 def prepare(
     OUT, DEN, GRAD, GRAD_DEN, U, W, ob, oh, ot, gb, gh, gt, H, T, eps,
     DV: tl.constexpr, BE: tl.constexpr, DIVIDED: tl.constexpr, BM: tl.constexpr,

@@ -11,7 +11,7 @@ from ..tiles import dot, head, load_rows
 from ._maps import load_features
 
 
-@triton.jit(do_not_specialize=["KV", "G", "NC"])
+@triton.jit(do_not_specialize=["KV", "G", "NC", "T"])
 def of_chunks(
     X, V, ONES, MASK, STATES, xb, xh, xt, vb, vh, vt, KV, G, T, NC, scale,
     F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr, HAS_MASK: tl.constexpr,

@@ -45,6 +45,7 @@ def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chun
     number = number_of(map_query, map_key)
     mask = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
     state = None if state is None else state.detach().float().contiguous()
+    query, key, value = gpu.alike(query, key, value)
     if query.shape[2] == 1 and state is not None and not torch.is_grad_enabled() and number is not None:
         deltas = [m.tensors.get("delta") for m in (map_query, map_key)]
         return _step(query, key, value, deltas, mask, state, number, float(scale), eps)

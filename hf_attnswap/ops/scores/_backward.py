@@ -19,7 +19,7 @@ from ._activations import POWER, RELU, row_number, scale_of_scores, weights_and_
 from ._rows import allowed, column_phases, counts, key_range
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "T", "S"])
 def prepare(
     OUT, GRAD, TOTALS, G_OUT, DELTA, COUNT, ob, oh, ot, gb, gh, gt, H, T, S, alpha, eps,
     DV: tl.constexpr, BDV: tl.constexpr, COUNTED: tl.constexpr, TOTAL: tl.constexpr, CAUSAL: tl.constexpr,
@@ -88,7 +88,7 @@ def _through_keys(
     return acc, sums
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S"])
 def of_queries(
     Q, K, V, GRAD, DQ, TOTALS, PEAKS, PEAK_AT, DELTA, SUMS, OF_FACTOR, OFFSET, FACTOR, VALID, RANGE, COUNT,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, H, G, T, S, scale, eps,
@@ -210,7 +210,7 @@ def _through_rows(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S"])
 def of_keys(
     Q, K, V, GRAD, DK, DV_, TOTALS, PEAKS, PEAK_AT, DELTA, SUMS, OFFSET, FACTOR, VALID, RANGE, COUNT,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, eb, eh, et, H, G, T, S, scale, eps,

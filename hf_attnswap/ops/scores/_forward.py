@@ -64,7 +64,7 @@ def _sums(
     return acc, total
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S"])
 def forward(
     Q, K, V, OUT, TOTALS, PEAKS, PEAK_AT, OFFSET, FACTOR, VALID, RANGE, COUNT,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, H, G, T, S, scale, alpha, eps,

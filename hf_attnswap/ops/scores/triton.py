@@ -45,6 +45,7 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
     """Return what `score_attention` returns; takes its arguments in order."""
     if query.shape[2] == 1 and not torch.compiler.is_compiling():
         return at_once(query, key, value, mask, scaling, activation, gain, result_dtype)
+    query, key, value = gpu.alike(query, key, value)
     params, divided = activation.params, activation.denominator
     number = _UNSHIFTED if params.get("shift") == "none" else _NUMBERS[activation.name]
     kind = 0 if divided is None else _DENOMINATORS[divided.name]

@@ -15,7 +15,7 @@ from ..tiles import LOG2E, dot, head, load_columns, load_rows, store_rows
 from ._forward import in_window, position_of_first
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "T"])
 def prepare(
     OUT, GRAD, GRAD_LSE, G_OUT, DELTA, ob, oh, ot, gb, gh, gt, H, T,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
@@ -42,7 +42,7 @@ def _lse(LSE, rows, T):
     return tl.where(lse == float("-inf"), 0.0, lse) * LOG2E
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S"])
 def of_queries(
     Q, K, V, SINK_K, SINK_V, COUNT, GRAD, LSE, DELTA, DQ,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ab, ah, at, cb, ch, ct, db, dh, dt, H, G, T, S, scale, window, ahead,
@@ -101,7 +101,7 @@ def _of_tile(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S"])
 def of_keys(
     Q, K, V, COUNT, GRAD, LSE, DELTA, DK, DV_,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, eb, eh, et, H, G, T, S, scale, window, ahead,
@@ -135,7 +135,7 @@ def of_keys(
     store_rows(head(DV_, b, hk, eb, eh), c0, et, n, S, tl.arange(0, BDV), DV, dv)
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "T"])
 def of_sinks(
     Q, K, V, COUNT, GRAD, LSE, DELTA, DK, DV_, qb, qh, qt, kb, kh, kt, vb, vh, vt, H, G, T, scale, part,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr,

@@ -39,7 +39,7 @@ def _added(acc, den, top, s, v, like, IP: tl.constexpr):
     return acc * kept[:, None] + dot(p, v, IP), den * kept + tl.sum(p.to(tl.float32), 1), new
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "T", "S"])
 def forward(
     Q, K, V, SINK_K, SINK_V, COUNT, OUT, LSE,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ab, ah, at, cb, ch, ct, ob, oh, ot, H, G, T, S, scale, window, ahead,

@@ -82,6 +82,7 @@ def _step(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Win
 
 def softmax_of_text(query, key, value, scaling, window, sinks) -> tuple[Tensor, Tensor]:
     """Return what `softmax_of_context` returns, for a whole text without padding."""
+    query, key, value = gpu.alike(query, key, value)
     near = (key[:, :, :sinks], value[:, :, :sinks])
     return _softmax(query, key, value, *near, None, scaling, min(window, key.shape[2]), sinks, 0)
 
