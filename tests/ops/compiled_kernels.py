@@ -63,12 +63,15 @@ def qkv(dtype, dim, length=512, heads=6, kv_heads=2):
     return [torch.zeros(2, h, length, dim, dtype=dtype).requires_grad_() for h in (heads, kv_heads, kv_heads)]
 
 
-def scores(name, dtype, dim, valid=None, **options):
+def scores(name, dtype, dim, valid=None, learning=True):
     from hf_attnswap.ops.scores import triton as form
 
-    attention = attentions.get(name)(Heads(6, 2, dim), **options)
+    attention = attentions.get(name)(Heads(6, 2, dim))
     mask = Mask(512, 512, valid=None if valid is None else torch.ones(2, 512, dtype=torch.bool))
-    form.run(*qkv(dtype, dim), mask, 0.1, attention.activation(), None, dtype).sum().backward()
+    with torch.set_grad_enabled(learning):
+        out = form.run(*qkv(dtype, dim), mask, 0.1, attention.activation(), None, dtype)
+    if learning:
+        out.sum().backward()
 
 
 def maps(name, dim):
@@ -116,6 +119,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 CASES = {
     **{f"scores {n} {d}": (scores, n, BF16, d) for n in POPULAR for d in (64, 128)},
     **{f"scores {n} 64": (scores, n, BF16, 64) for n in ("relu2", "softplus", "gelu", "softmax")},
+    "scores relu_norm 64 forward": (scores, "relu_norm", BF16, 64, None, False),
     "scores relu_norm 64 padded": (scores, "relu_norm", BF16, 64, True),
     "scores relu_norm 256": (scores, "relu_norm", BF16, 256),
     "scores relu_norm 64 float32": (scores, "relu_norm", F32, 64),

@@ -15,8 +15,8 @@ FORMS = {
 }
 # tokens, D, Dv, window, sinks, padding
 CASES = {
-    "window": (40, 16, 24, 8, 2, False), "no sinks, padding": (33, 24, 16, 20, 0, True),
-    "wide window": (20, 16, 16, 64, 4, False),
+    "window": (34, 16, 24, 8, 2, False), "no sinks, padding": (20, 24, 16, 6, 0, True),
+    "wide window": (16, 16, 16, 64, 4, False),
 }  # fmt: skip
 
 
@@ -48,9 +48,9 @@ def numbers(outputs):
     return [out, near.key, near.value, near.count.double(), *([] if near is state else [state.linear])]
 
 
-def check(op, case, dtype, phi="hedgehog"):
+def check(op, case, dtype, phi="hedgehog", heads=1):
     length, dim, value_dim, near, sinks, padded = case
-    leaves, learned = drawn(length, dim, value_dim, phi=phi)
+    leaves, learned = drawn(length, dim, value_dim, heads=heads, phi=phi)
     valid = torch.arange(length)[None] >= 3 if padded else None
     leaves, learned = ([t.to(dtype).requires_grad_() for t in given] for given in (leaves, learned))
     learned = learned if op == "hybrid" else []
@@ -62,34 +62,34 @@ def check(op, case, dtype, phi="hedgehog"):
     of_ours = gradients([ours[:, :, rows]], [*leaves, *learned])
     assert_near(of_ours, gradients([expected[:, :, rows]], [*exact[0], *exact[1]]), dtype, 2)
     with torch.no_grad():
-        ours = called(op, "triton", leaves, learned, near, sinks, valid)[0]
+        ours = called(op, "triton", leaves, learned, near, sinks, valid)[0]  # the branches of the hybrid join otherwise
     assert_near([ours[:, :, rows]], [expected[:, :, rows]], dtype, 2)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("op", ("window", "hybrid"))
 def test_outputs_and_gradients(op, case):
-    check(op, CASES[case], torch.float32)
+    check(op, CASES[case], torch.float32, heads=2 if case == "wide window" else 1)
 
 
 @pytest.mark.parametrize("op", ("window", "hybrid"))
 def test_bfloat16(op):
-    check(op, CASES["window"], torch.bfloat16)
+    check(op, CASES["no sinks, padding"], torch.bfloat16)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 @pytest.mark.parametrize("op, phi", (("window", None), ("hybrid", "hedgehog"), ("hybrid", "elu")))
 def test_longer_and_wider(op, phi, dtype):
-    check(op, (150, 80, 136, 40, 5, True), dtype, phi)
+    check(op, (150, 80, 136, 40, 5, True), dtype, phi, heads=2)
 
 
 @pytest.mark.parametrize("op, phi", (("window", None), ("hybrid", "hedgehog"), ("hybrid", "elu")))
 def test_texts_go_on_from_a_state_token_by_token(op, phi):
     """A text in parts, then single tokens, while the window fills and slides; torch's form says what is right."""
-    leaves, learned = drawn(16, 12, 20, batch=1, heads=4, kv_heads=2, phi=phi)
+    leaves, learned = drawn(16, 12, 20, batch=1, heads=2, kv_heads=1, phi=phi)
     exact = [[t.double() for t in given] for given in (leaves, learned)]
-    parts = [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 10), *(slice(i, i + 1) for i in range(10, 13))]
+    parts = [slice(0, 1), slice(1, 2), slice(2, 7), slice(7, 8), slice(8, 9)]
     ours = expected = None
     with torch.no_grad():
         for part in parts:
@@ -101,7 +101,7 @@ def test_texts_go_on_from_a_state_token_by_token(op, phi):
 
 
 def test_rows_see_no_later_token():
-    leaves, learned = drawn(30, 16, 16)
+    leaves, learned = drawn(20, 16, 16, heads=1)
     with torch.no_grad():
         first = called("hybrid", "triton", leaves, learned, 8, 2)[0]
         for leaf in leaves:
