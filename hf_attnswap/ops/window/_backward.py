@@ -69,11 +69,11 @@ def of_queries(
     acc = tl.zeros((BM, BD), tl.float32)
     if SINKS > 0:
         j = tl.arange(0, BS)
-        k = load_rows(head(SINK_K, b, h // G, ab, ah), 0, at, j, SINKS, d, D)
-        see = (j < SINKS)[None, :] & (j[None, :] <= (rows + before)[:, None])
-        p = tl.where(see, tl.exp2(dot(q, tl.trans(k), IP) * (scale * LOG2E) - lse[:, None]), 0.0)
-        v = load_columns(head(SINK_V, b, h // G, cb, ch), 0, ct, j, SINKS, e, DV)
-        acc += dot((p * (dot(g, v, IP) - delta[:, None])).to(q.dtype), k, IP)
+        sink_k = load_rows(head(SINK_K, b, h // G, ab, ah), 0, at, j, SINKS, d, D)
+        sink_v = load_columns(head(SINK_V, b, h // G, cb, ch), 0, ct, j, SINKS, e, DV)
+        begun = (j < SINKS)[None, :] & (j[None, :] <= (rows + before)[:, None])
+        of_sinks = tl.where(begun, tl.exp2(dot(q, tl.trans(sink_k), IP) * (scale * LOG2E) - lse[:, None]), 0.0)
+        acc += dot((of_sinks * (dot(g, sink_v, IP) - delta[:, None])).to(q.dtype), sink_k, IP)
     lo = tl.maximum(r0 + ahead - window + 1, 0) // BN * BN
     for first in range(lo, tl.minimum(r0 + BM + ahead, S), BN):
         k = load_rows(k0, first, kt, n, S, d, D)

@@ -65,11 +65,11 @@ def forward(
     top = tl.zeros((BM,), tl.float32) - float("inf")
     if SINKS > 0:
         j = tl.arange(0, BS)
-        k = load_columns(head(SINK_K, b, h // G, ab, ah), 0, at, j, SINKS, d, D)
-        see = (j < SINKS)[None, :] & (j[None, :] <= (rows + before)[:, None])
-        s = tl.where(see, dot(q, k, IP) * (scale * LOG2E), float("-inf"))
-        v = load_rows(head(SINK_V, b, h // G, cb, ch), 0, ct, j, SINKS, e, DV)
-        acc, den, top = _added(acc, den, top, s, v, q, IP)
+        sink_k = load_columns(head(SINK_K, b, h // G, ab, ah), 0, at, j, SINKS, d, D)
+        sink_v = load_rows(head(SINK_V, b, h // G, cb, ch), 0, ct, j, SINKS, e, DV)
+        begun = (j < SINKS)[None, :] & (j[None, :] <= (rows + before)[:, None])
+        of_sinks = tl.where(begun, dot(q, sink_k, IP) * (scale * LOG2E), float("-inf"))
+        acc, den, top = _added(acc, den, top, of_sinks, sink_v, q, IP)
     lo = tl.maximum(r0 + ahead - window + 1, 0) // BN * BN
     for first in range(lo, tl.minimum(r0 + BM + ahead, S), BN):
         k = load_columns(k0, first, kt, n, S, d, D)
