@@ -1,5 +1,6 @@
 """Models and data that tests share; what is not there is skipped with its reason."""
 
+import gc
 import importlib.util
 import os
 import tempfile
@@ -36,6 +37,13 @@ def pytest_collection_modifyitems(items):
 def _one_thread():
     """Tiny tensors gain nothing from threads, and lose much where the cores are busy."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_old_to_collect():
+    """Collecting garbage passes over what was imported and collected so far: seconds, and many times in a session."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_llama(**overrides):

@@ -113,6 +113,7 @@ class Attention(nn.Module):
         kind, place: of the module on which the variant stands: one of `KINDS`, and its layer in words.
         described: the variant on a module with its options, in words.
         ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where the fast form is one call of torch.
+        slides: honours the sliding window that a layer of a model may have; any mask has it already.
         unrotate: sees query and key without their rotation by position, which `Mask.rotation` then tells it.
         any_mask: takes any mask, and a bias, a soft cap and sinks beside the scores. The other variants take causal
             and bidirectional masks with padding, and packed texts.
@@ -132,6 +133,7 @@ class Attention(nn.Module):
     stateful: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = KINDS
     any_mask: ClassVar[bool] = False
+    slides: ClassVar[bool] = False
     unrotate: Any = False
     ops: ClassVar[tuple[str, ...]] = ()
     kind: str = "causal"

@@ -41,16 +41,18 @@ class Cosformer(LinearAttention):
         Raises:
             NotImplementedError: a text of more than `max_length` tokens.
         """
-        position = positions(query, mask.new_tokens() if mask.causal else mask.valid, state)
+        position = positions(key, None if mask.valid is None else mask.valid[:, -key.shape[2] :], state)
         if torch.compiler.is_compiling():  # it sees no numbers: the compiled code looks
             torch._assert_async(position.max() < self.max_length, f"a text is longer than max_length={self.max_length}")
-        elif (last := query.shape[2] if transformed() else int(position.max()) + 1) > self.max_length:
+        elif (last := key.shape[2] if transformed() else int(position.max()) + 1) > self.max_length:
             raise NotImplementedError(f"a text of {last} tokens is longer than max_length={self.max_length}")
         if state is not None:
             state["count"] = position[:, -1] + 1
         dtype = torch.promote_types(query.dtype, torch.float32)
         angle = (position.clamp(min=0).to(dtype) * (math.pi / 2 / self.max_length))[:, None, :, None]
-        return tuple(torch.cat([x.to(dtype), angle.expand(*x.shape[:-1], 1)], dim=-1) for x in (query, key))
+        # The queries are those of the last keys.
+        angles = ((x, angle[:, :, -x.shape[2] :]) for x in (query, key))
+        return tuple(torch.cat([x.to(dtype), angle.expand(*x.shape[:-1], 1)], dim=-1) for x, angle in angles)
 
     def feature_map(self):
         return COSFORMER

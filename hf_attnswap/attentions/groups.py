@@ -58,6 +58,7 @@ class Groups(Attention):
         self.name = " and ".join(f"{part.name} in group{'s' * (len(at) > 1)} {_listed(at)}" for part, at in self.each())
         self.stateful = any(part.stateful for part in parts)
         self.any_mask = all(part.any_mask for part in parts)
+        self.slides = all(part.any_mask or part.slides for part in parts)
         self.unrotate = any(part.unrotate for part in parts)
         self.kinds = tuple(kind for kind in KINDS if all(kind in part.kinds for part in parts))
         self.ops = tuple(dict.fromkeys(op for part in parts for op in part.ops))

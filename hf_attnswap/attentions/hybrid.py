@@ -3,12 +3,13 @@
 The formula stands in `ops/hybrid`. Zhang et al., "LoLCATs", 2024.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..masks import Mask, Rotation
+from ..masks import Mask
 from ..ops.heads import scores
 from ..ops.hybrid import hybrid_attention
 from ..ops.hybrid.reference import hybrid_weights, log_terms
@@ -17,6 +18,7 @@ from .base import Attention
 from .linear import LinearAttention
 from .registry import derive
 from .window import SINKS, WINDOW, read_state
+from .within import within_window
 
 
 class Hybrid(Attention):
@@ -31,6 +33,7 @@ class Hybrid(Attention):
     family = "maps"
     stateful = True
     kinds = ("causal",)
+    slides = True
     ops = ("hybrid",)
     window = WINDOW
     sinks = SINKS
@@ -58,22 +61,21 @@ class Hybrid(Attention):
         """Return the feature maps of queries and of keys, and the log of the mix per head."""
         return self.linear.feature_map_of_queries(), self.linear.feature_map_of_keys(), self.log_mix
 
-    def far(self, mask: Mask) -> tuple[Rotation | None, Tensor | None]:
-        """Return the rotation that the maps do not see, and the log of the decay, `[Hkv]`; None for none."""
-        return mask.rotation if self.unrotate else None, self.linear.log_decay()
+    def seen_by_maps(self, mask: Mask) -> Mask:
+        """Return the mask with the rotation only where the maps do not see it."""
+        return mask if self.unrotate else replace(mask, rotation=None)
 
     def weights(self, query, key, mask, scaling):
-        allowed = mask.matrix(query.device)
-        where = scaling, self.window, self.sinks
-        return hybrid_weights(query, key, allowed, *self.maps_and_mix(), *where, *self.far(mask))
+        mask, where = self.seen_by_maps(mask), (scaling, self.window, self.sinks)
+        return hybrid_weights(query, key, mask, *self.maps_and_mix(), *where, self.linear.log_decay())
 
     @torch.no_grad()
     def calibrate(self, query, key, value, mask, scaling):
         """Set the mix so that the linear term has, over all rows, the mass that softmax has outside the window."""
-        query, key = query.float(), key.float()
+        query, key, mask = query.float(), key.float(), self.seen_by_maps(mask)
         allowed = mask.matrix(query.device)
         where = scaling, self.window, self.sinks
-        logs, window = log_terms(query, key, allowed, *self.maps_and_mix(), *where, *self.far(mask))
+        logs, window = log_terms(query, key, mask, *self.maps_and_mix(), *where, self.linear.log_decay())
         s = (scores(query, key) * scaling).masked_fill(~allowed, float("-inf"))
         total = s.logsumexp(-1, keepdim=True)
         softmax, linear = ((t - total).exp().nan_to_num(0.0).masked_fill(window, 0).sum((0, 2, 3)) for t in (s, logs))
@@ -82,7 +84,9 @@ class Hybrid(Attention):
         self.log_mix += torch.where(seen, softmax / linear, 1).log().to(self.log_mix.dtype)
 
     def forward(self, query, key, value, mask, scaling, state=None):
-        rotation, log_decay = self.far(mask)
+        if mask.window is not None:
+            return within_window(self, query, key, value, mask, scaling, state)
+        rotation = self.seen_by_maps(mask).rotation
         out, after = hybrid_attention(
             query,
             key,
@@ -95,7 +99,7 @@ class Hybrid(Attention):
             state=HybridState(read_state(state), state["S"], state.get("turns")) if state else None,
             keep_state=state is not None,
             rotation=rotation,
-            log_decay=log_decay,
+            log_decay=self.linear.log_decay(),
         )
         if state is not None:
             state.update(vars(after.window), S=after.linear)

@@ -11,6 +11,7 @@ from ..ops.heads import scores
 from ..ops.linear import causal_linear, full_linear
 from ..ops.spec import FeatureMap
 from .base import Attention, Option
+from .within import within_window
 
 UNROTATE = Option(
     False,
@@ -67,6 +68,7 @@ class LinearAttention(Attention):
 
     cost_class = "linear"
     stateful = True
+    slides = True
     ops = ("linear",)
     scaled: ClassVar[bool] = False
     divide_by_count: ClassVar[bool] = False
@@ -124,6 +126,8 @@ class LinearAttention(Attention):
         return query, key
 
     def forward(self, query, key, value, mask, scaling, state=None):
+        if mask.window is not None:
+            return within_window(self, query, key, value, mask, scaling, state)
         dtype = query.dtype
         query, key = self.prepare(*unrotated(self, query, key, mask), mask, state)
         maps = self.feature_map_of_queries(), self.feature_map_of_keys()
@@ -163,9 +167,7 @@ def unrotated(attention: Attention, query: Tensor, key: Tensor, mask: Mask) -> t
 
     They come back as they are where `attention` does not ask for that, and where `mask` tells of no rotation.
     """
-    if not attention.unrotate or mask.rotation is None:
-        return query, key
-    return mask.rotation.undo(query), mask.rotation.undo(key)
+    return mask.unrotated(query, key) if attention.unrotate else (query, key)
 
 
 def positions(query: Tensor, valid: Tensor | None, state: dict[str, Tensor] | None) -> Tensor:

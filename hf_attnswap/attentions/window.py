@@ -20,7 +20,11 @@ def read_state(state: dict | None) -> WindowState | None:
 
 @register
 class Window(Attention):
-    """Forget all but the window and the sinks: what a hybrid gains over this is what its linear branch does."""
+    """Forget all but the window and the sinks: what a hybrid gains over this is what its linear branch does.
+
+    In a layer with a sliding window W, a row sees nothing beyond the last W tokens: the window is min(w, W), and sinks
+    count as long as they are among these.
+    """
 
     name = "window"
     formula = "softmax over the last w keys and the first m"
@@ -30,24 +34,29 @@ class Window(Attention):
     control = True
     stateful = True
     kinds = ("causal",)
+    slides = True
     ops = ("window",)
     window = WINDOW
     sinks = SINKS
 
     def weights(self, query, key, mask, scaling):
-        return window_weights(query, key, mask.matrix(query.device), scaling, self.window, self.sinks)
+        return window_weights(query, key, mask, scaling, self.window, self.sinks)
 
     def forward(self, query, key, value, mask, scaling, state=None):
+        window, sinks, reach = self.window, self.sinks, mask.window
+        if reach is not None and reach <= window:
+            window, sinks = reach, 0  # those that the layer may still see stand in its own window
         out, after = window_attention(
             query,
             key,
             value,
             scaling,
-            window=self.window,
-            sinks=self.sinks,
+            window=window,
+            sinks=sinks,
             valid=mask.new_tokens(),
             state=read_state(state),
             keep_state=state is not None,
+            reach=reach if sinks else None,
         )
         if state is not None:
             state.update(vars(after))

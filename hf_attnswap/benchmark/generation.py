@@ -95,7 +95,8 @@ def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
             layer.update(key, value)
             one = rotations.get(entry.name)
             rotation = None if one is None else one.of(one.turns.expand(-1, length, -1))
-            mask = Mask(length, length, rotation=rotation)
+            window = entry.reach.sliding_window if variant.slides and entry.kind == "causal" else None
+            mask = Mask(length, length, rotation=rotation, window=window)
             attend(variant, query, key, value, mask, heads.head_dim**-0.5, layer)
     return cache
 

@@ -45,7 +45,7 @@ def _description(cls: type) -> dict[str, Any]:
         "cost_class": cls.cost_class,
         "backends": {op: backends_of(op) for op in cls.ops},
         "kinds": list(cls.kinds),
-        "masks": "any" if cls.any_mask else "padding, packed",
+        "masks": "any" if cls.any_mask else f"padding, packed{', sliding' * cls.slides}",
         "state": "constant" if cls.stateful else "keys, values",
         "parameters": [name for name, _ in cls(Heads(1, 1, 1)).named_parameters()],
         "options": {n: {"default": o.default, "help": o.help} for n, o in cls.options().items()},

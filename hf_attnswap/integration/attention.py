@@ -16,6 +16,7 @@ from ..masks import Mask, Packed, unpack_rows, values_are_hidden
 from .read_mask import ANY_MASK, read_mask
 from .rotations import rotation_of
 from .sharing import uses_keys_of_another
+from .sliding import sliding_window
 
 # Keywords that models pass to their attention function and that change nothing about what a row attends to here:
 # sliding_window is already in the mask, is_causal says what a missing mask means, shift_labels is for the loss,
@@ -81,7 +82,7 @@ def attnswap_attention(
         )
     if layer is not None and uses_keys_of_another(module):
         layer.update(key, value)  # which the module leaves out
-    _check_window(where, attention, kwargs.get("sliding_window"), key.shape[2] if layer is None else layer.seen)
+    _check_window(where, attention, sliding_window(module, kwargs), key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key, value)
     device = query.device.type
     precision = contextlib.nullcontext()
@@ -123,7 +124,7 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
             valid = None if mask.valid is None else mask.valid[:, :seen]
             new = (t[:, :, :tokens] for t in (query, key, value))
             rotation = None if mask.rotation is None else mask.rotation.tokens(slice(0, tokens))
-            attention.answer(*new, Mask(tokens, seen, valid, rotation=rotation), scaling, state)
+            attention.answer(*new, Mask(tokens, seen, valid, rotation=rotation, window=mask.window), scaling, state)
 
         layer.take_in(attention, mask, replay)
     if isinstance(mask, Packed):
@@ -132,6 +133,8 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
             rotation = mask.rotation.of(*turns) if turns else None
             valid = None if mask.causal else valid
             of_texts = Mask(query.shape[2], key.shape[2], valid, causal=mask.causal, rotation=rotation)
+            if mask.window is not None and mask.window < key.shape[2]:
+                of_texts = replace(of_texts, window=mask.window)
             return attention.answer(query, key, value, of_texts, scaling)
 
         turns = () if mask.rotation is None else (mask.rotation.turns,)
@@ -182,11 +185,11 @@ def _check_whole_texts() -> None:
         )
 
 
-def _check_window(where: str, attention: Attention, sliding_window: int | None, length: int) -> None:
+def _check_window(where: str, attention: Attention, window: int | None, length: int) -> None:
     # In a mask for one new token, a window over the past looks like padding in it.
-    if sliding_window is not None and length > sliding_window and not attention.any_mask:
+    if window is not None and length > window and not attention.any_mask and not attention.slides:
         raise NotImplementedError(
-            f"{where}: cannot honour the model's sliding window of {sliding_window} over {length} tokens: "
+            f"{where}: cannot honour the model's sliding window of {window} over {length} tokens: "
             f"{ANY_MASK} take any mask"
         )
 

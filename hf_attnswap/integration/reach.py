@@ -1,7 +1,8 @@
 """How far an attention module sees: sliding windows and chunks, which a state cannot follow once it has read past them.
 
-Inside one window or chunk a text is like any other. So a swap is refused where nobody chose such a layer and there are
-others; where somebody did, or all layers are such, a warning tells how long texts may be.
+Some variants honour a sliding window, and any does inside one window or chunk, where a text is like any other. A swap
+to one that does not is refused where nobody chose such a layer and there are others; where somebody did, or all layers
+are such, a warning tells how long texts may be.
 """
 
 import logging
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .. import attentions
+from ..attentions import Attention
 from ..errors import UsageError
 from ..plans import Plan, choices
 from .read_mask import ANY_MASK
@@ -79,16 +81,17 @@ def check_reach(
             index: (name, modules[index].reach)
             for index, planned in sorted(plan.items())
             for name, _ in choices(planned)
-            if passes(modules[index]) and not attentions.get(name).any_mask
+            if passes(modules[index]) and not _honours(attentions.get(name), group[1], modules[index].reach)
         }
         if not near:
             continue
         name, reach = next(iter(near.values()))
         kind = "" if group[1] == "causal" else f"{group[1]} "
         see = "layer {} sees" if len(near) == 1 else "layers {} see"
+        slides = group[1] == "causal" and reach.sliding_window is not None
         says = (
             f"{model}: {kind}{see.format(_listed(list(near)))} no more than {reach}, which {name} cannot honour in "
-            f"longer texts ({ANY_MASK} can)"
+            f"longer texts ({'window, hedgehog, other linear variants, hybrids, ' * slides}{ANY_MASK} can)"
         )
         others = [index for index, entry in modules.items() if not passes(entry)]
         if others and not chosen:
@@ -101,6 +104,10 @@ def check_reach(
             "%s: texts of more than %d tokens will be refused, also while they are generated%s",
             says, reach.tokens, f"; layers={sorted(others)} swaps the layers that see all" if others else "",
         )  # fmt: skip
+
+
+def _honours(variant: type[Attention], kind: str, reach: Reach) -> bool:
+    return variant.any_mask or variant.slides and kind == "causal" and reach.sliding_window is not None
 
 
 def passes(entry: Any) -> bool:

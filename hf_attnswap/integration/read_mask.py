@@ -8,6 +8,7 @@ from torch import Tensor
 from ..attentions import Attention
 from ..config import NAME
 from ..masks import Mask, Packed, from_segments, parse, values_are_hidden
+from .sliding import sliding_window, within
 
 # Without an attention_mask and without a cache, transformers looks for packed texts and makes a matrix of it.
 UNDER_COMPILE = " (torch.compile cannot look into masks: there, pass attention_mask, ones where nothing is padded)"
@@ -32,7 +33,9 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     with_state = attention.stateful and layer is not None
     seen = layer.seen if with_state else key.shape[2]
     _check_rows(attention_mask, query)
-    mask = parse(attention_mask, query.shape[2], seen, bool(causal), longer=with_state and layer.fixed_size)
+    window = sliding_window(module, kwargs) if attention.slides and attention.kind == "causal" else None
+    fixed_size = with_state and layer.fixed_size
+    mask = parse(attention_mask, query.shape[2], seen, bool(causal), longer=fixed_size, window=window)
     mask = _for_every_row(mask, query.shape[0])
     if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):
         if attention_mask is not None:
@@ -52,7 +55,9 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
         if bias is not None:
             bias = bias if mask.bias is None else bias + mask.bias
         mask = replace(mask, bias=bias if bias is not None else mask.bias, softcap=softcap, sinks=sinks)
-    if isinstance(mask, Mask) and not mask.plain and not attention.any_mask:
+    if window is not None:
+        mask = within(mask, window, layer if with_state else None)
+    if isinstance(mask, Mask) and not mask.without_window().plain and not attention.any_mask:
         raise NotImplementedError(
             f"cannot honour {mask}: it takes causal or bidirectional masks with padding, and packed texts; "
             f"{ANY_MASK} take any{UNDER_COMPILE if mask.dense is not None else ''}"

@@ -39,6 +39,9 @@ def swap(
 ) -> PreTrainedModel:
     """Replace the softmax attention of a model, in place.
 
+    In a layer with a sliding window of W tokens a row sees the last W tokens, its own included, and of these what its
+    variant sees.
+
     Args:
         model: a model of transformers.
         attention: name of a variant (see `available()`), or a complete `SwapConfig`.

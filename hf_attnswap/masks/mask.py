@@ -35,8 +35,9 @@ class Tile(NamedTuple):
 class Mask:
     """Say which of S keys each of T rows may attend to, and all else that a call says beside query, key and value.
 
-    Causal: row i may attend to key j where `j <= i + key_length - query_length` and `valid[j]`. Otherwise
-    (bidirectional, or cross-attention): to every key where `valid[j]`.
+    Causal: row i may attend to key j where `j <= i + key_length - query_length` and `valid[j]`, and with a sliding
+    window W where `j > i + key_length - query_length - W` as well. Otherwise (bidirectional, or cross-attention): to
+    every key where `valid[j]`.
 
     Attributes:
         query_length, key_length: T and S. In causal attention the queries are the last T of the S positions.
@@ -48,6 +49,9 @@ class Mask:
         sinks: `[H]`, the score of one more key whose value is zero.
         rotation: of the tokens whose queries and keys the call gives, for variants that undo it; None where there is
             none, or nothing that would undo it.
+        window: W, the sliding window of the layer, whose padding stands at the ends of a text; None for none.
+        before: int `[B]`, how many tokens of each text, padding left out, stand before the first of the S keys, where
+            there is a sliding window; None for none.
     """
 
     query_length: int
@@ -59,6 +63,8 @@ class Mask:
     softcap: float | None = None
     sinks: Tensor | None = None
     rotation: Rotation | None = None
+    window: int | None = None
+    before: Tensor | None = None
 
     @property
     def offset(self) -> int:
@@ -68,7 +74,11 @@ class Mask:
     @property
     def plain(self) -> bool:
         """Return whether causality and padding say all, so that nothing has to be known of single scores."""
-        return self.dense is None and self.bias is None and self.softcap is None and self.sinks is None
+        return all(part is None for part in (self.dense, self.bias, self.softcap, self.sinks, self.window))
+
+    def without_window(self) -> "Mask":
+        """Return the mask of a layer that has no sliding window."""
+        return replace(self, window=None, before=None)
 
     def allowed(self, rows: slice, columns: slice, device: torch.device | None = None) -> Tensor:
         """Return what these rows may see of these columns, bool, broadcastable to `[B, H, t, s]`."""
@@ -78,6 +88,8 @@ class Mask:
         if self.causal:
             i = torch.arange(rows.start, rows.stop, device=device) + self.offset
             allowed = (j[None, :] <= i[:, None])[None, None]
+            if self.window is not None:
+                allowed = allowed & (j[None, :] > i[:, None] - self.window)
         else:
             allowed = torch.ones_like(j, dtype=torch.bool)[None, None, None]
         return allowed if self.valid is None else allowed & self.valid[:, None, None, columns]
@@ -93,9 +105,24 @@ class Mask:
             rows = slice(start, min(start + size, self.query_length))
             columns = slice(0, self.offset + rows.stop if triangle else self.key_length)
             free = 0
-            if self.dense is None and self.valid is None:
+            if self.dense is None and self.valid is None and self.window is None:
                 free = self.offset + rows.start if self.causal else self.key_length
             yield Tile(rows, columns, self.allowed(rows, slice(free, columns.stop), device), free)
+
+    def places(self, device: torch.device | None = None) -> Tensor | None:
+        """Return the place of each key in its text, from 1, int `[1 or B, 1, 1, S]`; None without a sliding window."""
+        if self.window is None:
+            return None
+        valid = torch.ones(1, self.key_length, dtype=torch.bool, device=device) if self.valid is None else self.valid
+        places = valid.long().cumsum(-1)
+        return (places if self.before is None else places + self.before[:, None])[:, None, None]
+
+    def unrotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return query and key as they were before their rotation, in float32 or wider; as they are without one."""
+        if self.rotation is None:
+            return query, key
+        of_queries = self.rotation.tokens(slice(key.shape[2] - query.shape[2], None))
+        return of_queries.undo(query), self.rotation.undo(key)
 
     def new_tokens(self) -> Tensor | None:
         """Return which of the T queries are valid, bool `[B, T]`; None where all are, or keys tell nothing."""
@@ -123,6 +150,7 @@ class Mask:
         if self.dense is not None:
             return f"an explicit {tuple(self.dense.shape)} mask that is neither causal nor bidirectional with padding"
         direction = "causal" if self.causal else "bidirectional"
+        direction = direction if self.window is None else f"sliding {direction}"
         return f"a {direction} mask" if self.valid is None else f"a {direction} mask with padding"
 
 
@@ -130,9 +158,10 @@ class Mask:
 class Packed:
     """Say that a row holds several texts: `segments` int `[B, T]`, 0 for padding, equal numbers for one text.
 
-    `causal` and `rotation` are as in `Mask`.
+    `causal`, `rotation` and `window` are as in `Mask`.
     """
 
     segments: Tensor
     causal: bool = True
     rotation: Rotation | None = None
+    window: int | None = None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -30,6 +31,7 @@ def parse(
     key_length: int,
     causal: bool = True,
     longer: bool = False,
+    window: int | None = None,
 ) -> Mask | Packed:
     """Bring a mask that a model passes to its attention to the form that variants take.
 
@@ -40,6 +42,9 @@ def parse(
         causal: what holds where the mask leaves it open: where it is None or has one row for one query.
         longer: whether the mask may have more columns than S, of which the first S are read: those of a cache that has
             one size from the start.
+        window: the sliding window W of the layer, where the mask may have the last T + W - 1 columns alone, those of a
+            cache that keeps no more, and where what comes back is to have a `window` in place of a matrix. Of what
+            stands before the last T + W - 1 keys, the mask tells nothing; it comes back as valid.
 
     Raises:
         ValueError: a mask of another shape, or with NaN.
@@ -49,20 +54,23 @@ def parse(
     shape = tuple(attention_mask.shape)
     if len(shape) not in (2, 4):
         raise ValueError(f"attention_mask has shape {shape}; expected 2 or 4 dimensions")
-    if shape[-1] < key_length or shape[-1] > key_length and not longer:
+    slid = window is not None and len(shape) == 4 and query_length + window - 1 <= shape[-1] < key_length
+    if not slid and shape[-1] < key_length or shape[-1] > key_length and not longer:
         raise ValueError(f"attention_mask has shape {shape}, and there are {key_length} keys; expected one column each")
     if len(shape) == 4 and shape[2] not in (1, query_length):
         raise ValueError(f"attention_mask has shape {shape}, and there are {query_length} queries; expected a row each")
     causal = causal and query_length == 1
+    call = (query_length, key_length, causal, window)
     if values_are_hidden() or not _changes_are_counted(attention_mask):
-        return _parse(attention_mask, query_length, key_length, causal)
-    # All layers of one forward pass receive the same tensor: look at its entries once.
-    call = (attention_mask._version, query_length, key_length, causal)
-    known, parsed = _parsed.get(attention_mask, (None, None))
-    if known != call:
-        parsed = _parse(attention_mask, query_length, key_length, causal)
-        _parsed[attention_mask] = call, parsed
-    return parsed
+        return _parse(attention_mask, *call)
+    # All layers of one forward pass receive the same tensor: look at its entries once for each kind of layer.
+    version, parsed = _parsed.get(attention_mask, (None, {}))
+    if version != attention_mask._version:
+        parsed = {}
+        _parsed[attention_mask] = attention_mask._version, parsed
+    if call not in parsed:
+        parsed[call] = _parse(attention_mask, *call)
+    return parsed[call]
 
 
 def _changes_are_counted(tensor: Tensor) -> bool:
@@ -73,7 +81,12 @@ def _changes_are_counted(tensor: Tensor) -> bool:
     return not tensor.is_inference() and tensor.untyped_storage().resizable()
 
 
-def _parse(attention_mask: Tensor, query_length: int, key_length: int, causal: bool) -> Mask | Packed:
+def _parse(
+    attention_mask: Tensor, query_length: int, key_length: int, causal: bool, window: int | None
+) -> Mask | Packed:
+    if attention_mask.shape[-1] < key_length:  # of a cache that keeps no more than the window
+        hidden = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+        attention_mask = F.pad(attention_mask, (key_length - attention_mask.shape[-1], 0), value=hidden)
     attention_mask = attention_mask[..., :key_length]
     if attention_mask.dim() == 2:
         if attention_mask.dtype != torch.bool:
@@ -81,7 +94,11 @@ def _parse(attention_mask: Tensor, query_length: int, key_length: int, causal: b
         # A copy: caches remember it, and the caller may write on.
         return Mask(query_length, key_length, valid=None if _all(attention_mask) else attention_mask.clone())
     dense, bias = split(attention_mask)
-    parsed = _parse_matrix(dense.expand(-1, -1, query_length, -1), causal)
+    dense = dense.expand(-1, -1, query_length, -1)
+    parsed = None
+    if window is not None and window < key_length and bias is None and dense.shape[1] == 1 and not values_are_hidden():
+        parsed = parse_sliding(dense[:, 0], window)
+    parsed = _parse_matrix(dense, causal) if parsed is None else parsed
     if bias is None:
         return parsed
     if isinstance(parsed, Packed):
@@ -141,6 +158,40 @@ def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
         if (candidate.matrix(dense.device)[:, 0] == matrix).all() and valid[:, offset:].all():
             return Mask(query_length, key_length) if valid.all() else candidate
     return Mask(query_length, key_length, dense=dense, causal=False)
+
+
+def parse_sliding(matrix: Tensor, window: int, block: int = 256) -> Mask | Packed | None:
+    """Read a sliding causal mask off a matrix, bool `[B, T, S]`: with padding at the ends of texts, or packed texts.
+
+    Args:
+        window: W; row i of the T may attend to the valid keys of its text from `i + S - T - W + 1` to `i + S - T`.
+
+    Returns:
+        A mask with this window; the keys that no row may see, those before, come back as valid. None where the matrix
+        is something else. Rows of tokens that do not see themselves are padding, and may attend to anything.
+    """
+    query_length, key_length = matrix.shape[1:]
+    offset = key_length - query_length
+    own = matrix.diagonal(offset, dim1=1, dim2=2)
+    valid = torch.cat([matrix[:, 0, :offset], own], dim=1)
+    valid[:, : max(0, offset - window + 1)] = True
+    if offset:
+        segments = valid.int()
+    else:  # a text begins with a token that does not see the one before it
+        sees_last = F.pad(matrix.diagonal(-1, dim1=1, dim2=2), (1, 0))
+        segments = (own & ~sees_last).cumsum(1).masked_fill(~own, 0).to(torch.int32)
+    key = torch.arange(key_length, device=matrix.device)
+    for start in range(0, query_length, block):
+        rows = slice(start, min(start + block, query_length))
+        row = key[offset:][rows, None]
+        text = segments[:, offset:][:, rows, None]
+        expected = (text == segments[:, None, :]) & (key <= row) & (key > row - window)
+        if not ((expected == matrix[:, rows]) | (text == 0)).all():
+            return None
+    if offset and not own.all():
+        return None
+    parsed = Mask(query_length, key_length, None if valid.all() else valid) if offset else from_segments(segments)
+    return replace(parsed, window=window)
 
 
 def from_segments(segments: Tensor, causal: bool = True) -> Mask | Packed:

@@ -9,7 +9,7 @@ it, `missing` says why.
 import ctypes
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -126,6 +126,33 @@ def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
 def run(name: str, dtype: torch.dtype, call: ctypes.Structure) -> None:
     """Run the kernel `name` that computes in `dtype`, float32 or float64, on a filled structure."""
     _kernel(name, dtype)(ctypes.byref(call))
+
+
+class Prepared:
+    """Hold a call whose sizes are known, of which only the tensors change from one to the next: a step of generation.
+
+    Args:
+        name, dtype: as in `run`.
+        call: the structure with its sizes and strides. Threads may not share it: cache it by `threading.get_ident()`.
+        fields: those of the tensors, in the order in which a call gives them.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, call: ctypes.Structure, fields: Sequence[str]):
+        self.name, self.dtype, self.call = name, dtype, call
+        self.numbers = (ctypes.c_int64 * (ctypes.sizeof(call) // 8)).from_buffer(call)
+        self.places = [getattr(type(call), field).offset // 8 for field in fields]
+
+    def __call__(self, *addresses: int | None) -> None:
+        """Run the kernel on tensors of these sizes and strides, given by `data_ptr`; None for no tensor."""
+        numbers = self.numbers
+        for place, address in zip(self.places, addresses, strict=True):
+            numbers[place] = address or 0
+        run(self.name, self.dtype, self.call)
+
+
+def side_by_side(heads: int, width: int, tokens: int = 1) -> ctypes.Structure:
+    """Return the strides of a contiguous tensor `[batch, heads, tokens, width]`, for `Prepared`."""
+    return _Tensor(None, heads * tokens * width, tokens * width, width)
 
 
 def by_hand(*tensors: torch.Tensor | None) -> bool:

@@ -26,7 +26,7 @@ _X86 = {
     "avx2": ["-mavx2", "-mfma"],
     "plain": [],
 }
-KERNELS = ("delta", "linear", "scores", "step", "window")
+KERNELS = ("delta", "linear", "row", "scores", "step", "window")
 REALS = {"f32": "float", "f64": "double"}
 # Without fast-math: NaN and inf go through as the definitions say.
 FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -ffp-contract=fast -Wall -Wno-psabi".split()

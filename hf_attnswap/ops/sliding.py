@@ -32,17 +32,22 @@ _LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True)
 class WindowState:
-    """Hold what a window layer remembers: the first m keys and values, then the last (right-aligned), and a count.
+    """Hold what a window layer remembers: the first keys and values, then the last (right-aligned), and a count.
 
     Attributes:
-        key: `[B, Hkv, m + r, D]`; value: `[B, Hkv, m + r, Dv]`, for the last r tokens, padding included: w, or fewer as
-            long as fewer have come. Slots that no valid token has reached do not count.
+        key: `[B, Hkv, f + r, D]`; value: `[B, Hkv, f + r, Dv]`, for the first f and the last r tokens, padding
+            included: m and w, or fewer as long as fewer have come. Slots that no valid token has reached do not count.
         count: int `[B]`, how many valid tokens came before.
     """
 
     key: Tensor
     value: Tensor
     count: Tensor
+
+    def first(self, window: int, sinks: int) -> int:
+        """Return f: of n tokens, there are min(m, n) slots of the first and min(w, n) of the last."""
+        slots = self.key.shape[2]
+        return min(sinks, max(slots // 2, slots - window))
 
 
 class HybridState(NamedTuple):
@@ -67,8 +72,10 @@ class Context:
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`.
         valid: bool `[B, T]`, False at padding; None where there is none.
-        window, sinks: w and m, w no less than the tokens that the state holds beside the sinks.
+        window, sinks: w and m, no less than the last and the first tokens that the state holds.
         state: what the last call remembered; None at the start of a text.
+        first: f, of the first tokens that the state holds.
+        reach: as in `window_attention`.
 
     Attributes:
         query: `[B, H, T, D]`, aligned: valid tokens first.
@@ -93,8 +100,10 @@ class Context:
         window: int,
         sinks: int,
         state: WindowState | None = None,
+        first: int = 0,
+        reach: int | None = None,
     ):
-        self.window, self.sinks, self.given = window, sinks, query.shape[2]
+        self.window, self.sinks, self.given, self.reach = window, sinks, query.shape[2], reach
         self.chunk = max(16, min(CHUNK, window))
         self.open = sizes_are_open(query)
         if self.open and valid is None:
@@ -109,10 +118,10 @@ class Context:
         query, key, value = (self._aligned(t) for t in (query, key, value))
         self.query = query
         self.count = None if state is None else state.count
-        self.sink_key, self.key = self._remembered(key, state and state.key)
-        self.sink_value, self.value = self._remembered(value, state and state.value)
+        self.sink_key, self.key = self._remembered(key, state and state.key, first)
+        self.sink_value, self.value = self._remembered(value, state and state.value, first)
 
-    def _remembered(self, new: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _remembered(self, new: Tensor, old: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
         """Return the sinks, those among the new tokens included, and the new tokens behind the last w."""
         if old is None:
             sinks = F.pad(new[:, :, : self.sinks], (0, 0, 0, max(0, self.sinks - new.shape[2])))
@@ -120,8 +129,8 @@ class Context:
         slot = torch.arange(self.sinks, device=new.device)
         source = (slot[None, :] - self.count[:, None]).clamp(0, new.shape[2] - 1)
         known = (slot[None, :] < self.count[:, None])[:, None, :, None]
-        sinks = torch.where(known, old[:, :, : self.sinks], _gather(new, source))
-        return sinks, self._behind(old[:, :, self.sinks :], new)
+        sinks = torch.where(known, F.pad(old[:, :, :first], (0, 0, 0, self.sinks - first)), _gather(new, source))
+        return sinks, self._behind(old[:, :, first:], new)
 
     def _aligned(self, x: Tensor) -> Tensor:
         """Return `[B, h, T, E]` with padding at the end, and behind it what fills up whole chunks."""
@@ -174,10 +183,11 @@ class Context:
         slot = torch.arange(chunk + self.window, device=self.query.device)
         near = ((slot > row) & (slot <= row + self.window))[None, None]
         sinks = near.new_ones(1, 1, chunk, self.sinks)
-        if rows.start < self.window + self.sinks:  # sinks stand in the window, or slots before the text
+        if self.reach is not None or rows.start < self.window + self.sinks:
+            # Sinks are out of reach, or stand in the window; or slots stand before the text.
             position = self.position(slice(rows.start, rows.stop + self.window)).unfold(1, chunk + self.window, chunk)
             near = near & (position >= self.sinks)[:, :, None, :]
-            sinks = torch.arange(self.sinks, device=row.device) <= position[:, :, self.window :, None]
+            sinks = sinks_seen(position[:, :, self.window :, None], self.sinks, self.reach)
         allowed = torch.cat([sinks, near], dim=-1).transpose(0, 1)
         return torch.zeros(allowed.shape, dtype=dtype, device=row.device).masked_fill_(~allowed, -math.inf)[
             :, :, None, None
@@ -266,17 +276,21 @@ class Step:
         allowed: bool `[B, 1, 1, m + r]`, the slots that count; set only where `full` is False.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, state: WindowState):
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int, sinks: int, state: WindowState, reach: int | None
+    ):
         self.query, self.sinks, self.old = query, sinks, state
         self.grows = state.key.shape[2] < sinks + window
         slots = state.key.shape[2] + self.grows
         # Where all slots are taken there is less to do; elsewhere than on the CPU it would take long to look.
-        self.full = not in_large_kernels(query) and not self.grows and bool((state.count >= slots).all())
+        looked = reach is None and not in_large_kernels(query) and not self.grows
+        self.full = looked and bool((state.count >= slots).all())
         if not self.full:
             slot = torch.arange(slots, device=query.device)
             count = state.count[:, None]
             # A sink slot is filled from its own position on; a recent slot counts where it holds no sink.
-            self.allowed = torch.where(slot < sinks, count >= slot, count + slot >= slots - 1 + sinks)[:, None, None]
+            recent = count + slot >= slots - 1 + sinks
+            self.allowed = torch.where(slot < sinks, sinks_seen(count, slots, reach), recent)[:, None, None]
         self.key, self.value = (self._push(old, new) for old, new in ((state.key, key), (state.value, value)))
 
     def _push(self, old: Tensor, new: Tensor) -> Tensor:
@@ -326,38 +340,58 @@ class Step:
         return mix(e, self.value.to(dtype)), e.sum(-1, keepdim=True), c
 
 
+def sinks_seen(position: Tensor, sinks: int, reach: int | None) -> Tensor:
+    """Return whether a row sees each of the first `sinks` tokens, bool `[..., m]`.
+
+    Args:
+        position: of the rows in their texts, `[..., 1]`.
+        reach: how many tokens a row may see at most, its own included; None for all.
+    """
+    since = position - torch.arange(sinks, device=position.device)
+    return since >= 0 if reach is None else (since >= 0) & (since < reach)
+
+
 def context(
-    query, key, value, valid, window: int, sinks: int, state: WindowState | None, keep_state: bool
+    query,
+    key,
+    value,
+    valid,
+    window: int,
+    sinks: int,
+    state: WindowState | None,
+    reach: int | None = None,
 ) -> Context | Step:
     """Return the new tokens of a call together with what is remembered, as a `Step` or a `Context`.
 
-    `Step` for one token after a state without padding and without a gradient, `Context` otherwise.
+    `Step` for one token after a state that holds all sinks, without padding and without a gradient, `Context`
+    otherwise.
 
     Args:
         query: `[B, H, T, D]`; key: `[B, Hkv, T, D]`; value: `[B, Hkv, T, Dv]`.
         valid: bool `[B, T]`, False at padding; None where there is none.
         window, sinks: w and m.
         state: what the last call remembered; None at the start of a text.
-        keep_state: whether there are tokens to come, for which a state is asked.
+        reach: as in `window_attention`.
     """
     if torch.compiler.is_compiling():  # one program for all lengths
         state = state and _whole(state, window, sinks)
-    if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled():
-        return Step(query, key, value, window, sinks, state)
+    first = 0 if state is None else state.first(window, sinks)
+    if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled() and first == sinks:
+        return Step(query, key, value, window, sinks, state, reach)
     if not torch.compiler.is_compiling():
-        # A row sees no more than the tokens that have come, and a window may be wider.
-        window = min(window, query.shape[2] + (0 if state is None else state.key.shape[2] - sinks))
-        if state is None and not keep_state:
-            sinks = min(sinks, query.shape[2])
-    return Context(query, key, value, valid, window, sinks, state)
+        # A row sees no more than the tokens that have come, and there may be more sinks, or a wider window.
+        window = min(window, query.shape[2] + (0 if state is None else state.key.shape[2] - first))
+        sinks = min(sinks, query.shape[2] + first)
+    return Context(query, key, value, valid, window, sinks, state, first, reach)
 
 
 def _whole(state: WindowState, window: int, sinks: int) -> WindowState:
-    """Return the state with a slot for every token of the window; those that are added hold no token."""
+    """Return the state with a slot for every sink and every token of the window; those that are added hold no token."""
+    first = state.first(window, sinks)
 
     def grown(slots: Tensor) -> Tensor:
-        recent = F.pad(slots[:, :, sinks:], (0, 0, window + sinks - slots.shape[2], 0))
-        return torch.cat([slots[:, :, :sinks], recent], dim=2)
+        recent = F.pad(slots[:, :, first:], (0, 0, window - slots.shape[2] + first, 0))
+        return torch.cat([F.pad(slots[:, :, :first], (0, 0, 0, sinks - first)), recent], dim=2)
 
     return WindowState(grown(state.key), grown(state.value), state.count)
 

@@ -10,7 +10,6 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,10 @@ ROUNDS = 5  # of timings of one window
 CLOSE = 0.05  # a window that keeps so nearly as many keys is the same control
 
 
+# What runs one layer, and how many layers take as long as it.
+Runs = list[tuple[Callable[[], Any], int]]
+
+
 @dataclass(frozen=True)
 class Where:
     """Say in which layers and groups the controls of an arm stand.
@@ -57,6 +60,8 @@ class Where:
 @dataclass(frozen=True)
 class Layers:
     """Hold the attention of all layers of a model with inputs of one length, layers that are alike as one.
+
+    Layers whose groups run the same variants are alike, whichever group runs which.
 
     Attributes:
         each: attention, its query, key and value, and how many layers are like it.
@@ -79,18 +84,20 @@ class Layers:
             if heads is None:
                 raise ValueError(f"the heads of {entry.name} cannot be read")
             attention = getattr(entry.module, NAME, None) or attentions.get(SOFTMAX)(heads)
-            found.setdefault((heads, str(attention.choice())), []).append(attention)
+            chosen = attention.choice()
+            alike = str(sorted(map(str, chosen.values())) if isinstance(chosen, dict) else chosen)
+            found.setdefault((heads, alike), []).append(attention)
         shapes = {heads for heads, _ in found}
         inputs = {heads: random_inputs(heads, length, dtype=model.dtype, device=model.device) for heads in shapes}
         return cls([(alike[0], inputs[heads], len(alike)) for (heads, _), alike in found.items()])
 
-    @torch.no_grad()
-    def run(self) -> None:
-        """Run every layer once, or, where layers are alike, as many of them as keep the proportions."""
-        divisor = gcd(*(count for _, _, count in self.each))
-        for attention, inputs, count in self.each:
-            for _ in range(count // divisor):
-                Variant(attention)(*inputs)
+    def runs(self) -> "Runs":
+        """Return what runs one layer of each sort, and how many layers are of it."""
+
+        def runs(attention: Attention, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Any]:
+            return torch.no_grad()(lambda: Variant(attention)(*inputs))
+
+        return [(runs(attention, inputs), count) for attention, inputs, count in self.each]
 
     @torch.no_grad()
     def cache_bytes(self) -> int:
@@ -168,7 +175,7 @@ def equal_windows(arm: Arm, swapped: PreTrainedModel, model: PreTrainedModel, le
     ours, softmax = Layers.of(swapped, length), Layers.of(model, length)
     bytes_, sinks = ours.cache_bytes(), told["sinks"]
     state = equal_state(bytes_, lambda window: window_of(window).cache_bytes(), length, sinks)
-    time = equal_time(ours.run, lambda window: window_of(window).run, softmax.run, length, model.device)
+    time = equal_time(ours.runs(), lambda window: window_of(window).runs(), softmax.runs(), length, model.device)
     found = {"state": state, "time": time}
     return [{"equal": e} | (w if isinstance(w, dict) else {"window": w} | told) for e, w in found.items()]
 
@@ -189,24 +196,26 @@ def equal_state(ours: int, bytes_of: Callable[[int], int], length: int, sinks: i
 
 
 def equal_time(
-    ours: Callable[[], Any],
-    window_of: Callable[[int], Callable[[], Any]],
-    softmax: Callable[[], Any],
-    length: int,
-    device: torch.device | str = "cpu",
+    ours: Runs, window_of: Callable[[int], Runs], softmax: Runs, length: int, device: torch.device | str = "cpu"
 ) -> int | dict[str, str]:
     """Return the window that takes as long as ours, of the multiples of 16; or, as `equal_windows` does, why not.
 
     The range is halved between a window that is faster than ours and one that is slower; each takes turns with ours.
 
     Args:
-        ours, softmax: run the attention of the arm, and softmax, over `length` tokens.
+        ours, softmax: the attention of the arm, and softmax, over `length` tokens.
         window_of: makes the same for a window from its size.
     """
 
-    def times_as_long(other: Callable[[], Any]) -> float:
-        took = interleaved({"ours": ours, "other": other}, ROUNDS, device)
-        return statistics.median(took["other"]) / statistics.median(took["ours"])
+    def times_as_long(other: Runs) -> float:
+        both = {"ours": ours, "other": other}
+        turns = {f"{name} {at}": run for name, runs in both.items() for at, (run, _) in enumerate(runs)}
+        took = interleaved(turns, ROUNDS, device)
+
+        def whole(name: str, runs: Runs) -> float:
+            return sum(count * statistics.median(took[f"{name} {at}"]) for at, (_, count) in enumerate(runs))
+
+        return whole("other", other) / whole("ours", ours)
 
     if times_as_long(softmax) <= 1:
         return {"arm": SOFTMAX, "note": f"its attention is no faster than softmax at {length:,} tokens"}

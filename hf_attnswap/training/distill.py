@@ -4,7 +4,9 @@ The logits of a whole text over a whole vocabulary are the largest tensor of suc
 once: the divergence and its gradient are computed together from the last hidden states, some tokens at a time.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,14 @@ from torch.nn import functional as F
 
 from ..errors import UsageError
 from ..ops.heads import compute_dtype
-from .batches import model_inputs
+from .batches import model_inputs, next_tokens
 from .teacher import as_original
 
 # All weights, for up to about a million tokens. RADLADS (Goldstein 2025) has 1e-5, for hundreds of millions.
 DEFAULT_LEARNING_RATE = 1e-4
 DEFAULT_LORA_LEARNING_RATE = 1e-4  # as LoLCATs (Zhang 2024)
 TOKENS_AT_ONCE = 256
+NO_LABEL = -100
 
 
 def distillation_loss(
@@ -29,11 +32,13 @@ def distillation_loss(
     *,
     temperature: float = 1.0,
     hidden_weight: float = 0.0,
+    label_weight: float = 0.0,
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Tensor:
     """Return `KL(teacher || model) T^2` plus `hidden_weight` times `1 - cos(teacher, model)`, both means over tokens.
 
-    The KL is that of the next token, the cosine that of the hidden states.
+    The KL is that of the next token, the cosine that of the hidden states. With a label weight w it is
+    `(1 - w) KL + w CE` in place of the KL, with CE the cross-entropy of the token that comes next in the text.
 
     Args:
         model: the model that trains, as Accelerate prepared it or not.
@@ -44,12 +49,15 @@ def distillation_loss(
         hidden_weight: factor of the cosine distance (DistilBERT, Sanh 2019) between the outputs of equal layers, the
             mean over layers. The cosine ignores the scale: in many models the first token is a hundred times as long as
             the others (massive activations, Sun 2024), and would dominate a squared error.
+        label_weight: w, from 0 to 1 (Hinton 2015 has it beside the divergence). A token that no other follows, the last
+            of a text, has the divergence alone.
         tokens_at_once: for how many tokens logits exist at a time, about five tensors `[tokens_at_once, vocabulary]`.
 
     Raises:
-        UsageError: the weights of the teacher train; or its logits are not its output embeddings applied to its last
-            hidden states, as in models that cap or scale them.
+        UsageError: the weights of the teacher train; its logits are not its output embeddings applied to its last
+            hidden states, as in models that cap or scale them; or as `require_weights`.
     """
+    require_weights(temperature, hidden_weight, label_weight)
     teacher_head = _head(teacher)
     own = [p for name, p in teacher.named_parameters() if not _added(name)]
     if any(p.requires_grad for p in [*own, *teacher_head.parameters()]):
@@ -67,6 +75,8 @@ def distillation_loss(
         _tokens(target.hidden_states[-1], valid),
         _head(model),
         teacher_head,
+        labels=_tokens(_following(inputs), valid) if label_weight else None,
+        label_weight=label_weight,
         temperature=temperature,
         tokens_at_once=tokens_at_once,
     )
@@ -79,16 +89,37 @@ def distillation_loss(
     return loss
 
 
+def require_weights(temperature: float, hidden_weight: float, label_weight: float) -> None:
+    """Check the numbers that `distillation_loss` takes.
+
+    Raises:
+        UsageError: one is not finite or out of its range, or the labels have a weight beside a temperature, which is of
+            the logits alone.
+    """
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"temperature is {temperature}; expected a number above 0")
+    if not 0 <= hidden_weight < math.inf:
+        raise UsageError(f"hidden_weight is {hidden_weight}; expected a number of at least 0")
+    if not 0 <= label_weight <= 1:
+        raise UsageError(f"label_weight is {label_weight}; expected a number from 0 to 1")
+    if label_weight and temperature != 1:
+        raise UsageError(f"label_weight is {label_weight}, and needs a temperature of 1; it is {temperature}")
+
+
 def chunked_kl(
     hidden: Tensor,
     teacher_hidden: Tensor,
     head: nn.Module,
     teacher_head: nn.Module,
     *,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
     temperature: float = 1.0,
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Tensor:
     """Return the mean over tokens of `KL(teacher || student) T^2` of the next token, computed from hidden states.
+
+    With labels and a weight w, of `(1 - w) KL + w CE`; where the label is -100, of the KL.
 
     Memory is O(tokens_at_once V) in place of O(N V), for a vocabulary of V tokens. The gradient of a chunk is computed
     along with its divergence, while its logits exist, and kept as the gradient of the hidden states and of the head's
@@ -99,28 +130,45 @@ def chunked_kl(
         hidden: last hidden states of the student, `[N, D]`.
         teacher_hidden: last hidden states of the teacher, `[N, D']`.
         head, teacher_head: modules from these hidden states to logits `[N, V]`.
+        labels: the next tokens, int64 `[N]`. label_weight: w.
         temperature: T, which divides both logits.
         tokens_at_once: tokens per chunk.
     """
     weights = [p for p in head.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-    total = _SummedKL.apply(hidden, teacher_hidden, head, teacher_head, temperature, tokens_at_once, *weights)
+    if labels is None:
+        labels = torch.full((len(hidden),), NO_LABEL, device=hidden.device)
+    how = labels, label_weight, temperature, tokens_at_once
+    total = _SummedKL.apply(hidden, teacher_hidden, head, teacher_head, *how, *weights)
     return total * temperature**2 / len(hidden)
 
 
 class _SummedKL(torch.autograd.Function):
-    """Compute the sum over tokens of `KL(teacher || student)`, whose gradient in the student's logits / T is q - p."""
+    """Compute the sum over tokens of `KL(teacher || student)`, whose gradient in the student's logits / T is q - p.
+
+    Cross-entropy has the gradient q - y, so that with both, p is mixed with the labels y.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, teacher_hidden, head, teacher_head, temperature, tokens_at_once, *weights):
+    def forward(
+        ctx, hidden, teacher_hidden, head, teacher_head, labels, label_weight, temperature, tokens_at_once, *weights
+    ):
         total, of_hidden, of_weights = 0, [], [torch.zeros_like(w) for w in weights]
-        for ours, theirs in zip(hidden.split(tokens_at_once), teacher_hidden.split(tokens_at_once), strict=True):
+        parts = (hidden.split(tokens_at_once), teacher_hidden.split(tokens_at_once), labels.split(tokens_at_once))
+        for ours, theirs, told in zip(*parts, strict=True):
             target = _log_probabilities(teacher_head(theirs), temperature)
             ours = ours.detach().requires_grad_()
             with torch.enable_grad():
                 logits = head(ours)
             found = _log_probabilities(logits.detach(), temperature)
             p = target.exp()
-            total = total + (target.sub_(found).mul_(p)).sum()
+            divergence = target.sub_(found).mul_(p).sum(-1)
+            rows = (told != NO_LABEL).nonzero()[:, 0]
+            if label_weight and len(rows):
+                told = told[rows]
+                divergence[rows] = (1 - label_weight) * divergence[rows] - label_weight * found[rows, told]
+                p[rows] *= 1 - label_weight
+                p[rows, told] += label_weight
+            total = total + divergence.sum()
             if any(ctx.needs_input_grad):
                 slope = found.exp_().sub_(p).to(logits.dtype)
                 own, *others = torch.autograd.grad(logits, [ours, *weights], slope)
@@ -136,7 +184,7 @@ class _SummedKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         of_hidden, *of_weights = (gradient * (grad_output / ctx.temperature) for gradient in ctx.saved_tensors)
-        return of_hidden, None, None, None, None, None, *of_weights
+        return of_hidden, None, None, None, None, None, None, None, *of_weights
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -146,6 +194,15 @@ def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
 
 def _tokens(hidden: Tensor, valid: Tensor | None) -> Tensor:
     return hidden.flatten(0, 1) if valid is None else hidden[valid.bool()]
+
+
+def _following(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the token that follows each one, int64 `[B, n]`; -100 at the last of a text and before padding."""
+    labels = next_tokens(inputs)
+    valid = inputs.get("attention_mask")
+    if valid is not None:
+        labels = labels.masked_fill(~valid.bool(), NO_LABEL)
+    return F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
 
 
 def _head(model: nn.Module) -> nn.Module:

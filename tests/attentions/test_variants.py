@@ -251,14 +251,17 @@ def test_a_window_costs_no_more_than_the_text(name, padding):
 
 @pytest.mark.parametrize("padding", ("none", "left"))
 @pytest.mark.parametrize("name", ("window", "elu+window"))
-def test_sinks_cost_no_more_than_the_text_where_no_state_is_kept(name, padding):
-    many, given, valid = build(name, window=8, sinks=1_000_000), inputs(20), valid_keys(padding, 20)
+@pytest.mark.parametrize("window", (8, 14, 30))
+def test_sinks_cost_no_more_than_the_text(name, padding, window):
+    many, given, valid = build(name, window=window, sinks=1_000_000), inputs(20), valid_keys(padding, 20)
     with torch.no_grad(), Largest() as largest:
-        out = many(*given, causal(20, valid), SCALING)
+        outs = [many(*given, causal(20, valid), SCALING)]
+        outs += [in_pieces(many, given, valid, pieces)[0] for pieces in ([9, 1, 1, 8, 1], [1] * 20)]
     assert largest.elements < 10_000
     rows = torch.ones(2, 20).bool() if valid is None else valid
     expected = many.reference(*given, causal(20, valid), SCALING)
-    assert_near(out.transpose(1, 2)[rows], expected.transpose(1, 2)[rows], 1e-9, "output")
+    for out in outs:
+        assert_near(out.transpose(1, 2)[rows], expected.transpose(1, 2)[rows], 1e-9, "output")
 
 
 @pytest.mark.parametrize("padding", (False, True), ids=("whole", "padded"))

@@ -62,8 +62,10 @@ def test_inspect_says_how_far_layers_see():
     assert [entry["attention_chunk_size"] for entry in told] == [None, None]
 
 
-@pytest.mark.parametrize("make", (gemma3, llama4))
-@pytest.mark.parametrize("name", ("elu", "window", "hedgehog+window"))
+@pytest.mark.parametrize(
+    ("make", "name"),
+    ((gemma3, "delta"), (gemma3, "gated"), (llama4, "elu"), (llama4, "window"), (llama4, "hedgehog+window")),
+)
 def test_a_swap_that_nobody_chose_layers_for(make, name):
     model = make()
     says = rf"layer 0 sees no more than .*, which {re.escape(name)} cannot .*layers=\[1\]"
@@ -79,9 +81,9 @@ def test_a_swap_that_nobody_chose_layers_for(make, name):
 def test_a_warning_where_there_is_no_other_choice(caplog, how):
     with caplog.at_level(logging.WARNING):
         if how == "chosen":
-            hf_attnswap.swap(gemma3(), "elu", layers="0:")
+            hf_attnswap.swap(gemma3(), "delta", layers="0:")
         else:
-            hf_attnswap.swap(tiny("mistral", sliding_window=16), "elu")
+            hf_attnswap.swap(tiny("mistral", sliding_window=16), "delta")
     (said,) = (record.getMessage() for record in caplog.records)
     assert "texts of more than 16 tokens will be refused, also while they are generated" in said
     assert ("layers=[1] swaps the layers that see all" in said) == (how == "chosen")
@@ -92,9 +94,12 @@ def test_a_warning_where_there_is_no_other_choice(caplog, how):
     (
         (gemma3, "relu_power"),
         (gemma3, "none"),
+        (gemma3, "elu"),
+        (gemma3, "window"),
+        (gemma3, "hedgehog+window"),
         (tiny, "elu"),
-        (lambda: tiny("mistral", sliding_window=512), "elu"),  # no text of the model is longer
-        (lambda: gemma3(layer_types=["full_attention"] * 2), "elu"),
+        (lambda: tiny("mistral", sliding_window=512), "delta"),  # no text of the model is longer
+        (lambda: gemma3(layer_types=["full_attention"] * 2), "delta"),
     ),
 )
 def test_nothing_to_say(caplog, make, name):
@@ -119,5 +124,6 @@ def test_a_chunk_that_is_left_while_generating_is_refused(name):
 
 def test_a_loaded_conversion_of_all_layers(tmp_path):
     """What somebody chose is not refused when it comes back."""
-    hf_attnswap.swap(gemma3(), "elu", layers="0:").save_pretrained(tmp_path)
-    assert [e.swapped for e in hf_attnswap.inspect(AutoModelForCausalLM.from_pretrained(tmp_path))] == ["elu", "elu"]
+    hf_attnswap.swap(gemma3(), "delta", layers="0:").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [entry.swapped for entry in hf_attnswap.inspect(loaded)] == ["delta", "delta"]

@@ -102,7 +102,7 @@ def near(name, dtype, dim, length=512):
     def run(state=None):
         tensors = qkv(dtype, dim, length)
         if name == "window":
-            return window.run(*tensors, 0.1, 64, 4, None, state, False)[0]
+            return window.run(*tensors, 0.1, 64, 4, None, state, False, None)[0]
         mix, old = torch.zeros(6, requires_grad=True), state and HybridState(state, states)
         return hybrid.run(*tensors, *maps(name, dim), mix, 0.1, 64, 4, None, old, False, None, None)[0]
 

@@ -238,7 +238,7 @@ def test_the_variable_is_read_once_when_it_is_needed(monkeypatch, forget, capsys
         ("scores=fast", "op scores has no backend 'fast'; expected one of reference, torch"),
         (
             "score=torch",
-            "there is no op 'score'; the ops are delta, gated, gated_delta, hybrid, linear, scores, window",
+            "there is no op 'score'; the ops are delta, gated, gated_delta, hybrid, linear, scores, softmax, window",
         ),
         ("torch,reference", "two backends for all ops; name one"),
         ("scores=torch,scores=torch", "two backends for scores; name one"),

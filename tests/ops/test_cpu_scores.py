@@ -84,4 +84,4 @@ def test_torch_knows_the_operator():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, h, 5, 8, requires_grad=True) for h in (2, 1, 1))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(cpu.forward, (q, k, v, None, None, 0, 0, 2, 0.0, 1e-6, True), test_utils=checks)
+    torch.library.opcheck(cpu.forward, (q, k, v, None, None, 0, 0, 2, 0.0, 1e-6, 0.5, True), test_utils=checks)

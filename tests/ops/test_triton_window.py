@@ -33,7 +33,7 @@ def drawn(length, dim, value_dim, batch=1, heads=2, kv_heads=1, phi="hedgehog"):
 def called(op, form, leaves, learned, window, sinks, valid=None, state=None, keep=False):
     run = FORMS[op][form]
     if op == "window":
-        return run(*leaves, 0.5, window, sinks, valid, state, keep)
+        return run(*leaves, 0.5, window, sinks, valid, state, keep, None)
     mix, *deltas = learned
     maps = [
         FeatureMap("hedgehog", hedgehog_features, tensors={"delta": d}, beside=hedgehog_beside_softmax) for d in deltas

@@ -39,12 +39,23 @@ def beside(arms, tmp_path, model=None):
 
 def test_a_window_of_equal_time_is_found_by_halving(clock):
     def find(ours, softmax=1000):
-        return equal_time(lambda: ours, lambda window: lambda: 10 + window, lambda: softmax, 1024)
+        return equal_time([(lambda: ours, 6)], lambda window: [(lambda: 10 + window, 6)], [(lambda: softmax, 6)], 1024)
 
     assert find(10 + 400) == 400 and find(10 + 405) == 400 and find(10 + 411) == 416 and find(27) == 16
     assert find(1000) == {"arm": "softmax", "note": "its attention is no faster than softmax at 1,024 tokens"}
     assert find(20) == {"note": "its attention is faster than a window of 16 at 1,024 tokens"}
     assert find(1200, 1300)["note"] == "a window of its time would hold all 1,024 tokens, as softmax does"
+
+
+def test_the_time_is_that_of_all_layers(clock):
+    """Of six layers two keep softmax, and one of each sort stands for the others."""
+    ours = [(lambda: 1000, 2), (lambda: 100, 4)]
+    assert equal_time(ours, lambda window: [(lambda: window, 6)], [(lambda: 1000, 6)], 1024) == 400
+
+
+def test_layers_are_alike_whichever_group_runs_which():
+    kept = build(Arm.parse("window:window=8,keep=[0.0,1.1]"), tiny())
+    assert [count for _, count in controls.Layers.of(kept, 16).runs()] == [2, 1]
 
 
 def test_a_window_of_equal_state_by_hand():
@@ -95,7 +106,7 @@ def test_two_arms_share_a_control_and_a_window_that_is_there_is_one(tmp_path, tm
 
 
 def test_what_was_found_is_found_again(clock, tmp_path, monkeypatch):
-    monkeypatch.setattr(controls.Layers, "run", lambda self: 1.0)
+    monkeypatch.setattr(controls.Layers, "runs", lambda self: [(lambda: 1.0, 1)])
     arms, told = beside(["softmax", "elu"], tmp_path)
     assert json.loads((tmp_path / "controls.json").read_text())["elu"][1]["arm"] == "softmax"
     monkeypatch.setattr(controls, "_found", None)  # not called again
@@ -156,7 +167,6 @@ class Letters:
 
 
 def test_a_report_has_the_controls_and_what_the_arm_is_beside_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_attnswap.benchmark.measure._return_freed_memory", lambda *given: None)
     monkeypatch.setattr(controls, "equal_time", lambda *given: {"arm": "softmax", "note": "slower"})
     (tmp_path / "text.txt").write_text("The cat sat on the mat, and then it went out into the rain. " * 50)
     given = Settings(

@@ -27,12 +27,6 @@ from hf_attnswap.tradeoff.speed import training_step
 LABELS = ("softmax", "elu")
 
 
-@pytest.fixture(autouse=True)
-def _memory_as_it_is(monkeypatch):
-    """Collecting garbage before each measurement of memory takes seconds in a process of tests."""
-    monkeypatch.setattr("hf_attnswap.benchmark.measure._return_freed_memory", lambda *given: None)
-
-
 class Letters:
     """A tokenizer of bytes, as far as `token_blocks` and `count_units` know one."""
 

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.training.batches import batches
 from hf_attnswap.training.distill import chunked_kl, distillation_loss
 from hf_attnswap.training.loop import train
+from hf_attnswap.training.stages.distill import Distill
 from hf_attnswap.training.teacher import as_original, frozen
 
 TEXT = tokens(24, batch=2)
@@ -99,6 +101,61 @@ def test_the_divergence_in_float64(temperature, trains):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     with torch.no_grad():
         assert ours(hidden, theirs).item() == pytest.approx(plain(hidden, theirs).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_labels_beside_the_divergence_in_float64(weight):
+    """(1 - w) KL + w CE, and the KL alone where there is no label; one part has no label at all."""
+    torch.manual_seed(0)
+    head, teacher_head = nn.Linear(8, 40).double(), nn.Linear(6, 40).double()
+    hidden, theirs = torch.randn(23, 8).double().requires_grad_(), torch.randn(23, 6).double()
+    labels = torch.randint(40, (23,))
+    labels[3], labels[10:15] = -100, -100
+    loss = chunked_kl(
+        hidden, theirs, head, teacher_head, labels=labels, label_weight=weight, tokens_at_once=5
+    )  # fmt: skip
+    p, q = teacher_head(theirs).detach().log_softmax(-1), head(hidden).log_softmax(-1)
+    of_rows = (p.exp() * (p - q)).sum(-1)
+    told = labels != -100
+    entropy = nn.functional.cross_entropy(head(hidden[told]), labels[told], reduction="none")
+    expected = (of_rows[~told].sum() + ((1 - weight) * of_rows[told] + weight * entropy).sum()) / 23
+    leaves = [hidden, *head.parameters()]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    for found, wanted in zip(*(torch.autograd.grad(x, leaves) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_labels_are_the_next_tokens_of_each_text():
+    """Neither a text's last token nor one before padding or before another document has a label."""
+    model, teacher = student(), frozen(tiny())
+    valid = torch.ones_like(TEXT)
+    valid[0, -5:] = 0
+    inputs = {"input_ids": TEXT, "attention_mask": valid, "use_cache": False}
+    found = distillation_loss(model, teacher, inputs, label_weight=1.0, tokens_at_once=7)
+    labels = TEXT.masked_fill(valid == 0, -100)
+    with torch.no_grad():
+        told = model(**inputs, labels=labels).loss * (labels[:, 1:] != -100).sum()
+        alone = distillation_loss(model, teacher, inputs).item()
+        q, p = (m(**inputs).logits.log_softmax(-1) for m in (model, teacher))
+        last = (p.exp() * (p - q)).sum(-1)[torch.arange(len(TEXT)), valid.sum(1) - 1].sum()
+    assert found.item() == pytest.approx(((told + last) / valid.sum()).item(), rel=1e-5) and found.item() != alone
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"label_weight": 1.5}, "label_weight is 1.5"),
+        ({"label_weight": float("nan")}, "label_weight is nan"),
+        ({"label_weight": 0.5, "temperature": 2.0}, "temperature of 1; it is 2.0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"hidden_weight": -1.0}, "hidden_weight is -1.0"),
+    ],
+)
+def test_weights_out_of_their_range_are_refused_before_anything_runs(given, said):
+    with pytest.raises(UsageError, match=said):
+        distillation_loss(None, None, TEXT, **given)
+    with pytest.raises(UsageError, match=said):
+        Distill(model_name_or_path="x", output_dir=Path("out"), train_file="text.txt", max_train_steps=1, **given)
 
 
 def test_the_divergence_under_autocast():

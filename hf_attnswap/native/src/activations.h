@@ -1,6 +1,7 @@
 // Activations on scores: the weight a(s) and its derivative, element by element. `c` is a number of the row: what is
-// added to the score (sigmoid), its largest score (EXP, POWER), or 1 over the largest term (POWER_UNSHIFTED).
+// added to the score (sigmoid), a score near its largest (EXP, whose scores are in base 2), its largest (POWER), or 1 over the largest term (POWER_UNSHIFTED).
 #pragma once
+#include "interface.h"
 #include "vector.h"
 
 namespace {
@@ -8,7 +9,7 @@ namespace {
 enum { RELU_ = 0, RELU2 = 1, SIGMOID = 2, SOFTPLUS = 3, GELU = 4, EXP = 5, POWER = 6, POWER_UNSHIFTED = 7 };
 
 // Whether the row's largest score must be known before its weights.
-INLINE bool needs_peak(int64_t activation) { return activation >= EXP; }
+constexpr bool peak_comes_first(int64_t activation) { return activation == POWER || activation == POWER_UNSHIFTED; }
 
 INLINE V relu(V x) { return x < 0 ? V{} : x; }
 INLINE V sigmoid(V x) { return 1 / (1 + exponential(-x)); }
@@ -51,7 +52,7 @@ INLINE V activate(V s, V c, L squarings) {
     V density;
     return s * normal(s, density);
   }
-  if (A == EXP) return exponential(s - c);
+  if (A == EXP) return power_of_two(s - c);
   V r = A == POWER ? relu((s - c) + 1) : relu(s + 1) * c;
   for (L i = 0; i < squarings; i++) r = r * r;
   return r;
@@ -82,11 +83,46 @@ INLINE V activate(V s, V c, L squarings, V& slope) {
     slope = phi + s * density;
     return s * phi;
   }
-  if (A == EXP) return slope = exponential(s - c);
+  if (A == EXP) return slope = power_of_two(s - c);
   V r = A == POWER ? relu((s - c) + 1) : relu(s + 1) * c;
   slope = kept(r > 0, A == POWER ? set(1) : c);
   for (L i = 0; i < squarings; i++) slope = slope * 2 * r, r = r * r;  // (r^2m)' = 2 r^m (r^m)'
   return r;
 }
+
+// The factor of q . k.
+template <int A>
+INLINE real scale_of(const Scores& a) { return A == EXP ? a.scale * 1.4426950408889634 : a.scale; }
+
+// The number of a row by its largest score, -inf where it sees nothing.
+template <int A>
+INLINE V of_peak(V p) {
+  p = p == -INFINITY ? V{} : p;
+  if (A != POWER_UNSHIFTED) return p;
+  const real tiny = DOUBLE ? 2.2250738585072014e-308 : 1.17549435e-38f;
+  p = 1 + p;
+  return 1 / (p < tiny ? set(tiny) : p);
+}
+
+INLINE real count_of(const Scores& a, L b, L row) { return ((const real*)a.count)[b * a.count_stride + row]; }
+
+// What the weighted sum of a row is divided by; `total`: the sum of its weights.
+INLINE real denominator(const Scores& a, L b, L row, real total) {
+  if (a.denominator == 1) return std::pow(count_of(a, b, row), (real)a.alpha);
+  if (a.denominator == 0) return 1;
+  return a.eps ? total + (real)a.eps : total > 0 || total != total ? total : 1;
+}
+
+#define BY_ACTIVATION(run)                        \
+  switch (a.activation) {                         \
+    case RELU_: return run<RELU_>(a);             \
+    case RELU2: return run<RELU2>(a);             \
+    case SIGMOID: return run<SIGMOID>(a);         \
+    case SOFTPLUS: return run<SOFTPLUS>(a);       \
+    case GELU: return run<GELU>(a);               \
+    case EXP: return run<EXP>(a);                 \
+    case POWER: return run<POWER>(a);             \
+    default: return run<POWER_UNSHIFTED>(a);      \
+  }
 
 }  // namespace

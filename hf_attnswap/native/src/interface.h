@@ -97,11 +97,12 @@ struct Window {
   void* glse;
 };
 
-// Attention by an activation on the scores q . k (q is scaled already), all as computed; queries are the last T of the
-// keys where `causal`. activation: as in activations.h; squarings: log2 of its power. denominator: 0 none, 1 the count to
-// the power alpha, 2 the sum of the weights plus eps. mask: bytes [B, S] or null, 0 for keys that no row sees. count:
-// keys that each row sees, [1 or B, T], and the stride of its texts. offset: [H], added to the scores of a sigmoid.
-// total: [B, H, T], the sums of the weights, or null. Dimensions are whole vectors (multiples of 16).
+// Attention by an activation on the scores, scale q . k, all as computed; queries are the last T of the keys where
+// `causal`. activation: as in activations.h; squarings: log2 of its power. denominator: 0 none, 1 the count to the power
+// alpha, 2 the sum of the weights plus eps. mask: bytes [B, S] or null, 0 for keys that no row sees. count: keys that each
+// row sees, [1 or B, T], and the stride of its texts. offset: [H], added to the scores of a sigmoid. total, peak:
+// [B, H, T], the sums of the weights, and what a softmax subtracts from the scores, in base 2. Dimensions are whole
+// vectors (multiples of 16).
 // Gradients: go of out; dk, dv [parts B, Hkv, S, *], to which the parts of the rows add, and doffset [parts, B, H] or null.
 struct Scores {
   int64_t threads;
@@ -118,6 +119,7 @@ struct Scores {
   int64_t denominator;
   int64_t count_stride;
   int64_t parts;
+  double scale;
   double alpha;
   double eps;
   struct Tensor q;
@@ -132,6 +134,7 @@ struct Scores {
   void* count;
   void* offset;
   void* total;
+  void* peak;
   void* doffset;
 };
 
@@ -156,7 +159,8 @@ struct Delta {
 
 // One token after a state, all as computed: old_k and old_v hold `slots` slots, the `sinks` first ones among them, new_k
 // and new_v get one more while there are fewer than sinks + window. count: int64 [B], the position of the token.
-// lse: [B, H]. Dimensions are whole vectors.
+// next: int64 [B], becomes count + 1; leaves: bytes [B] or null, become 1 where the oldest token beside the sinks leaves.
+// lse: [B, H] or null. Dimensions are whole vectors.
 struct WindowStep {
   int64_t threads;
   int64_t batch;
@@ -177,5 +181,7 @@ struct WindowStep {
   struct Tensor new_v;
   struct Tensor out;
   void* count;
+  void* next;
+  void* leaves;
   void* lse;
 };

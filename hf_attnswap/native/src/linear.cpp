@@ -260,7 +260,7 @@ void gradient_of_queries(const LinearCall& c, L b, L h) {
 
 void gradient_of_keys(const LinearCall& c, L b, L h, bool values) {
   const Linear& a = c.a;
-  const L G = c.group, wide = c.wide, parts = G / heads_per_pass(G), each = a.map == HEDGEHOG ? a.dim * c.padded : 0;
+  const L G = c.group, wide = c.wide, parts = G / heads_at_once(G), each = a.map == HEDGEHOG ? a.dim * c.padded : 0;
   const L F = values ? c.features : a.value_dim, columns = values ? c.columns : wide;
   Gradients now(c, b, h);
   Buffer S(parts * F * columns), z(wide), df(now.block * columns), dx(now.block * c.padded), dW(each);

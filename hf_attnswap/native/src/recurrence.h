@@ -9,9 +9,6 @@ namespace {
 
 constexpr L COLUMNS = 2 * LANES;
 
-// Query heads that share one pass over the state: as many as share a key, up to 4.
-INLINE L heads_per_pass(L group) { return group % 4 == 0 ? 4 : group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1; }
-
 // Tokens per pass: what the registers hold of sums, beside the rows of state and values.
 template <int GS> constexpr int tokens_per_pass() {
   return REGISTERS == 32 ? (GS == 1 ? 6 : GS == 4 ? 3 : 4) : (GS == 1 ? 3 : GS == 4 ? 1 : 2);
@@ -84,7 +81,7 @@ INLINE Recur recurrence(L G, bool gate) {
                                     {recur_by<2, false>, recur_by<2, true>},
                                     {recur_by<3, false>, recur_by<3, true>},
                                     {recur_by<4, false>, recur_by<4, true>}};
-  return found[heads_per_pass(G) - 1][gate];
+  return found[heads_at_once(G) - 1][gate];
 }
 
 // One token, from one state to another, both [F, ld] in one piece.
@@ -102,7 +99,7 @@ INLINE Step one_step(L G, bool gate) {
                                    {step_by<2, false>, step_by<2, true>},
                                    {step_by<3, false>, step_by<3, true>},
                                    {step_by<4, false>, step_by<4, true>}};
-  return found[heads_per_pass(G) - 1][gate];
+  return found[heads_at_once(G) - 1][gate];
 }
 
 // Backwards in time, for gradients: s = later_t s + sum_g a_tg[e] u_tg;  o_t += b_t[e] s. later_t: the gate of the token
@@ -159,7 +156,7 @@ INLINE RecurBack recurrence_back(L G, bool gate) {
                                         {recur_back_by<2, false>, recur_back_by<2, true>},
                                         {recur_back_by<3, false>, recur_back_by<3, true>},
                                         {recur_back_by<4, false>, recur_back_by<4, true>}};
-  return found[heads_per_pass(G) - 1][gate];
+  return found[heads_at_once(G) - 1][gate];
 }
 
 // Denominators of t tokens: z = gate z + k_t, den_tg = q_tg . z. F is a multiple of LANES. `lost`, [F], is what rounding

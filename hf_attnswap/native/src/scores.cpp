@@ -8,18 +8,18 @@ namespace {
 
 constexpr L SOME = 32;  // keys whose values are passed over together where all their weights are zero
 
-// One part of a group in one tile of rows.
+// One part of a group in one tile of rows. Scores of a softmax (EXP) are in base 2.
 template <int A>
 struct ScoreTile {
   const Scores& a;
   L b, kv, h, heads, C, columns, r0 = 0, rows = 0, seen = 0, free = 0;
   const uint8_t* valid;
-  Buffer qt, st, out, total, c;
+  Buffer qt, st, out, total, c, peak;
 
   ScoreTile(const Scores& a, L b, L kv, L h, L heads)
       : a(a), b(b), kv(kv), h(h), heads(heads), C(heads * ROWS), columns(up(a.value_dim, LANES)),
-        valid(a.mask ? (const uint8_t*)a.mask + b * a.keys : nullptr), qt(a.dim * C), st((needs_peak(A) ? a.keys : KEYS) * C), out(C * columns),
-        total(C), c(C) {}
+        valid(a.mask ? (const uint8_t*)a.mask + b * a.keys : nullptr), qt(a.dim * C), st((peak_comes_first(A) ? a.keys : KEYS) * C),
+        out(C * columns), total(C), c(C), peak(C) {}
 
   const real* key(L j) const { return (const real*)a.k.p + b * a.k.b + kv * a.k.h + j * a.k.n; }
   const real* value(L j) const { return (const real*)a.v.p + b * a.v.b + kv * a.v.h + j * a.v.n; }
@@ -32,7 +32,7 @@ struct ScoreTile {
     L offset = a.keys - a.length;
     seen = a.causal ? offset + r0 + rows : a.keys;
     free = a.causal ? offset + r0 + 1 : a.keys;
-    read_transposed(a.q, b, h, heads, r0, rows, a.dim, 1, qt);
+    read_transposed(a.q, b, h, heads, r0, rows, a.dim, scale_of<A>(a), qt);
   }
   // Which rows of a vector of columns see key j.
   I sees(L j, L column) const {
@@ -44,29 +44,46 @@ struct ScoreTile {
 
   void score(L j, L keys, real* to) { scores_of(keys, key(j), a.k.n, a.dim, qt, C, to); }
 
-  // Fill c: the numbers of the rows that the activation needs; for those that need the peak, all scores into st.
+  // Raise the peak of each row to the largest of its scores of keys j ..; a NaN shows in the weights.
+  void raise(L j, L keys, const real* s) {
+    const bool all = whole_block(j, keys);
+    for (L x = 0; x < C; x += LANES) {
+      V p = load(peak + x);
+      if (all)
+        for (L i = 0; i < keys; i++) p = larger(load(s + i * C + x), p);
+      else
+        for (L i = 0; i < keys; i++) p = larger(where(sees(j + i, x), load(s + i * C + x), set(-INFINITY)), p);
+      store(peak + x, p);
+    }
+  }
+  // Fill c: the numbers of the rows that the activation needs; where the peak comes first, all scores into st.
   void prepare() {
+    for (L x = 0; x < C; x++) peak[x] = -INFINITY;
     if (A == SIGMOID)
       for (L x = 0; x < C; x++) {
-        real count = is_row(x) ? ((const real*)a.count)[b * a.count_stride + r0 + x % ROWS] : 1;
+        real count = is_row(x) ? count_of(a, b, r0 + x % ROWS) : 1;
         c[x] = ((const real*)a.offset)[h + x / ROWS] - std::log(count);
       }
-    if (!needs_peak(A)) return;
-    for (L j = 0; j < seen; j += KEYS) score(j, least(KEYS, seen - j), st + j * C);
+    if (!peak_comes_first(A)) return;
+    for (L j = 0; j < seen; j += KEYS) {
+      const L keys = least(KEYS, seen - j);
+      score(j, keys, st + j * C), raise(j, keys, st + j * C);
+    }
+    for (L x = 0; x < C; x += LANES) store(c + x, of_peak<A>(load(peak + x)));
+  }
+  // Softmax: raise the peak, from which weights are counted, and bring what is summed so far to it.
+  void shift(L j, L keys, const real* s) {
+    real before[4 * ROWS];
+    memcpy(before, peak, C * sizeof(real));
+    raise(j, keys, s);
     for (L x = 0; x < C; x += LANES) {
-      V p = set(-INFINITY);
-      for (L j = 0; j < seen; j++) {
-        V s = load(st + j * C + x);
-        if (!whole_block(j, 1)) s = where(sees(j, x), s, set(-INFINITY));
-        p = s <= p ? p : s;  // NaN stays
-      }
-      p = p == -INFINITY ? V{} : p;
-      if (A == POWER_UNSHIFTED) {
-        const real tiny = DOUBLE ? 2.2250738585072014e-308 : 1.17549435e-38f;
-        p = 1 + p;
-        p = 1 / (p < tiny ? set(tiny) : p);
-      }
-      store(c + x, p);
+      V old = load(before + x), now = load(peak + x);
+      if (!any(old != now)) continue;
+      I none = now == -INFINITY;
+      V factor = where(none, set(1), power_of_two(old - now));
+      store(c + x, kept(~none, now)), store(before + x, factor), store(total + x, load(total + x) * factor);
+      UNROLL for (L i = x; i < x + LANES; i++)
+        for (L e = 0; e < columns; e += LANES) store(out + i * columns + e, load(out + i * columns + e) * before[i]);
     }
   }
 
@@ -85,40 +102,36 @@ struct ScoreTile {
     }
   }
   // Whether any weight of these keys is not zero.
-  bool any(L keys, const real* w) const {
+  bool counts(L keys, const real* w) const {
     if (A == SIGMOID || A == SOFTPLUS || A == EXP) return true;
     I found{};
     for (L x = 0; x < keys * C; x += LANES) found |= load(w + x) != 0;
-    whole bits = 0;
-    UNROLL for (int i = 0; i < LANES; i++) bits |= found[i];
-    return bits;
+    return any(found);
   }
-  real denominator(L column) const {
-    if (a.denominator == 1) return std::pow(((const real*)a.count)[b * a.count_stride + r0 + column % ROWS], (real)a.alpha);
-    if (a.denominator == 0) return 1;
-    return a.eps ? total[column] + (real)a.eps : total[column] > 0 || total[column] != total[column] ? total[column] : 1;
-  }
+  real divisor(L column) const { return denominator(a, b, r0 + column % ROWS, total[column]); }
 
   void forward() {
     prepare();
     memset(out, 0, C * columns * sizeof(real));
     memset(total, 0, C * sizeof(real));
+    if (A == EXP) memset(c, 0, C * sizeof(real));
     for (L j = 0; j < seen; j += KEYS) {
       L keys = least(KEYS, seen - j);
-      real* s = needs_peak(A) ? st + j * C : (real*)st;
-      if (!needs_peak(A)) score(j, keys, s);
+      real* s = peak_comes_first(A) ? st + j * C : (real*)st;
+      if (!peak_comes_first(A)) score(j, keys, s);
+      if (A == EXP) shift(j, keys, s);
       weigh(j, keys, s);
       for (L i = 0; i < keys;) {  // runs of keys that count
         L stop = i;
-        while (stop < keys && any(least(SOME, keys - stop), s + stop * C)) stop = least(keys, stop + SOME);
+        while (stop < keys && counts(least(SOME, keys - stop), s + stop * C)) stop = least(keys, stop + SOME);
         if (stop > i) mix(stop - i, s + i * C, C, value(j + i), a.v.n, columns, out);
         i = stop + SOME;
       }
     }
     for (L x = 0; x < C; x++) {
       if (!is_row(x)) continue;
-      real d = denominator(x);
-      if (a.total) ((real*)a.total)[row(x)] = total[x];
+      real d = divisor(x);
+      ((real*)a.total)[row(x)] = total[x], ((real*)a.peak)[row(x)] = c[x];
       write_row(a.out, AS_COMPUTED, b, h + x / ROWS, r0 + x % ROWS, 0, a.value_dim, out + x * columns, 1 / d);
     }
   }
@@ -146,15 +159,17 @@ struct ScoreGradient : ScoreTile<A> {
     for (L x = 0; x < C; x++) {
       real* row = dn + x * columns;
       dl[x] = total[x] = 0;
+      if (A == EXP) c[x] = 0;
       memset(row, 0, columns * sizeof(real));
       memset(q + x * wide, 0, wide * sizeof(real));
       if (!Tile::is_row(x)) continue;
       L head = h + x / ROWS, n = r0 + x % ROWS;
-      read_rows(a.q, AS_COMPUTED, b, head, n, 1, 0, a.dim, wide, 1, q + x * wide, wide);
+      read_rows(a.q, AS_COMPUTED, b, head, n, 1, 0, a.dim, wide, (real)a.scale, q + x * wide, wide);
       read_rows(a.go, AS_COMPUTED, b, head, n, 1, 0, a.value_dim, columns, 1, row, columns);
-      total[x] = a.total ? ((const real*)a.total)[Tile::row(x)] : 0;
+      total[x] = ((const real*)a.total)[Tile::row(x)];
+      if (A == EXP) c[x] = ((const real*)a.peak)[Tile::row(x)];
       const real* out = (const real*)a.out.p + b * a.out.b + head * a.out.h + n * a.out.n;
-      real r = 1 / Tile::denominator(x), d = 0;
+      real r = 1 / Tile::divisor(x), d = 0;
       for (L e = 0; e < a.value_dim; e++) row[e] *= r, d += row[e] * out[e];
       if (a.denominator == 2 && (a.eps || total[x] != 0)) dl[x] = -d;
     }
@@ -203,8 +218,8 @@ struct ScoreGradient : ScoreTile<A> {
     memset(peaks, 0, 2 * C * sizeof(real));
     for (L j = 0; j < seen; j += KEYS) {
       L keys = least(KEYS, seen - j);
-      real *s = needs_peak(A) ? st + j * C : (real*)st, *d = PEAK ? ds + j * C : (real*)ds;
-      if (!needs_peak(A)) Tile::score(j, keys, s);
+      real *s = peak_comes_first(A) ? st + j * C : (real*)st, *d = PEAK ? ds + j * C : (real*)ds;
+      if (!peak_comes_first(A)) Tile::score(j, keys, s);
       scores_of(keys, Tile::value(j), a.v.n, columns, dnt, C, d);
       differentiate(j, keys, s, d);
       if (!PEAK) add(j, keys, s, d);
@@ -217,7 +232,7 @@ struct ScoreGradient : ScoreTile<A> {
       }
     for (L x = 0; x < C; x++) {
       if (!Tile::is_row(x)) continue;
-      write_row(a.dq, AS_COMPUTED, b, h + x / ROWS, r0 + x % ROWS, 0, a.dim, dq + x * wide, 1);
+      write_row(a.dq, AS_COMPUTED, b, h + x / ROWS, r0 + x % ROWS, 0, a.dim, dq + x * wide, (real)a.scale);
       offset[x / ROWS] += peaks[x];
     }
   }
@@ -225,7 +240,7 @@ struct ScoreGradient : ScoreTile<A> {
 
 template <int A>
 void score_forward(const Scores& a) {
-  const L group = a.heads / a.kv_heads, heads = heads_per_tile(group), sets = group / heads, tiles = (a.length + ROWS - 1) / ROWS;
+  const L group = a.heads / a.kv_heads, heads = heads_at_once(group), sets = group / heads, tiles = (a.length + ROWS - 1) / ROWS;
   const L most = 8, runs = (tiles + most - 1) / most;
   parallel(a.threads, a.batch * a.kv_heads * sets * runs, [&](L task) {
     L set = task % (a.batch * a.kv_heads * sets), run = runs - 1 - task / (a.batch * a.kv_heads * sets);  // the longest rows first
@@ -238,7 +253,7 @@ void score_forward(const Scores& a) {
 // Part p of the rows has its own sums for dk and dv; their first dimension is that of the parts.
 template <int A>
 void score_backward(const Scores& a) {
-  const L group = a.heads / a.kv_heads, heads = heads_per_tile(group), tiles = (a.length + ROWS - 1) / ROWS;
+  const L group = a.heads / a.kv_heads, heads = heads_at_once(group), tiles = (a.length + ROWS - 1) / ROWS;
   parallel(a.threads, a.batch * a.kv_heads * a.parts, [&](L task) {
     L pair = task / a.parts, part = task % a.parts, b = pair / a.kv_heads, kv = pair % a.kv_heads;
     for (L g = 0; g < group; g += heads) {
@@ -249,18 +264,6 @@ void score_backward(const Scores& a) {
     }
   });
 }
-
-#define BY_ACTIVATION(run)                        \
-  switch (a.activation) {                         \
-    case RELU_: return run<RELU_>(a);             \
-    case RELU2: return run<RELU2>(a);             \
-    case SIGMOID: return run<SIGMOID>(a);         \
-    case SOFTPLUS: return run<SOFTPLUS>(a);       \
-    case GELU: return run<GELU>(a);               \
-    case EXP: return run<EXP>(a);                 \
-    case POWER: return run<POWER>(a);             \
-    default: return run<POWER_UNSHIFTED>(a);      \
-  }
 
 void scores_forward(const Scores& a) { BY_ACTIVATION(score_forward) }
 void scores_backward(const Scores& a) { BY_ACTIVATION(score_backward) }

@@ -50,12 +50,17 @@ void step_of(const WindowStep& a, L b, L kv) {
       for (L e = 0; e < a.value_dim; e += LANES) store(out + e, load(out + e) + load(values + j * a.new_v.n + e) * weights[j]);
     }
     const real all = total(sum);
-    ((real*)a.lse)[b * a.heads + head] = peak + std::log(all);
+    if (a.lse) ((real*)a.lse)[b * a.heads + head] = peak + std::log(all);
     write_row(a.out, AS_COMPUTED, b, head, 0, 0, a.value_dim, out, 1 / all);
   }
 }
 
 void window_step(const WindowStep& a) {
+  for (L b = 0; b < a.batch; b++) {
+    const int64_t count = ((const int64_t*)a.count)[b];
+    ((int64_t*)a.next)[b] = count + 1;
+    if (a.leaves) ((uint8_t*)a.leaves)[b] = a.slots == a.sinks + a.window && count >= a.slots;
+  }
   parallel(a.threads, a.batch * a.kv_heads, [&](L task) { step_of(a, task / a.kv_heads, task % a.kv_heads); });
 }
 

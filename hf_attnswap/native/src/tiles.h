@@ -12,9 +12,6 @@ constexpr L ROWS = 16;                     // rows of a tile, whole vectors for 
 constexpr L VECTORS = ROWS / LANES;        // that hold them
 constexpr L KEYS = 128;                    // keys of a block of scores
 
-// Heads of a group whose rows stand in one tile; the group goes in parts of equal size.
-INLINE L heads_per_tile(L group) { return group % 4 == 0 ? 4 : group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1; }
-
 // Numbers of rows n .. n + rows of `heads` heads, as [dim, heads ROWS], times `factor`; zero in the rows that are not.
 void read_transposed(const Tensor& x, L b, L h, L heads, L n, L rows, L dim, real factor, real* y) {
   const L C = heads * ROWS;

@@ -55,6 +55,9 @@ template <class T> INLINE T least(T a, T b) { return b < a ? b : a; }
 template <class T> INLINE T most(T a, T b) { return a < b ? b : a; }
 INLINE L up(L n, L to) { return (n + to - 1) / to * to; }
 
+// Query heads that go together through what they share: as many as share a key, up to 4.
+INLINE L heads_at_once(L group) { return group % 4 == 0 ? 4 : group % 3 == 0 ? 3 : group % 2 == 0 ? 2 : 1; }
+
 INLINE V load(const real* p) { V x; memcpy(&x, p, sizeof x); return x; }
 INLINE void store(real* p, V x) { memcpy(p, &x, sizeof x); }
 INLINE V set(real x) { return x - V{}; }  // x + 0 would change -0
@@ -72,6 +75,11 @@ INLINE I lanes() {
   return x;
 }
 
+INLINE bool any(I mask) {
+  whole bits = 0;
+  UNROLL for (int i = 0; i < LANES; i++) bits |= mask[i];
+  return bits;
+}
 INLINE real total(V x) {
   real a[LANES];
   store(a, x);
@@ -115,6 +123,20 @@ INLINE V exponential(V x) {
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1;
   return kept(~below, p * power);
+}
+
+// 2^x for x <= 0, as `exponential` does it.
+INLINE V power_of_two(V x) {
+  if (DOUBLE) return exponential(x * (real)0.6931471805599453);
+  const real magic = 12582912.f + 127;
+  V shifted = x + magic, f = x - (shifted - magic);
+  V p = set(0.0013264727f);
+  p = p * f + 0.009671513f;
+  p = p * f + 0.055507336f;
+  p = p * f + 0.24022242f;
+  p = p * f + 0.69314700f;
+  p = p * f + 1;
+  return kept(~(x < -126), p * (V)((I)shifted << 23));
 }
 
 // Numbers for the time of a task, aligned.

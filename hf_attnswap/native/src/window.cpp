@@ -82,7 +82,7 @@ struct SoftmaxTile {
 };
 
 void window_forward(const Window& a) {
-  const L group = a.heads / a.kv_heads, heads = heads_per_tile(group), parts = group / heads, tiles = (a.length + ROWS - 1) / ROWS;
+  const L group = a.heads / a.kv_heads, heads = heads_at_once(group), parts = group / heads, tiles = (a.length + ROWS - 1) / ROWS;
   const L run = 8, runs = (tiles + run - 1) / run;  // tiles of a task
   parallel(a.threads, a.batch * a.kv_heads * parts * runs, [&](L task) {
     L part = task / runs, b = part / parts / a.kv_heads, kv = part / parts % a.kv_heads, h = kv * group + part % parts * heads;
@@ -158,7 +158,7 @@ struct WindowGradient : SoftmaxTile {
 
 // Part p of the rows has its own sums for keys, values and sinks; their first dimension is that of the parts.
 void window_backward(const Window& a) {
-  const L group = a.heads / a.kv_heads, heads = heads_per_tile(group), tiles = (a.length + ROWS - 1) / ROWS;
+  const L group = a.heads / a.kv_heads, heads = heads_at_once(group), tiles = (a.length + ROWS - 1) / ROWS;
   parallel(a.threads, a.batch * a.kv_heads * a.parts, [&](L task) {
     L pair = task / a.parts, part = task % a.parts, b = pair / a.kv_heads, kv = pair % a.kv_heads;
     WindowGradient tile(a, heads, b, kv, part);

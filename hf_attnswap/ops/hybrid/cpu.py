@@ -3,11 +3,14 @@
 The maps are those of the form `cpu` of the op `linear`.
 """
 
+import functools
+import threading
+
 import torch
 
 from ... import native
 from ..heads import compute_dtype
-from ..linear.cpu import branch, gates, hybrid_branch, kernel_of
+from ..linear.cpu import branch, gates, hybrid_branch, kernel_of, matrices
 from ..programs import transformed
 from ..sliding import HybridState, Step, context
 from ..window.cpu import fits_step, softmax_of_context, step
@@ -36,9 +39,9 @@ def run(
 ):  # fmt: skip
     """Return what `hybrid_attention` returns; takes its arguments in order."""
     dtype, maps = compute_dtype(query.dtype), (map_query, map_key)
-    if state is not None and rotation is None and fits_step(query, key, value, valid, state.window):
+    if state is not None and rotation is None and fits_step(query, key, value, valid, window, sinks, state.window):
         return _step(query, key, value, *maps, log_mix, scaling, window, sinks, state, log_decay)
-    at = context(query, key, value, valid, window, sinks, state and state.window, keep_state)
+    at = context(query, key, value, valid, window, sinks, state and state.window)
     turns = None if rotation is None else at.slots(rotation.turns[:, None], state and state.turns)
 
     def seen_by_map(x, slots: slice):
@@ -71,14 +74,45 @@ def run(
 
 def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state, log_decay):
     """Return what `hybrid_attention` returns for one token after a state, where `fits_step` of the window holds."""
-    old = state.window
-    out, lse, after = step(query, key, value, scaling, window, sinks, old)
-    # The oldest token beside the sinks leaves, where the window is full of tokens.
-    leaving, slots = slice(sinks, sinks + 1), old.key.shape[2]
-    if slots < sinks + window:
-        leaves = torch.zeros(query.shape[0], 1, dtype=torch.bool)
-    else:
-        leaves = (old.count >= slots)[:, None]
-    given = (query, old.key[:, :, leaving], old.value[:, :, leaving], leaves, gates(log_decay, key, None))
-    S = hybrid_branch(*given, state.linear.to(query.dtype), map_query, map_key, log_mix, out, lse)
-    return out, HybridState(after, S)
+    old, S = state.window, state.linear.to(query.dtype).contiguous()
+    batch, heads, _, dim = query.shape
+    _, kv_heads, slots, value_dim = old.value.shape
+    lse, den = query.new_empty(batch, heads, 1), query.new_empty(batch, heads, 1)
+    leaves, after = query.new_empty(batch, 1, dtype=torch.bool), torch.empty_like(S)
+    out, window_after = step(query, key, value, scaling, window, sinks, old, lse, leaves)
+    kind, gate = kernel_of(map_query, map_key), gates(log_decay, key, None)
+    sizes = (batch, heads, kv_heads, dim, value_dim, slots, kind, query.dtype)
+    call = _prepared_step(threading.get_ident(), torch.get_num_threads(), *sizes)
+    given = [t.contiguous() for t in (query, old.key, old.value)]
+    learned = [*matrices(kind, map_query, map_key, query.dtype), log_mix.to(query.dtype)]
+    learned = [None if t is None else t.contiguous() for t in (*learned, None if gate is None else gate.exp())]
+    query, old_key, old_value, wq, wk, log_mix, gate = map(native.pointer, (*given, *learned))
+    oldest = sinks * lse.element_size()  # beside the sinks
+    old_key, old_value = old_key + oldest * dim, old_value + oldest * value_dim
+    last = map(native.pointer, (out, lse, den, leaves, S, after))
+    call(query, old_key, old_value, wq, wk, log_mix, gate, *last)
+    return out, HybridState(window_after, after)
+
+
+@functools.lru_cache
+def _prepared_step(thread, threads, batch, heads, kv_heads, dim, value_dim, slots, kind, dtype) -> native.Prepared:
+    """Return the call that joins the linear branch, for the calling thread; its tensors are contiguous."""
+    call = native.Linear(
+        threads=threads,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        length=1,
+        dim=dim,
+        value_dim=value_dim,
+        map=kind,
+        beside=1,
+        scale=1.0,
+        q=native.side_by_side(heads, dim),
+        k=native.side_by_side(kv_heads, dim, slots),
+        v=native.side_by_side(kv_heads, value_dim, slots),
+        out=native.side_by_side(heads, value_dim),
+        gate=native.side_by_side(kv_heads, 1),
+    )
+    fields = "q", "k", "v", "wq", "wk", "log_mix", "gate", "out", "lse", "den", "mask", "state", "after"
+    return native.Prepared("linear_forward", dtype, call, fields)

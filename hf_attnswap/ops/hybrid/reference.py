@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...masks import Mask, Rotation
+from ...masks import Mask
 from ..heads import compute_dtype, mix, scores
 from ..spec import FeatureMap
 from ..window.reference import near
@@ -28,53 +28,51 @@ def run(
 
     Takes the arguments of `hybrid_attention` in order; differentiable by autograd.
     """
-    allowed = Mask(query.shape[2], key.shape[2], valid).matrix(query.device)
+    mask = Mask(query.shape[2], key.shape[2], valid, rotation=rotation)
     q, k, v = (t.to(compute_dtype(query.dtype)) for t in (query, key, value))
     maps = map_query, map_key, log_mix
-    weights = hybrid_weights(q, k, allowed, *maps, scaling, window, sinks, rotation, log_decay)
+    weights = hybrid_weights(q, k, mask, *maps, scaling, window, sinks, log_decay)
     return mix(weights, v).to(query.dtype), None
 
 
-def hybrid_weights(
-    query, key, allowed, map_query, map_key, log_mix, scaling, window, sinks, rotation=None, log_decay=None
-) -> Tensor:
-    """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `allowed` leaves the row.
+def hybrid_weights(query, key, mask, map_query, map_key, log_mix, scaling, window, sinks, log_decay=None) -> Tensor:
+    """Return what each row takes of each value, `[B, H, T, S]`, among the keys that `mask` leaves the row.
 
     Args:
-        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; allowed: bool, broadcastable to `[B, H, T, S]`.
-        map_query, map_key, log_mix, scaling, window, sinks, rotation, log_decay: as in `hybrid_attention`; with a
-            rotation, T = S.
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`.
+        mask: its rotation, of the S keys, is undone before the maps.
+        map_query, map_key, log_mix, scaling, window, sinks, log_decay: as in `hybrid_attention`.
     """
     maps = map_query, map_key, log_mix
-    logs, _ = log_terms(query, key, allowed, *maps, scaling, window, sinks, rotation, log_decay)
+    logs, _ = log_terms(query, key, mask, *maps, scaling, window, sinks, log_decay)
     return torch.softmax(logs, dim=-1).nan_to_num(0.0)
 
 
 def log_terms(
     query: Tensor,
     key: Tensor,
-    allowed: Tensor,
+    mask: Mask,
     map_query: FeatureMap,
     map_key: FeatureMap,
     log_mix: Tensor,
     scaling: float,
     window: int,
     sinks: int,
-    rotation: Rotation | None = None,
     log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the logs of the terms of the denominator, and which of these terms stand in the window.
 
     Args:
-        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`; allowed: bool, broadcastable to `[B, H, T, S]`.
-        map_query, map_key, log_mix, scaling, window, sinks, rotation, log_decay: as in `hybrid_weights`.
+        query: `[B, H, T, D]`; key: `[B, Hkv, S, D]`.
+        mask, map_query, map_key, log_mix, scaling, window, sinks, log_decay: as in `hybrid_weights`.
 
     Returns:
         `[B, H, T, S]`, -inf where a key is not allowed or its features have no mass in the row, and the terms of the
         window as bool, broadcastable to `[B, H, T, S]`.
     """
-    inside = near(allowed, window, sinks)
-    q, k = (query, key) if rotation is None else (rotation.undo(query), rotation.undo(key))
+    allowed = mask.matrix(query.device)
+    inside = near(allowed, window, sinks, mask.places(query.device))
+    q, k = mask.unrotated(query, key)
     features, left_out = map_query.beside_softmax(q)
     kernel = scores(features, map_key(k))
     outside = log_scale(q, log_mix, left_out) + log_of_mass(kernel)

@@ -21,7 +21,7 @@ def run(
 
     Takes the arguments of `hybrid_attention` in order.
     """
-    at = context(query, key, value, valid, window, sinks, state and state.window, keep_state)
+    at = context(query, key, value, valid, window, sinks, state and state.window)
     dtype = compute_dtype(query.dtype)
     log_decay = None if log_decay is None else log_decay.to(dtype)
     turns = None if rotation is None else at.slots(rotation.turns[:, None], state and state.turns)

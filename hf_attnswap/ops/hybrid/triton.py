@@ -24,7 +24,7 @@ def unfit(
     rotation, log_decay,
 ):  # fmt: skip
     """Return why the kernels cannot serve the call, in words, or None."""
-    reason = window_form.unfit(query, key, value, scaling, window, sinks, valid, state, keep_state)
+    reason = window_form.unfit(query, key, value, scaling, window, sinks, valid, state, keep_state, None)
     return reason or linear.unfit(query, key, value, map_query, map_key, 1.0, valid, state, None, 64, True, log_decay)
 
 
@@ -36,12 +36,16 @@ def run(
     maps = map_query, map_key
     number = linear.number_of(*maps)
     if query.shape[2] == 1 and valid is None and state is not None and not torch.is_grad_enabled():
-        if rotation is None and number is not None and window_form.fits_step(query, key, value, valid, state.window):
+        if (
+            rotation is None
+            and number is not None
+            and window_form.fits_step(query, key, value, valid, window, sinks, state.window)
+        ):
             return _step(query, key, value, *maps, number, log_mix, scaling, window, sinks, state)
         return portable.run(
             query, key, value, *maps, log_mix, scaling, window, sinks, valid, state, keep_state, rotation, log_decay
         )
-    at = context(query, key, value, valid, window, sinks, state and state.window, keep_state)
+    at = context(query, key, value, valid, window, sinks, state and state.window)
     turns = None if rotation is None else at.slots(rotation.turns[:, None], state and state.turns)
 
     def seen_by_map(x, slots: slice):

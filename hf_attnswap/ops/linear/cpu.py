@@ -5,6 +5,9 @@ blocks of tokens, and have no backward pass here. The kernel's backward pass kee
 denominator, and makes features and states again.
 """
 
+import functools
+import threading
+
 import torch
 from torch import Tensor
 
@@ -38,9 +41,61 @@ def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chun
     dtype, kind = compute_dtype(query.dtype), kernel_of(map_query, map_key)
     if kind is None:
         return _of_features(query, key, value, map_query, map_key, scale, key_mask, state, eps, log_decay)
-    matrices = _matrices(kind, map_query, map_key, dtype)
+    own = matrices(kind, map_query, map_key, dtype)
     gate = gates(log_decay, key, key_mask)
-    return _run(query, key, value, gate, key_mask, state, *matrices, kind, float(scale), eps)
+    if key_mask is None and fits_step(query, key, value, state):
+        return _step(query, key, value, gate, state, *own, kind, float(scale), eps)
+    return _run(query, key, value, gate, key_mask, state, *own, kind, float(scale), eps)
+
+
+def fits_step(query, key, value, state) -> bool:
+    """Return whether a call is one token after a state without a gradient, in tensors that kernels take as they are."""
+    if query.shape[2] != 1 or state is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    given = query.dtype
+    if given == torch.float16 or key.dtype != given or value.dtype != given or state.dtype != compute_dtype(given):
+        return False
+    return type(query) is type(state) is Tensor and all(t.is_contiguous() for t in (query, key, value, state))
+
+
+def _step(query, key, value, log_gate, state, wq, wk, kind, scale, eps) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `run` returns where `fits_step` holds: one call of the kernel with arguments that are prepared."""
+    batch, heads, _, dim = query.shape
+    _, kv_heads, _, value_dim = value.shape
+    dtype = state.dtype
+    out = query.new_empty(batch, heads, 1, value_dim, dtype=dtype if eps is None else query.dtype)
+    den, after = state.new_empty(batch, heads, 1), torch.empty_like(state)
+    sizes = (batch, heads, kv_heads, dim, value_dim, query.dtype, kind, scale, eps)
+    call = _prepared_step(threading.get_ident(), torch.get_num_threads(), *sizes)
+    more = [None if t is None else t.contiguous() for t in (wq, wk, None if log_gate is None else log_gate.exp())]
+    call(*map(native.pointer, (query, key, value, out, den, state, after, *more)))
+    return out, den, after
+
+
+@functools.lru_cache
+def _prepared_step(thread, threads, batch, heads, kv_heads, dim, value_dim, dtype, kind, scale, eps) -> native.Prepared:
+    """Return the call of a step, for the calling thread; its tensors are contiguous."""
+    call = native.Linear(
+        threads=threads,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        length=1,
+        dim=dim,
+        value_dim=value_dim,
+        type=int(dtype == torch.bfloat16),
+        map=kind,
+        undivided=eps is None,
+        scale=scale,
+        eps=eps or 0.0,
+        q=native.side_by_side(heads, dim),
+        k=native.side_by_side(kv_heads, dim),
+        v=native.side_by_side(kv_heads, value_dim),
+        out=native.side_by_side(heads, value_dim),
+        gate=native.side_by_side(kv_heads, 1),
+    )
+    fields = "q", "k", "v", "out", "den", "state", "after", "wq", "wk", "gate"
+    return native.Prepared("linear_forward", compute_dtype(dtype), call, fields)
 
 
 def gates(log_decay: Tensor | None, key: Tensor, counted: Tensor | None) -> Tensor | None:
@@ -79,7 +134,7 @@ def _run(query, key, value, log_gate, mask, state, wq, wk, kind, scale, eps):
     return out if eps is None or out.dtype == given else out.to(given), den, after
 
 
-def _matrices(kind, map_query, map_key, dtype) -> list[Tensor | None]:
+def matrices(kind, map_query, map_key, dtype) -> list[Tensor | None]:
     """Return the matrices of the maps of queries and of keys; None for a map without."""
     return [m.tensors["delta"].to(dtype) for m in (map_query, map_key)] if kind == _HEDGEHOG else [None, None]
 
@@ -100,10 +155,10 @@ def hybrid_branch(query, key, value, mask, gate, state, map_query, map_key, log_
         out: `[B, H, T, Dv]`, the output of the softmax; becomes that of both. lse: `[B, H, T]`, the log of its mass.
     """
     kind, dtype = kernel_of(map_query, map_key), query.dtype
-    matrices = _matrices(kind, map_query, map_key, dtype)
+    own = matrices(kind, map_query, map_key, dtype)
     _, den, after, _ = _results(query, key, value, kind, 0.0)
     state = None if state is None else state.to(dtype)
-    tensors = _prepared(query, key, value, gate, mask, state, *matrices)
+    tensors = _prepared(query, key, value, gate, mask, state, *own)
     call = _call(*tensors, kind, 1.0, 0.0, out, den)
     lse, log_mix = lse.contiguous(), log_mix.to(dtype).contiguous()
     call.beside, call.after = 1, native.pointer(after)
@@ -119,8 +174,8 @@ def branch(query, key, value, mask, gate, state, map_query, map_key) -> tuple[Te
     constant to the gradient.
     """
     kind = kernel_of(map_query, map_key)
-    matrices = _matrices(kind, map_query, map_key, query.dtype)
-    numerator, den, after, left = forward(query, key, value, gate, mask, state, *matrices, kind, 1.0, None, True)
+    own = matrices(kind, map_query, map_key, query.dtype)
+    numerator, den, after, left = forward(query, key, value, gate, mask, state, *own, kind, 1.0, None, True)
     return numerator, den, after.detach(), left.detach()
 
 

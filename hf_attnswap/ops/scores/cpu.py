@@ -1,8 +1,9 @@
 """Compute scores by the CPU kernels: tiles of 16 rows of the heads that share a key, with a causal mask and padding.
 
 The scores of a tile stand transposed, so that sums, maxima and masks need no work across a vector. Where an activation
-needs the largest score of its row, the tile's scores are made first and kept until they have become weights. Keys
-whose weights are all zero are passed over. The backward pass makes the scores again. One row alone goes by torch.
+needs the largest score of its row, the tile's scores are made first and kept until they have become weights; softmax
+goes on from the largest so far, and brings its sums to a new one. Keys whose weights are all zero are passed over. The
+backward pass makes the scores again. One row alone, a step of generation, reads keys and values once.
 """
 
 import torch
@@ -37,11 +38,13 @@ def unfit(query, key, value, mask, scaling, activation, gain, result_dtype):
 
 def run(query, key, value, mask, scaling, activation, gain, result_dtype):
     """Return what `score_attention` returns; takes its arguments in order."""
-    if query.shape[2] == 1 and not torch.compiler.is_compiling():
+    if query.shape[2] == 1 and not torch.compiler.is_compiling() and not fits_row(query, key, value):
         return at_once(query, key, value, mask, scaling, activation, gain, result_dtype)
     dtype, params = compute_dtype(query.dtype), activation.params
     query, key, value = (t.to(dtype) for t in (query, key, value))
-    query = query * (scaling * activation.factor_for(query))
+    factor = activation.factor_for(query)
+    if torch.is_tensor(factor):
+        query, factor = query * factor, 1.0
     kind = _ACTIVATIONS[activation.name]
     kind = _UNSHIFTED if params.get("shift") == "none" else kind
     denominator, settings = 0, {}
@@ -54,12 +57,21 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
         denominator,
         float(settings.get("alpha", 0)),
         float(settings.get("eps", 0)),
+        float(scaling * factor),
         mask.causal,
     )
     arguments = (query, key, value, mask.valid, offset, *numbers)
     call = _forward if native.by_hand(query, key, value, offset) else forward
     out = call(*arguments)[0][..., : value.shape[-1]]
     return with_gain(out, gain).to(result_dtype)
+
+
+def fits_row(query, key, value) -> bool:
+    """Return whether the kernel can take all keys and values as they are; a copy would take longer than the row."""
+    return all(
+        t.dtype == compute_dtype(t.dtype) == query.dtype and t.shape[-1] % 16 == 0 and t.stride(-1) == 1
+        for t in (key, value)
+    )
 
 
 def _counts(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
@@ -72,7 +84,7 @@ def _counts(q: Tensor, k: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
     return (counts[:, keys - length :] if causal else counts[:, -1:].expand(-1, length)).clamp(min=1)
 
 
-def _call(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, causal, out, total, count) -> native.Scores:
+def _call(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, scale, causal, out, total, peak, count):
     """Return the structure that forward and backward pass have in common; keeps nothing alive."""
     return native.Scores(
         threads=torch.get_num_threads(),
@@ -89,6 +101,7 @@ def _call(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, caus
         denominator=denominator,
         count_stride=0 if count.shape[0] == 1 else count.stride(0),
         parts=1,
+        scale=scale,
         alpha=alpha,
         eps=eps,
         q=native.strided(q),
@@ -99,15 +112,16 @@ def _call(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, caus
         count=native.pointer(count),
         offset=native.pointer(offset),
         total=native.pointer(total),
+        peak=native.pointer(peak),
     )
 
 
-def _results(q, v) -> tuple[Tensor, Tensor]:
-    """Return memory for the output, filled up to whole vectors, and for the sums of the weights."""
+def _results(q, v) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for the output, filled up to whole vectors, and for sums and peaks of the rows."""
     batch, heads, length, _ = q.shape
     # Laid out as [B, T, H, Dv]: the model's output projection reads it without a copy.
     out = q.new_empty(batch, length, heads, v.shape[-1] + -v.shape[-1] % 16).transpose(1, 2)
-    return out, q.new_empty(batch, heads, length)
+    return out, q.new_empty(batch, heads, length), q.new_empty(batch, heads, length)
 
 
 def _prepared(q, k, v, valid, offset, causal):
@@ -117,12 +131,12 @@ def _prepared(q, k, v, valid, offset, causal):
     return [*(native.whole_vectors(t) for t in (q, k, v)), valid, offset], count
 
 
-def _forward(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, causal) -> tuple[Tensor, Tensor]:
-    out, total = _results(q, v)
-    tensors, count = _prepared(q, k, v, valid, offset, causal)
-    call = _call(*tensors, kind, squarings, denominator, alpha, eps, causal, out, total, count)
-    native.run("scores_forward", q.dtype, call)
-    return out, total
+def _forward(q, k, v, valid, offset, *numbers) -> tuple[Tensor, Tensor, Tensor]:
+    results = _results(q, v)
+    tensors, count = _prepared(q, k, v, valid, offset, causal=numbers[-1])
+    kernel = "scores_row" if q.shape[2] == 1 else "scores_forward"
+    native.run(kernel, q.dtype, _call(*tensors, *numbers, *results, count))
+    return results
 
 
 @torch.library.custom_op("hf_attnswap::scores", mutates_args=(), device_types="cpu")
@@ -137,14 +151,14 @@ def forward(
     denominator: int,
     alpha: float,
     eps: float,
+    scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return the output, its last dimension filled up to a multiple of 16, and the sums of the weights.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, its last dimension filled up to a multiple of 16, and what the backward pass wants of rows.
 
-    Args:
-        q: `[B, H, T, D]`, scaled; see `Scores` in `native/src/interface.h` for the others.
+    See `Scores` in `native/src/interface.h` for the arguments.
     """
-    return _forward(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, causal)
+    return _forward(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, scale, causal)
 
 
 @forward.register_fake
@@ -157,6 +171,7 @@ def backward(
     grad_out: Tensor,
     out: Tensor,
     total: Tensor,
+    peak: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -167,12 +182,14 @@ def backward(
     denominator: int,
     alpha: float,
     eps: float,
+    scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and offset (empty where that is None)."""
     tensors, count = _prepared(q, k, v, valid, offset, causal)
     wide_q, wide_k, wide_v = tensors[:3]
-    call = _call(*tensors, kind, squarings, denominator, alpha, eps, causal, out, total, count)
+    numbers = kind, squarings, denominator, alpha, eps, scale, causal
+    call = _call(*tensors, *numbers, out, total, peak, count)
     batch, heads, length, dim = q.shape
     pairs = batch * k.shape[1]
     # Each part of the rows sums for itself, so that results do not depend on who is first.
@@ -192,7 +209,7 @@ def backward(
 
 
 @backward.register_fake
-def _(grad_out, out, total, q, k, v, valid, offset, *rest):
+def _(grad_out, out, total, peak, q, k, v, valid, offset, *rest):
     batch, heads, length, dim = q.shape
     dq = q.new_empty(batch, length, heads, dim).transpose(1, 2)
     return dq, q.new_empty(k.shape), q.new_empty(v.shape), q.new_empty(0 if offset is None else offset.shape)
@@ -203,10 +220,10 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*output, q, k, v, valid, offset)
 
 
-def _backward(ctx, grad_out, _grad_total):
+def _backward(ctx, grad_out, _grad_total, _grad_peak):
     saved = ctx.saved_tensors  # which gradient checkpointing hands out once
     dq, dk, dv, doffset = backward(grad_out, *saved, *ctx.numbers)
-    return dq, dk, dv, None, None if saved[-1] is None else doffset, *[None] * 6
+    return dq, dk, dv, None, None if saved[-1] is None else doffset, *[None] * 7
 
 
 forward.register_autograd(_backward, setup_context=_keep)

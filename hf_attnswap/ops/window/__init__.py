@@ -22,6 +22,7 @@ def window_attention(
     valid: Tensor | None = None,
     state: WindowState | None = None,
     keep_state: bool = False,
+    reach: int | None = None,
 ) -> tuple[Tensor, WindowState | None]:
     """Return softmax attention to the last `window` keys and the first `sinks`, and what to remember.
 
@@ -37,6 +38,8 @@ def window_attention(
         valid: bool `[B, T]`, False at padding; None where there is none.
         state: what is remembered of the tokens before; None at the start of a text.
         keep_state: whether to return what to remember after these tokens.
+        reach: how many of the last tokens a row may see at most, beyond which it sees no sink either, where that is
+            more than `window`; None for all. The padding of a text must not stand between its tokens.
 
     Returns:
         `[B, H, T, Dv]` in the query's dtype, any finite numbers at padding, and the state, None unless `keep_state`.
@@ -44,4 +47,4 @@ def window_attention(
     Raises:
         NotImplementedError: the backend that HF_ATTNSWAP_BACKEND asks for cannot serve this call.
     """
-    return _op(query, key, value, scaling, window, sinks, valid, state, keep_state)
+    return _op(query, key, value, scaling, window, sinks, valid, state, keep_state, reach)

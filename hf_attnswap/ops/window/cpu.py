@@ -1,5 +1,8 @@
 """Compute window attention by the CPU kernels: tiles of 16 rows of the heads that share a key, scores transposed."""
 
+import functools
+import threading
+
 import torch
 from torch import Tensor
 
@@ -13,22 +16,22 @@ dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 available = native.missing
 
 
-def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state):
+def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return why the kernel cannot serve the call, in words, or None."""
     if transformed() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return "torch's own operations only are compiled and transformed"
-    return None
+    return None if reach is None else "sinks that go out of reach are not known to the kernel"
 
 
-def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
+def run(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return what `window_attention` returns; takes its arguments in order."""
     if valid is None and state is None and not keep_state:
         parts = softmax_of_text(query, key, value, scaling, window, sinks)
         return parts[0].to(query.dtype), None
-    if fits_step(query, key, value, valid, state):
-        out, _, after = step(query, key, value, scaling, window, sinks, state)
+    if fits_step(query, key, value, valid, window, sinks, state):
+        out, after = step(query, key, value, scaling, window, sinks, state)
         return out, after if keep_state else None
-    at = context(query, key, value, valid, window, sinks, state, keep_state)
+    at = context(query, key, value, valid, window, sinks, state)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
         out = numerator / denominator
@@ -37,47 +40,65 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     return out.to(query.dtype), at.state() if keep_state else None
 
 
-def fits_step(query, key, value, valid, state) -> bool:
-    """Return whether `step` serves the call: a token after a state, no padding, no gradient, whole vectors."""
+def fits_step(query, key, value, valid, window, sinks, state) -> bool:
+    """Return whether `step` serves the call: a token after a state with all sinks, no padding, no gradient, whole
+    vectors."""
     if query.shape[2] != 1 or valid is not None or state is None or torch.is_grad_enabled():
+        return False
+    if state.first(window, sinks) < sinks:
         return False
     kept = all(t.dtype == compute_dtype(t.dtype) == query.dtype for t in (key, value, state.key, state.value))
     return kept and key.shape[-1] % 16 == 0 and value.shape[-1] % 16 == 0
 
 
-def step(query, key, value, scaling, window, sinks, state) -> tuple[Tensor, Tensor, WindowState]:
-    """Return the output of one token after a state, the log of its mass `[B, H, 1]`, and the state with the token."""
-    query, key, value, old_k, old_v = (native.rows(t) for t in (query, key, value, state.key, state.value))
+def step(query, key, value, scaling, window, sinks, state, lse=None, leaves=None) -> tuple[Tensor, WindowState]:
+    """Return the output of one token after a state, and the state with the token.
+
+    Args:
+        lse: memory for the log of the mass, `[B, H, 1]`; None where nobody asks for it. leaves: memory for whether the
+            oldest token beside the sinks leaves the window, bool `[B, 1]`; None where nobody asks.
+    """
     batch, heads, _, dim = query.shape
-    slots = old_k.shape[2]
-    now, value_dim = min(slots + 1, sinks + window), value.shape[-1]
-    new_k = key.new_empty(batch, key.shape[1], now, dim)
-    new_v = value.new_empty(batch, key.shape[1], now, value_dim)
-    out, lse = query.new_empty(batch, heads, 1, value_dim), query.new_empty(batch, heads, 1)
+    _, kv_heads, _, value_dim = value.shape
+    given = [t.contiguous() for t in (query, key, value, state.key, state.value, state.count)]
+    slots = state.key.shape[2]
+    now = min(slots + 1, sinks + window)
+    new_k, new_v = key.new_empty(batch, kv_heads, now, dim), value.new_empty(batch, kv_heads, now, value_dim)
+    out, after = query.new_empty(batch, heads, 1, value_dim), torch.empty_like(given[-1])
+    sizes = (batch, heads, kv_heads, dim, value_dim, window, sinks, slots, float(scaling), query.dtype)
+    call = _prepared_step(threading.get_ident(), torch.get_num_threads(), *sizes)
+    call(*map(native.pointer, (*given, new_k, new_v, out, after, lse, leaves)))
+    return out, WindowState(new_k, new_v, after)
+
+
+@functools.lru_cache
+def _prepared_step(
+    thread, threads, batch, heads, kv_heads, dim, value_dim, window, sinks, slots, scaling, dtype
+) -> native.Prepared:
+    """Return the call of a step, for the calling thread; its tensors are contiguous."""
+    now = min(slots + 1, sinks + window)
     call = native.WindowStep(
-        threads=torch.get_num_threads(),
+        threads=threads,
         batch=batch,
         heads=heads,
-        kv_heads=key.shape[1],
+        kv_heads=kv_heads,
         dim=dim,
         value_dim=value_dim,
         window=window,
         sinks=sinks,
         slots=slots,
         scaling=scaling,
-        q=native.strided(query),
-        k=native.strided(key),
-        v=native.strided(value),
-        old_k=native.strided(old_k),
-        old_v=native.strided(old_v),
-        new_k=native.strided(new_k),
-        new_v=native.strided(new_v),
-        out=native.strided(out),
-        count=native.pointer(state.count),
-        lse=native.pointer(lse),
+        q=native.side_by_side(heads, dim),
+        k=native.side_by_side(kv_heads, dim),
+        v=native.side_by_side(kv_heads, value_dim),
+        old_k=native.side_by_side(kv_heads, dim, slots),
+        old_v=native.side_by_side(kv_heads, value_dim, slots),
+        new_k=native.side_by_side(kv_heads, dim, now),
+        new_v=native.side_by_side(kv_heads, value_dim, now),
+        out=native.side_by_side(heads, value_dim),
     )
-    native.run("window_step", query.dtype, call)
-    return out, lse, WindowState(new_k, new_v, state.count + 1)
+    fields = "q", "k", "v", "old_k", "old_v", "count", "new_k", "new_v", "out", "next", "lse", "leaves"
+    return native.Prepared("window_step", dtype, call, fields)
 
 
 def softmax_of_text(query, key, value, scaling, window, sinks) -> tuple[Tensor, Tensor]:

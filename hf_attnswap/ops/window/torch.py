@@ -8,12 +8,12 @@ from ..rows import by_rows
 from ..sliding import Step, context
 
 
-def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
+def run(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return what `window_attention` returns; one token after a state goes in few kernels. O(n d) memory.
 
     Takes the arguments of `window_attention` in order.
     """
-    at = context(query, key, value, valid, window, sinks, state, keep_state)
+    at = context(query, key, value, valid, window, sinks, state, reach)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
         out = numerator / denominator

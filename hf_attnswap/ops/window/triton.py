@@ -22,23 +22,25 @@ _PART = 1024
 _SINKS = 64
 
 
-def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state):
+def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return why the kernels cannot serve the call, in words, or None."""
     if torch.compiler.is_compiling():
         return "torch's own operations only are compiled"
+    if reach is not None:
+        return "sinks that go out of reach are not known to the kernels"
     if sinks > _SINKS:
         return f"there are {sinks} sinks, the kernels take {_SINKS}"
     return gpu.unfit(query, key, value)
 
 
-def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
+def run(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
     """Return what `window_attention` returns; takes its arguments in order."""
     if valid is None and state is None and not keep_state:
         return softmax_of_text(query, key, value, scaling, window, sinks)[0].to(query.dtype), None
-    if fits_step(query, key, value, valid, state):
+    if fits_step(query, key, value, valid, window, sinks, state):
         out, after = _step(query, key, value, scaling, window, sinks, state)
         return out, after if keep_state else None
-    at = context(query, key, value, valid, window, sinks, state, keep_state)
+    at = context(query, key, value, valid, window, sinks, state)
     if isinstance(at, Step):
         numerator, denominator, _ = at.softmax_parts(scaling)
         out = numerator / denominator
@@ -47,11 +49,12 @@ def run(query, key, value, scaling, window, sinks, valid, state, keep_state):
     return out.to(query.dtype), at.state() if keep_state else None
 
 
-def fits_step(query, key, value, valid, state) -> bool:
-    """Return whether the kernel of one token serves the call: after a state, no padding, no gradient, one dtype."""
+def fits_step(query, key, value, valid, window, sinks, state) -> bool:
+    """Return whether the kernel of one token serves the call: all sinks kept, no padding, no gradient, one dtype."""
     if query.shape[2] != 1 or valid is not None or state is None or torch.is_grad_enabled():
         return False
-    return all(t.dtype == query.dtype for t in (key, value, state.key, state.value))
+    alike = all(t.dtype == query.dtype for t in (key, value, state.key, state.value))
+    return alike and state.first(window, sinks) == sinks
 
 
 def step_arguments(query, key, value, sinks, window, state) -> tuple[list, list, tuple[Tensor, Tensor]]:

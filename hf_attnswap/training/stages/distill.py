@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UsageError
 from ...integration.swapping import swapped_modules
-from ..distill import DEFAULT_LEARNING_RATE, distillation_loss
+from ..distill import DEFAULT_LEARNING_RATE, distillation_loss, require_weights
 from ..loading import load_to_train, require_next_tokens
 from ..options import argument
 from ..stage import WholeModelStage
@@ -39,6 +39,13 @@ class Distill(WholeModelStage):
     hidden_weight: float = argument(
         0.0, "factor of the cosine distance of each layer's hidden states, beside the divergence"
     )
+    label_weight: float = argument(
+        0.0, "share of the text's own next token in what is learned, from 0 to 1; the rest is the original's"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_weights(self.temperature, self.hidden_weight, self.label_weight)
 
     def prepare(self, model: PreTrainedModel, blocks: Tensor, accelerator: Accelerator) -> nn.Module:
         trained = super().prepare(model, blocks, accelerator)
@@ -56,5 +63,10 @@ class Distill(WholeModelStage):
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         with self._autocast():
             return distillation_loss(
-                model, self._teacher, batch, temperature=self.temperature, hidden_weight=self.hidden_weight
+                model,
+                self._teacher,
+                batch,
+                temperature=self.temperature,
+                hidden_weight=self.hidden_weight,
+                label_weight=self.label_weight,
             )
