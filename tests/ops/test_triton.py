@@ -15,7 +15,6 @@ from hf_attnswap.attentions import Heads
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops import backends, gpu
 from hf_attnswap.ops.scores import score_attention
-from hf_attnswap.ops.scores import triton as form
 
 HERE = Path(__file__).parent
 FILES = [str(HERE / f"test_triton_{op}.py") for op in ("scores", "linear", "window")]
@@ -29,7 +28,7 @@ SPILLED, SHARED = 64, {80: 163 << 10, 90: 227 << 10}
 
 def run(*command, **variables):
     """What a command writes, in a process of its own; its end where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, *command], env=environment | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -48,7 +47,7 @@ def test_more_in_the_interpreter():
 
 
 def compile_and_check(archs, *cases, tmp_path):
-    lines = run(str(HERE / "compiled_kernels.py"), archs, *cases, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    lines = run(str(HERE.parent / "compiled_kernels.py"), archs, *cases, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
     kernels = [json.loads(line) for line in lines if line.startswith("{")]
     assert kernels
     for kernel in kernels:
@@ -107,11 +106,11 @@ def test_an_old_gpu_is_said_once_and_passed_over(monkeypatch, caplog):
         monkeypatch.setattr(backends.OPS["scores"], "forms", form_first)
         for _ in range(2):
             torch.testing.assert_close(score_attention(*given), expected)
-    assert [r.getMessage() for r in caplog.records] == [f"scores: backend triton is passed over: {reason}"]
+    said = [r.getMessage() for r in caplog.records if "triton" in r.getMessage()]
+    assert said == [f"scores: backend triton is passed over: {reason}"]
     assert "triton" not in ran["scores"]
 
 
-def test_the_package_is_imported_without_triton():
-    code = "import sys, hf_attnswap; assert not [m for m in sys.modules if m.split('.')[0] == 'triton']"
-    run("-c", code)
-    assert form.available is gpu.missing
+def test_the_package_is_imported_without_its_kernels():
+    """All of them import `tiles`, and triton with it; torch may import triton by itself."""
+    run("-c", "import sys, hf_attnswap; assert 'hf_attnswap.ops.tiles' not in sys.modules")

@@ -125,7 +125,7 @@ def blocks(stage: str, dtype: torch.dtype, widest: int) -> dict[str, int]:
     if gpu.INTERPRETED:
         return {"BN": 16} if stage == "states" else {"BM": 16, "BN": 16}
     small = 32 if dtype == torch.float32 or widest > 128 else 64
-    warps = 4 if widest <= 64 else 8
+    warps = 4 if widest <= 64 and dtype != torch.float32 else 8
     if stage == "states":
         return {"BN": small, "num_warps": warps, "num_stages": 2 if widest <= 128 else 1}
     return {"BM": small, "BN": small, "num_warps": warps, "num_stages": 2 if widest <= 128 else 1}
