@@ -21,9 +21,14 @@ FILES = [str(HERE / f"test_triton_{op}.py") for op in ("scores", "linear", "wind
 needs_triton = pytest.mark.skipif(
     gpu.missing() is not None or DEVICE.type != "cpu" or gpu.INTERPRETED, reason=gpu.missing() or "runs as it is"
 )
-# Compiled by default. Bytes that ptxas may spill per thread, and the shared memory of an A100 and an H100.
+# Compiled by default; the shared memory of an A100 and of an H100.
 FEW = ("scores relu_norm 64 forward", "linear elu 64 step")
-SPILLED, SHARED = 64, {80: 163 << 10, 90: 227 << 10}
+SHARED = {80: 163 << 10, 90: 227 << 10}
+
+
+def most_spilled(case):
+    """The bytes that a thread may spill; wide heads and float32 fill the registers."""
+    return 512 if "256" in case or "float32" in case else 64
 
 
 def run(*command, **variables):
@@ -51,7 +56,7 @@ def compile_and_check(archs, *cases, tmp_path):
     kernels = [json.loads(line) for line in lines if line.startswith("{")]
     assert kernels
     for kernel in kernels:
-        assert kernel["spilled"] <= SPILLED, kernel
+        assert kernel["spilled"] <= most_spilled(kernel["case"]), kernel
         assert kernel["shared"] <= SHARED[kernel["arch"]], kernel
     return kernels
 

@@ -116,7 +116,7 @@ def blocks(dtype: torch.dtype, widest: int) -> dict[str, int]:
     if gpu.INTERPRETED:
         return {"BM": 16, "BN": 16}
     if dtype == torch.float32:
-        return {"BM": 32 if widest <= 128 else 16, "BN": 32, "num_warps": 4, "num_stages": 1}
+        return {"BM": 32 if widest <= 128 else 16, "BN": 32, "num_warps": 8, "num_stages": 1}
     if widest <= 128:
         return {"BM": 64, "BN": 64, "num_warps": 4 if widest <= 64 else 8, "num_stages": 2}
     return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
