@@ -130,7 +130,9 @@ class Groups(Attention):
         at: dict[int, Tensor] = {}
         for out, groups in zip(outs, self.places, strict=True):
             at |= dict(zip(groups, out.chunk(len(groups), dim=1), strict=True))
-        return torch.cat([at[group] for group in range(self.heads.num_key_value_heads)], dim=1)
+        # Put side by side as the model's output projection reads them, without another copy.
+        by_token = [at[group].transpose(1, 2) for group in range(self.heads.num_key_value_heads)]
+        return torch.cat(by_token, dim=2).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return self.name

@@ -24,6 +24,9 @@ from .within import within_window
 class Hybrid(Attention):
     """Hold the linear variant X and the mix per head of `X+window`; `hybrid_of` makes the class for each X.
 
+    In a layer with a sliding window W both sums go over the keys i - W + 1 to i: X stands for those that have left the
+    window of the hybrid and not that of the layer, and sinks count as long as they are among them (`within.py`).
+
     Attributes:
         linear_class: the class of X. linear: an instance of X, with its feature maps.
         log_mix: log of the factor of the linear branch, `[H]`, 0 at the start.

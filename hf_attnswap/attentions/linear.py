@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
-from ..ops.heads import scores
+from ..ops.heads import in_dtype, scores
 from ..ops.linear import causal_linear, full_linear
 from ..ops.spec import FeatureMap
 from .base import Attention, Option
@@ -56,7 +56,8 @@ class LinearAttention(Attention):
     of this family writes `feature_map`, or the two others where queries and keys differ.
 
     With a half-life h, causal attention has `d^{i - j} phi(q_i).phi(k_j)` with d = 2^(-1/h) in place of the product; i
-    and j count the tokens that are not padding. Without the rotation, phi sees query and key before it.
+    and j count the tokens that are not padding. Without the rotation, phi sees query and key before it. In a layer with
+    a sliding window W the sums go over the keys i - W + 1 to i (`within.py`).
 
     Attributes:
         scaled: the maps see query and key times sqrt(scaling), not as they are.
@@ -140,7 +141,7 @@ class LinearAttention(Attention):
             if self.divide_by_count:
                 counts = key.shape[2] if mask.valid is None else mask.valid.sum(1).clamp(min=1)[:, None, None, None]
                 out = out / counts
-            return out.to(dtype)
+            return in_dtype(out, dtype)
         valid = mask.new_tokens()
         before = None if state is None else state.get("S")
         out, _, after = causal_linear(
@@ -152,7 +153,7 @@ class LinearAttention(Attention):
                 state["count"] = counts
         if state is not None:
             state["S"] = after
-        return out.to(dtype)
+        return in_dtype(out, dtype)
 
     @staticmethod
     def _divide(numerator, query, valid, state):

@@ -46,6 +46,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x` in `dtype`: `x` itself where it is, at once, for which `Tensor.to` takes microseconds."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def cast_like(gradients: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return gradients that were added up in `compute_dtype`, each cast to the dtype of its parameter."""
     return [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]

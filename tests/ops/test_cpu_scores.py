@@ -48,6 +48,38 @@ def test_outputs_and_gradients(each_set, seed):  # noqa: F811
         torch.testing.assert_close(runs[0](), runs[1]())
 
 
+@pytest.mark.parametrize("seed", range(2 * len(VARIANTS)))
+def test_one_row(each_set, seed):  # noqa: F811
+    """A step of generation: keys and values as a cache has them, of one token and of many."""
+    pick, sizes = draw(seed, lengths=(1, 7, 16, 150, 300))
+    sizes |= {"dim": pick.choice([16, 32, 80]), "value_dim": pick.choice([16, 48])}
+    given = [t.detach() for t in tensors(pick, sizes)]
+    name, options = VARIANTS[seed % len(VARIANTS)]
+    attention = attentions.get(name)(Heads(sizes["heads"], sizes["kv_heads"], sizes["dim"]), **options).double()
+    valid = torch.rand(sizes["batch"], sizes["length"]) > 0.3 if pick.random() < 0.5 else None
+    mask = Mask(1, sizes["length"], valid=valid)
+    more = (mask, pick.choice([0.3, 1.0]), attention.activation(), attention.head_gain(), torch.float64)
+    with torch.no_grad():
+        ours, expected = (form.run(given[0][:, :, -1:], *given[1:], *more) for form in (cpu, reference))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("rows", (1, 40))
+@pytest.mark.parametrize("name", ("softmax", "relu_norm", "relu_power", "sigmoid"))
+def test_numbers_that_are_not(each_set, name, rows):  # noqa: F811
+    """NaN and inf in a key reach the rows that see it, and no others."""
+    torch.manual_seed(0)
+    attention = attentions.get(name)(Heads(3, 1, 16))
+    for broken in (float("nan"), float("inf"), float("-inf")):
+        q, k, v = (torch.randn(1, h, 200, 16, dtype=torch.float64) for h in (3, 1, 1))
+        k[0, 0, 180, 3] = broken
+        q = q[:, :, -rows:]
+        more = (Mask(rows, 200), 0.3, attention.activation(), None, torch.float64)
+        with torch.no_grad():
+            ours, expected = (form.run(q.clone(), k, v, *more) for form in (cpu, reference))
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ("relu_norm", "relu_power", "sigmoid", "softplus_norm", "gelu", "softmax"))
 def test_error_of_float32(name):
     torch.manual_seed(0)

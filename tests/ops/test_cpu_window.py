@@ -50,7 +50,7 @@ def walked(form, given, own, tail, shape, valid, cuts):
 def test_outputs_and_states(each_set, seed):  # noqa: F811
     given, own, tail, *how, _ = drawn(seed)
     with torch.no_grad():
-        for op, arguments, last in ((window, (), ()), (hybrid, own, tail)):
+        for op, arguments, last in ((window, (), (None,)), (hybrid, own, tail)):
             ours, expected = (walked(form, given, arguments, last, *how) for form in (op.cpu, op.torch))
             for x, y in zip(ours, expected, strict=True):
                 torch.testing.assert_close(x, y)
@@ -61,8 +61,8 @@ def test_gradients(each_set, seed):  # noqa: F811
     given, own, tail, shape, valid, _, learned = drawn(seed)
     keep = 1 if valid is None else valid[:, None, :, None]
     learned += [own[-1], *(t for t in tail if t is not None)]
-    for op, arguments, last in ((window, (), ()), (hybrid, own, tail)):
-        leaves = [*given, *(learned if last else [])]
+    for op, arguments, last in ((window, (), (None,)), (hybrid, own, tail)):
+        leaves = [*given, *(learned if arguments else [])]
         runs = [lambda form=form: [form.run(*given, *arguments, *shape, valid, None, False, *last)[0] * keep]  # noqa: B023
                 for form in (op.cpu, op.torch)]  # fmt: skip
         for ours, expected in paired(*runs, leaves):
@@ -73,7 +73,8 @@ def test_gradients(each_set, seed):  # noqa: F811
 def test_a_text_without_a_state(seed):
     given, _, _, shape, valid, _, _ = drawn(seed)
     with torch.no_grad():
-        ours, expected = (form.run(*given, *shape, valid, None, False)[0] for form in (window.cpu, window.reference))
+        more = (*shape, valid, None, False, None)
+        ours, expected = (form.run(*given, *more)[0] for form in (window.cpu, window.reference))
     keep = 1 if valid is None else valid[:, None, :, None]
     torch.testing.assert_close(ours * keep, expected * keep)
 
@@ -86,7 +87,7 @@ def test_steps_of_generation(each_set, window_size, sinks):  # noqa: F811
     shape, own = (0.4, window_size, sinks), (ELU, ELU, torch.randn(6, dtype=torch.float64))
     valid = torch.arange(12)[None] >= torch.tensor([0, 9])[:, None]
     with torch.no_grad():
-        for op, arguments, last in ((window, (), ()), (hybrid, own, (None, -torch.rand(2).double()))):
+        for op, arguments, last in ((window, (), (None,)), (hybrid, own, (None, -torch.rand(2).double()))):
             found = []
             for form in (op.cpu, op.torch):
                 out, state = form.run(*(t[:, :, :12] for t in given), *arguments, *shape, valid, None, True, *last)

@@ -92,7 +92,7 @@ INLINE V activate(V s, V c, L squarings, V& slope) {
 
 // The factor of q . k.
 template <int A>
-INLINE real scale_of(const Scores& a) { return A == EXP ? a.scale * 1.4426950408889634 : a.scale; }
+INLINE real scale_of(const Scores& a) { return (real)a.scale * (A == EXP ? LOG2_E : 1); }
 
 // The number of a row by its largest score, -inf where it sees nothing.
 template <int A>

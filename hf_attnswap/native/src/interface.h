@@ -100,9 +100,9 @@ struct Window {
 // Attention by an activation on the scores, scale q . k, all as computed; queries are the last T of the keys where
 // `causal`. activation: as in activations.h; squarings: log2 of its power. denominator: 0 none, 1 the count to the power
 // alpha, 2 the sum of the weights plus eps. mask: bytes [B, S] or null, 0 for keys that no row sees. count: keys that each
-// row sees, [1 or B, T], and the stride of its texts. offset: [H], added to the scores of a sigmoid. total, peak:
-// [B, H, T], the sums of the weights, and what a softmax subtracts from the scores, in base 2. Dimensions are whole
-// vectors (multiples of 16).
+// row sees, [1 or B, T], and the stride of its texts; null where neither a sigmoid nor the denominator asks. offset: [H],
+// added to the scores of a sigmoid. total, peak: [B, H, T], the sums of the weights, and what a softmax subtracts from the
+// scores, in base 2. Dimensions are whole vectors (multiples of 16).
 // Gradients: go of out; dk, dv [parts B, Hkv, S, *], to which the parts of the rows add, and doffset [parts, B, H] or null.
 struct Scores {
   int64_t threads;

@@ -54,9 +54,13 @@ void hedgehog(L t, L dim, L padded, real* y, real* f, L ld, bool beside, real* l
       top = m, bottom = -m;
     }
     V plus{}, minus{};
+    // e^(bottom - x) from e^(x - top) by a division, where neither leaves the range of numbers.
+    const bool near = top - bottom < 80;
+    const V both = exponential(set(bottom - top));
     for (L e = 0; e < padded; e += LANES) {
       I inside = lane < seti((whole)(dim - e));
-      V x = load(y + e), p = kept(inside, exponential(x - top)), n = kept(inside, exponential(bottom - x));
+      V x = load(y + e), p = exponential(x - top), n = near ? both / p : exponential(bottom - x);
+      p = kept(inside, p), n = kept(inside, n);
       plus = plus + p, minus = minus + n;
       store(y + e, p), store(other + e, n);
     }

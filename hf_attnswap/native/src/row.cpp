@@ -1,15 +1,10 @@
 // Attention of one row to the keys before it, by an activation on its scores: a step of generation.
-//
-// Scores of a query head stand side by side, so that keys and values are read once, in their order, for all heads that
-// share them.
 #include "activations.h"
 #include "kernels.h"
-#include "rows.h"
+#include "row.h"
 #include "threads.h"
 
 namespace {
-
-constexpr L BLOCK = 128;  // keys whose values stay in the first-level cache
 
 // GS query heads from h of text b, which share key/value head kv.
 template <int A, int GS>
@@ -36,17 +31,7 @@ struct Row {
 
   void score() {
     for (L g = 0; g < GS; g++) read_rows(a.q, AS_COMPUTED, b, h + g, 0, 1, 0, a.dim, wide, scale_of<A>(a), q + g * wide, wide);
-    for (L j = 0; j < a.keys; j++) {
-      const real* k = at(a.k, b, kv, j);
-      V sum[GS] = {};
-      for (L e = 0; e < wide; e += LANES) {
-        V x = load(k + e);
-        UNROLL for (int g = 0; g < GS; g++) sum[g] = sum[g] + x * load(q + g * wide + e);
-      }
-      UNROLL for (int g = 0; g < GS; g++) s[g * ld + j] = ::total(sum[g]);
-    }
-    for (L g = 0; g < GS; g++)
-      for (L j = a.keys; j < ld; j++) s[g * ld + j] = 0;
+    row_scores<GS>(a.keys, at(a.k, b, kv, 0), a.k.n, q, wide, s, ld);
   }
   // The number of a head's row that the activation needs.
   real number(L g) const {
@@ -70,24 +55,7 @@ struct Row {
     }
     return ::total(sum);
   }
-  // Columns e .. of the weighted sums, for keys j ..
-  template <int NR>
-  void mix(L j, L keys, L e) {
-    V sum[GS][NR];
-    UNROLL for (int g = 0; g < GS; g++) UNROLL for (int r = 0; r < NR; r++) sum[g][r] = load(out + g * columns + e + r * LANES);
-    const real* v = at(a.v, b, kv, j) + e;
-    for (L i = 0; i < keys; i++, v += a.v.n) {
-      V x[NR];
-      UNROLL for (int r = 0; r < NR; r++) x[r] = load(v + r * LANES);
-      UNROLL for (int g = 0; g < GS; g++) {
-        V w = set(s[g * ld + j + i]);
-        UNROLL for (int r = 0; r < NR; r++) sum[g][r] = sum[g][r] + w * x[r];
-      }
-    }
-    UNROLL for (int g = 0; g < GS; g++) UNROLL for (int r = 0; r < NR; r++) store(out + g * columns + e + r * LANES, sum[g][r]);
-  }
   void run() {
-    constexpr int NR = GS == 4 ? 2 : 4;
     real total[GS];
     score();
     for (L g = 0; g < GS; g++) {
@@ -95,13 +63,7 @@ struct Row {
       total[g] = weigh(g, c);
       ((real*)a.total)[b * a.heads + h + g] = total[g], ((real*)a.peak)[b * a.heads + h + g] = c;
     }
-    out.clear(GS * columns);
-    for (L j = 0; j < a.keys; j += BLOCK) {
-      const L keys = least(BLOCK, a.keys - j);
-      L e = 0;
-      for (; e + NR * LANES <= columns; e += NR * LANES) mix<NR>(j, keys, e);
-      for (; e < columns; e += LANES) mix<1>(j, keys, e);
-    }
+    row_mix<GS>(a.keys, s, ld, at(a.v, b, kv, 0), a.v.n, columns, out);
     for (L g = 0; g < GS; g++)
       write_row(a.out, AS_COMPUTED, b, h + g, 0, 0, a.value_dim, out + g * columns, 1 / denominator(a, b, 0, total[g]));
   }

@@ -1,7 +1,7 @@
 // One token after a state: the slots of the sinks and of the last tokens, with the new token at the end.
 #include "kernels.h"
+#include "row.h"
 #include "threads.h"
-#include "tiles.h"
 
 namespace {
 
@@ -17,42 +17,34 @@ void push(const Tensor& old, const Tensor& row, const Tensor& to, L b, L h, L sl
   }
 }
 
-void step_of(const WindowStep& a, L b, L kv) {
-  const L group = a.heads / a.kv_heads, now = a.slots + (a.slots < a.sinks + a.window), count = ((const int64_t*)a.count)[b];
-  push(a.old_k, a.k, a.new_k, b, kv, a.slots, now, a.sinks, count, a.dim);
-  push(a.old_v, a.v, a.new_v, b, kv, a.slots, now, a.sinks, count, a.value_dim);
-  const real *keys = (const real*)a.new_k.p + b * a.new_k.b + kv * a.new_k.h, *values = (const real*)a.new_v.p + b * a.new_v.b + kv * a.new_v.h;
-  const L padded = up(now, LANES);
-  Buffer weights(padded), out(a.value_dim);
-  for (L g = 0; g < group; g++) {
-    const L head = kv * group + g;
-    const real* q = (const real*)a.q.p + b * a.q.b + head * a.q.h;
-    real peak = -INFINITY;
-    for (L j = 0; j < padded; j++) {
-      // A slot of a sink holds it from its own position on; a recent one counts where it holds no sink.
-      const bool seen = j < now && (j < a.sinks ? j <= count : count + j >= now - 1 + a.sinks);
-      V d{};
-      if (seen)
-        for (L e = 0; e < a.dim; e += LANES) d = d + load(q + e) * load(keys + j * a.new_k.n + e);
-      weights[j] = seen ? total(d) * (real)a.scaling : -INFINITY;
-      peak = weights[j] <= peak ? peak : weights[j];
-    }
-    V sum{};
-    for (L j = 0; j < padded; j += LANES) {
-      V s = load(weights + j), w = exponential(s - peak);
-      w = s == -INFINITY ? V{} : w;
+// GS query heads from h of text b, which see the new slots.
+template <int GS>
+void step_of(const WindowStep& a, L b, L kv, L h, L now, L count) {
+  const L ld = up(now, LANES);
+  Buffer q(GS * a.dim), s(GS * ld), out(GS * a.value_dim);
+  real sums[GS];
+  // A slot of a sink holds it from its own position on; a recent one counts where it holds no sink.
+  auto sees = [&](L j) {
+    I slot = lanes() + (whole)j, sink = slot < seti((whole)a.sinks);
+    I seen = (sink & (slot <= seti((whole)count))) | (~sink & (slot >= seti((whole)(now - 1 + a.sinks - count))));
+    return seen & (slot < seti((whole)now));
+  };
+  for (L g = 0; g < GS; g++) read_rows(a.q, AS_COMPUTED, b, h + g, 0, 1, 0, a.dim, a.dim, (real)a.scaling * LOG2_E, q + g * a.dim, a.dim);
+  row_scores<GS>(now, (const real*)a.new_k.p + b * a.new_k.b + kv * a.new_k.h, a.new_k.n, q, a.dim, s, ld);
+  for (L g = 0; g < GS; g++) {
+    V p = set(-INFINITY), sum{};
+    for (L j = 0; j < ld; j += LANES) p = larger(where(sees(j), load(s + g * ld + j), set(-INFINITY)), p);
+    const real peak = largest(p);
+    for (L j = 0; j < ld; j += LANES) {
+      V w = kept(sees(j), power_of_two(load(s + g * ld + j) - peak));
       sum = sum + w;
-      store(weights + j, w);
+      store(s + g * ld + j, w);
     }
-    out.clear(a.value_dim);
-    for (L j = 0; j < now; j++) {
-      if (weights[j] == 0) continue;
-      for (L e = 0; e < a.value_dim; e += LANES) store(out + e, load(out + e) + load(values + j * a.new_v.n + e) * weights[j]);
-    }
-    const real all = total(sum);
-    if (a.lse) ((real*)a.lse)[b * a.heads + head] = peak + std::log(all);
-    write_row(a.out, AS_COMPUTED, b, head, 0, 0, a.value_dim, out, 1 / all);
+    sums[g] = total(sum);
+    if (a.lse) ((real*)a.lse)[b * a.heads + h + g] = peak / LOG2_E + std::log(sums[g]);
   }
+  row_mix<GS>(now, s, ld, (const real*)a.new_v.p + b * a.new_v.b + kv * a.new_v.h, a.new_v.n, a.value_dim, out);
+  for (L g = 0; g < GS; g++) write_row(a.out, AS_COMPUTED, b, h + g, 0, 0, a.value_dim, out + g * a.value_dim, 1 / sums[g]);
 }
 
 void window_step(const WindowStep& a) {
@@ -61,7 +53,18 @@ void window_step(const WindowStep& a) {
     ((int64_t*)a.next)[b] = count + 1;
     if (a.leaves) ((uint8_t*)a.leaves)[b] = a.slots == a.sinks + a.window && count >= a.slots;
   }
-  parallel(a.threads, a.batch * a.kv_heads, [&](L task) { step_of(a, task / a.kv_heads, task % a.kv_heads); });
+  const L group = a.heads / a.kv_heads, heads = heads_at_once(group), now = a.slots + (a.slots < a.sinks + a.window);
+  parallel(a.threads, a.batch * a.kv_heads, [&](L task) {
+    const L b = task / a.kv_heads, kv = task % a.kv_heads, count = ((const int64_t*)a.count)[b];
+    push(a.old_k, a.k, a.new_k, b, kv, a.slots, now, a.sinks, count, a.dim);
+    push(a.old_v, a.v, a.new_v, b, kv, a.slots, now, a.sinks, count, a.value_dim);
+    for (L h = kv * group; h < (kv + 1) * group; h += heads) {
+      if (heads == 1) step_of<1>(a, b, kv, h, now, count);
+      else if (heads == 2) step_of<2>(a, b, kv, h, now, count);
+      else if (heads == 3) step_of<3>(a, b, kv, h, now, count);
+      else step_of<4>(a, b, kv, h, now, count);
+    }
+  });
 }
 
 }  // namespace

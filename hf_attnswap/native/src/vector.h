@@ -125,7 +125,9 @@ INLINE V exponential(V x) {
   return kept(~below, p * power);
 }
 
-// 2^x for x <= 0, as `exponential` does it.
+constexpr real LOG2_E = 1.4426950408889634;
+
+// 2^x for x <= 0, as `exponential` does it; its scores carry the factor LOG2_E.
 INLINE V power_of_two(V x) {
   if (DOUBLE) return exponential(x * (real)0.6931471805599453);
   const real magic = 12582912.f + 127;
@@ -139,11 +141,12 @@ INLINE V power_of_two(V x) {
   return kept(~(x < -126), p * (V)((I)shifted << 23));
 }
 
-// Numbers for the time of a task, aligned.
+// Numbers for the time of a task, aligned by hand: aligned_alloc takes longer than a step of generation computes.
 struct Buffer {
+  void* memory;
   real* p;
-  explicit Buffer(L n) : p((real*)aligned_alloc(64, up(n * sizeof(real), 64) + 64)) {}
-  ~Buffer() { free(p); }
+  explicit Buffer(L n) : memory(malloc(n * sizeof(real) + 128)), p((real*)(((uintptr_t)memory + 63) & ~(uintptr_t)63)) {}
+  ~Buffer() { free(memory); }
   Buffer(const Buffer&) = delete;
   operator real*() const { return p; }
   void clear(L n) { memset(p, 0, n * sizeof(real)); }

@@ -17,7 +17,8 @@ struct Sight {
   L sinks_seen(L r) const { return least(sinks, count + r + 1); }
 };
 
-// One part of a group in one tile of rows: weights of the softmax e^{s - c}, their sums and the numerators.
+// One part of a group in one tile of rows: weights of the softmax 2^{s - c}, with scores in base 2, their sums and the
+// numerators.
 struct SoftmaxTile {
   const Window& a;
   L heads, C, columns, most_keys;
@@ -39,10 +40,11 @@ struct SoftmaxTile {
   void see(const Sight& s, L b, L kv, L h, L r0, L rows) {
     low = s.first_slot(r0), first = s.sinks_seen(r0 + rows - 1);
     high = s.row_slot(r0 + rows - 1) + 1;
-    read_transposed(a.q, b, h, heads, r0, rows, a.dim, (real)a.scaling, qt);
+    read_transposed(a.q, b, h, heads, r0, rows, a.dim, (real)a.scaling * LOG2_E, qt);
     if (first) scores_of(first, at(a.sink_k, b, kv, 0), a.sink_k.n, a.dim, qt, C, st);
     if (low < high) scores_of(high - low, at(a.k, b, kv, low), a.k.n, a.dim, qt, C, st + first * C);
     else high = low;
+    from = first + most<L>(0, s.row_slot(r0 + ROWS - 1) - s.window + 1 - low), to = first + s.row_slot(r0) + 1 - low;
   }
   // Rows (bits of lanes, vector by vector) that see key i of the tile.
   I sees(const Sight& s, L r0, L i, L vector) const {
@@ -53,13 +55,11 @@ struct SoftmaxTile {
   }
   static const real* at(const Tensor& x, L b, L h, L n) { return (const real*)x.p + b * x.b + h * x.h + n * x.n; }
 
-  L low, high, first;
+  L low, high, first, from, to;  // of the keys `from` .. `to` of the tile every row sees every one
 
  private:
-  // Of the keys `from` .. `to` of the tile every row sees every one.
   void soften(const Sight& s, L r0) {
-    const L keys = first + high - low, from = first + most<L>(0, s.row_slot(r0 + ROWS - 1) - s.window + 1 - low);
-    const L to = first + s.row_slot(r0) + 1 - low;
+    const L keys = first + high - low;
     for (L c = 0; c < C; c += LANES) {
       const L vector = c % ROWS / LANES;
       V p = set(-INFINITY), total{};
@@ -67,11 +67,11 @@ struct SoftmaxTile {
       for (L i = 0; i < keys; i++) {
         V x = load(column + i * C);
         if (i < from || i >= to) x = where(sees(s, r0, i, vector), x, set(-INFINITY));
-        p = x <= p ? p : x;  // NaN stays
+        p = larger(x, p);  // a NaN shows in the weights
       }
       p = p == -INFINITY ? V{} : p;  // rows that see nothing
       for (L i = 0; i < keys; i++) {
-        V e = exponential(load(column + i * C) - p);
+        V e = power_of_two(load(column + i * C) - p);
         if (i < from || i >= to) e = kept(sees(s, r0, i, vector), e);
         total = total + e;
         store(column + i * C, e);
@@ -95,7 +95,7 @@ void window_forward(const Window& a) {
         for (L x = 0; x < rows; x++) {
           L c = g * ROWS + x;
           real total = tile.sum[c], *lse = (real*)a.lse + (b * a.heads + h + g) * a.length + r0 + x;
-          *lse = total == 0 ? -INFINITY : tile.peak[c] + std::log(total);
+          *lse = total == 0 ? -INFINITY : tile.peak[c] / LOG2_E + std::log(total);
           write_row(a.out, AS_COMPUTED, b, h + g, r0 + x, 0, a.value_dim, tile.out + c * tile.columns, total == 0 ? 0 : 1 / total);
         }
     }
@@ -124,7 +124,7 @@ struct WindowGradient : SoftmaxTile {
         read_rows(a.go, AS_COMPUTED, b, head, n, 1, 0, a.value_dim, columns, 1, row, columns);
         const real* out = (const real*)a.out.p + b * a.out.b + head * a.out.h + n * a.out.n;
         for (L e = 0; e < a.value_dim; e++) d += row[e] * out[e];
-        if (((const real*)a.lse)[at] > -INFINITY) shift[x] = ((const real*)a.lse)[at];
+        if (((const real*)a.lse)[at] > -INFINITY) shift[x] = ((const real*)a.lse)[at] * LOG2_E;
         bias[x] = ((const real*)a.glse)[at] - d;
       }
       for (L e = 0; e < columns; e++) got[e * C + x] = row[e];
@@ -136,7 +136,8 @@ struct WindowGradient : SoftmaxTile {
       V c = load(shift + x), add = load(bias + x);
       for (L i = 0; i < keys; i++) {
         real *w = st + i * C + x, *d = ds + i * C + x;
-        V p = kept(sees(s, r0, i, x % ROWS / LANES), exponential(load(w) - c));
+        V p = power_of_two(load(w) - c);
+        if (i < from || i >= to) p = kept(sees(s, r0, i, x % ROWS / LANES), p);
         store(d, p * (load(d) + add)), store(w, p);
       }
     }

@@ -9,7 +9,7 @@ import threading
 import torch
 
 from ... import native
-from ..heads import compute_dtype
+from ..heads import compute_dtype, in_dtype
 from ..linear.cpu import branch, gates, hybrid_branch, kernel_of, matrices
 from ..programs import transformed
 from ..sliding import HybridState, Step, context
@@ -74,7 +74,7 @@ def run(
 
 def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks, state, log_decay):
     """Return what `hybrid_attention` returns for one token after a state, where `fits_step` of the window holds."""
-    old, S = state.window, state.linear.to(query.dtype).contiguous()
+    old, S = state.window, in_dtype(state.linear, query.dtype).contiguous()
     batch, heads, _, dim = query.shape
     _, kv_heads, slots, value_dim = old.value.shape
     lse, den = query.new_empty(batch, heads, 1), query.new_empty(batch, heads, 1)
@@ -84,7 +84,7 @@ def _step(query, key, value, map_query, map_key, log_mix, scaling, window, sinks
     sizes = (batch, heads, kv_heads, dim, value_dim, slots, kind, query.dtype)
     call = _prepared_step(threading.get_ident(), torch.get_num_threads(), *sizes)
     given = [t.contiguous() for t in (query, old.key, old.value)]
-    learned = [*matrices(kind, map_query, map_key, query.dtype), log_mix.to(query.dtype)]
+    learned = [*matrices(kind, map_query, map_key, query.dtype), in_dtype(log_mix, query.dtype)]
     learned = [None if t is None else t.contiguous() for t in (*learned, None if gate is None else gate.exp())]
     query, old_key, old_value, wq, wk, log_mix, gate = map(native.pointer, (*given, *learned))
     oldest = sinks * lse.element_size()  # beside the sinks

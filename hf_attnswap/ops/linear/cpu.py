@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..heads import compute_dtype
+from ..heads import compute_dtype, in_dtype
 from ..programs import transformed
 from ._features import empty_result, mapped, scaled
 
@@ -136,7 +136,7 @@ def _run(query, key, value, log_gate, mask, state, wq, wk, kind, scale, eps):
 
 def matrices(kind, map_query, map_key, dtype) -> list[Tensor | None]:
     """Return the matrices of the maps of queries and of keys; None for a map without."""
-    return [m.tensors["delta"].to(dtype) for m in (map_query, map_key)] if kind == _HEDGEHOG else [None, None]
+    return [in_dtype(m.tensors["delta"], dtype) for m in (map_query, map_key)] if kind == _HEDGEHOG else [None, None]
 
 
 def kernel_of(map_query, map_key) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import native
-from ..heads import compute_dtype
+from ..heads import compute_dtype, in_dtype
 from ..programs import transformed
 from .reference import with_gain
 from .torch import at_once
@@ -41,7 +41,7 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
     if query.shape[2] == 1 and not torch.compiler.is_compiling() and not fits_row(query, key, value):
         return at_once(query, key, value, mask, scaling, activation, gain, result_dtype)
     dtype, params = compute_dtype(query.dtype), activation.params
-    query, key, value = (t.to(dtype) for t in (query, key, value))
+    query, key, value = (in_dtype(t, dtype) for t in (query, key, value))
     factor = activation.factor_for(query)
     if torch.is_tensor(factor):
         query, factor = query * factor, 1.0
@@ -63,7 +63,7 @@ def run(query, key, value, mask, scaling, activation, gain, result_dtype):
     arguments = (query, key, value, mask.valid, offset, *numbers)
     call = _forward if native.by_hand(query, key, value, offset) else forward
     out = call(*arguments)[0][..., : value.shape[-1]]
-    return with_gain(out, gain).to(result_dtype)
+    return in_dtype(with_gain(out, gain), result_dtype)
 
 
 def fits_row(query, key, value) -> bool:
@@ -99,7 +99,7 @@ def _call(q, k, v, valid, offset, kind, squarings, denominator, alpha, eps, scal
         activation=kind,
         squarings=squarings,
         denominator=denominator,
-        count_stride=0 if count.shape[0] == 1 else count.stride(0),
+        count_stride=0 if count is None or count.shape[0] == 1 else count.stride(0),
         parts=1,
         scale=scale,
         alpha=alpha,
@@ -124,16 +124,17 @@ def _results(q, v) -> tuple[Tensor, Tensor, Tensor]:
     return out, q.new_empty(batch, heads, length), q.new_empty(batch, heads, length)
 
 
-def _prepared(q, k, v, valid, offset, causal):
-    """Return the tensors as the kernel takes them, and the counts of the rows."""
-    count = _counts(q, k, valid, causal).contiguous()
+def _prepared(q, k, v, valid, offset, kind, _, denominator, *numbers):
+    """Return the tensors as the kernel takes them, and the counts of the rows; None where nothing asks for these."""
+    counted = kind == _ACTIVATIONS["sigmoid"] or denominator == _DENOMINATORS["count"]
+    count = _counts(q, k, valid, numbers[-1]).contiguous() if counted else None
     valid, offset = (None if t is None else t.contiguous() for t in (valid, offset))
     return [*(native.whole_vectors(t) for t in (q, k, v)), valid, offset], count
 
 
 def _forward(q, k, v, valid, offset, *numbers) -> tuple[Tensor, Tensor, Tensor]:
     results = _results(q, v)
-    tensors, count = _prepared(q, k, v, valid, offset, causal=numbers[-1])
+    tensors, count = _prepared(q, k, v, valid, offset, *numbers)
     kernel = "scores_row" if q.shape[2] == 1 else "scores_forward"
     native.run(kernel, q.dtype, _call(*tensors, *numbers, *results, count))
     return results
@@ -186,9 +187,9 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and offset (empty where that is None)."""
-    tensors, count = _prepared(q, k, v, valid, offset, causal)
-    wide_q, wide_k, wide_v = tensors[:3]
     numbers = kind, squarings, denominator, alpha, eps, scale, causal
+    tensors, count = _prepared(q, k, v, valid, offset, *numbers)
+    wide_q, wide_k, wide_v = tensors[:3]
     call = _call(*tensors, *numbers, out, total, peak, count)
     batch, heads, length, dim = q.shape
     pairs = batch * k.shape[1]
