@@ -28,7 +28,7 @@ SHARED = {80: 163 << 10, 90: 227 << 10}
 
 def most_spilled(case):
     """The bytes that a thread may spill; wide heads and float32 fill the registers."""
-    return 512 if "256" in case or "float32" in case else 64
+    return 512 if "256" in case or "float32" in case else 128
 
 
 def run(*command, **variables):
