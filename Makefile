@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
 
-.PHONY: demo report test forced sanitize lint docs clean
+.PHONY: demo report test forced gpu-check sanitize lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
@@ -28,6 +28,10 @@ forced: $(VENV)/.test
 	for backend in torch cpu reference; do \
 		HF_ATTNSWAP_BACKEND=$$backend HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs || exit 1; \
 	done
+
+# On a machine with a GPU, in under five minutes: kernels, whole models, training rate, and the tests.
+gpu-check: $(VENV)/.test
+	$(BIN)/python benchmarks/gpu_check.py --output gpu_check.json
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, whose library has to be loaded before Python's.
 sanitize: $(VENV)/.test

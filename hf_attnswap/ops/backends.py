@@ -157,8 +157,11 @@ class Op:
                         f"{reason}"
                     )
                 return form
+        device = arguments[0].device.type
         wanting = None  # made for this device, and cannot run on this machine
         for form in self.forms.values():
+            if not form.runs_on(device):
+                continue
             reason = form.refusal(arguments)
             if reason is None:
                 if wanting is not None:
@@ -166,7 +169,7 @@ class Op:
                         logging.WARNING, "backend %s runs, not %s: %s", form.backend, wanting.backend, wanting.missing
                     )
                 return form
-            if form.runs_on(arguments[0].device.type) and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
                 if form.missing is not None and form.devices is not None:
                     wanting = form
                 else:

@@ -14,7 +14,7 @@ from ..linear.cpu import branch, gates, hybrid_branch, kernel_of, matrices
 from ..programs import transformed
 from ..sliding import HybridState, Step, context, whole
 from ..window.cpu import fits_step, softmax_of_context, step, step_in_program
-from .reference import NO_MASS, log_of_mass, one_for_none
+from ._joined import joined
 
 devices = ("cpu",)
 dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -136,17 +136,4 @@ def _with_linear(given, maps, log_mix, log_decay, out, lse):
     if native.by_hand(*given[:3], out, *learned):
         return out, hybrid_branch(*given, *maps, log_mix, out, lse)
     numerator, den, S, left = branch(*given, *maps)
-    return _joined(out, lse, numerator, den, left + log_mix.to(den.dtype)[:, None]), S
-
-
-def _joined(out, lse, numerator, den, log_scale):
-    """Return the output of both branches with a gradient; what the kernel does in `hybrid_branch`.
-
-    Args:
-        out, lse: output of the softmax, `[B, H, T, Dv]`, and log of its mass, `[B, H, T]`. numerator, den: of the
-            linear branch. log_scale: `[B, H, T]`, log of the factor of the linear branch.
-    """
-    none = den <= NO_MASS
-    mass = (log_scale + log_of_mass(den)).masked_fill(none, torch.finfo(den.dtype).min)
-    lead = (lse - mass)[..., None]
-    return out * torch.sigmoid(lead) + numerator * (torch.sigmoid(-lead) / one_for_none(den)[..., None])
+    return joined(out, lse, numerator, den, left + log_mix.to(den.dtype)[:, None]), S

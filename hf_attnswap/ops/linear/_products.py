@@ -1,0 +1,165 @@
+"""The rows of linear attention: what the state before their chunk gives them, and the tokens of their chunk.
+
+With the features phi of queries q and keys k, u_i = g_i / (den_i + eps) for the gradient g_i of row i, and w_i the
+gradient of its denominator, all four directions are one of two products:
+
+    by_features   o_i  = sum_{j <= i} (q_i . k_j) v_j            dv_j = sum_{i >= j} (k_j . q_i) u_i
+    by_values     dq_i = sum_{j <= i} (u_i . v_j + w_i) k_j      dk_j = sum_{i >= j} (v_j . u_i + w_i) q_i
+
+A program takes BM rows of one head; BACKWARDS the rows are tokens of a key/value head, and the columns those of the G
+query heads that share it. STATES (`_states.py`) are of all chunks before the rows' (after it, BACKWARDS).
+"""
+
+import triton
+import triton.language as tl
+
+from ..tiles import dot, head, load_columns, load_rows, store_rows
+from ._maps import load_features, slopes
+
+
+@triton.jit
+def _columns(r0, T, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BACKWARDS: tl.constexpr):
+    """Return the tokens of the chunk that the rows r0 to r0 + BM see, from and to."""
+    c0 = r0 // C * C
+    if BACKWARDS:
+        return r0 // BN * BN, tl.minimum(c0 + C, T)
+    else:
+        return c0, tl.minimum(r0 + BM, T)
+
+
+@triton.jit(do_not_specialize=["H", "G", "NC", "T"])
+def by_features(
+    X, Y, V, XMASK, YMASK, STATES, OUT, DEN, NEAR, MASS, xb, xh, xt, yb, yh, yt, vb, vh, vt, ob, oh, ot, H, G, T, NC,
+    scale, eps,
+    F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, XMAP: tl.constexpr, YMAP: tl.constexpr,
+    X_MASKED: tl.constexpr, Y_MASKED: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, DIVIDED: tl.constexpr,
+    JOINED: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write o and, forwards, the denominators DEN `[B, H, T]`; BACKWARDS dv. BE of the columns a program.
+
+    JOINED: OUT holds the mean of another branch, NEAR the log of its mass and MASS the log of the factor of this one,
+    both `[B, H, T]`; the mean of both is written.
+    """
+    r = tl.program_id(1)
+    heads = H // G if BACKWARDS else H
+    b = r // heads
+    h = r % heads
+    hk = h if BACKWARDS else h // G
+    r0 = tl.program_id(0) * BM
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    f = tl.arange(0, BF)
+    e = tl.program_id(2) * BE + tl.arange(0, BE)
+    x = load_features(head(X, b, h, xb, xh), r0, xt, m, T, f, scale, XMASK + b * T, F, XMAP, X_MASKED)
+    state = STATES + ((b * (H // G) + hk) * NC + r0 // C).to(tl.int64) * (F * DV + F)
+    acc = dot(x, load_rows(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
+    z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
+    den = tl.sum(x.to(tl.float32) * z[None, :], 1)
+    lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
+    for i in range(0, G if BACKWARDS else 1):
+        hy = hk * G + i if BACKWARDS else hk
+        y0 = head(Y, b, hy, yb, yh)
+        v0 = head(V, b, hy, vb, vh)
+        for first in range(lo, hi, BN):
+            y = load_features(y0, first, yt, n, T, f, scale, YMASK + b * T, F, YMAP, Y_MASKED)
+            p = dot(x, tl.trans(y), IP)
+            if BACKWARDS:
+                ok = (first + n)[None, :] >= (r0 + m)[:, None]
+            else:
+                ok = (first + n)[None, :] <= (r0 + m)[:, None]
+            p = tl.where(ok, p, 0.0).to(x.dtype)
+            den += tl.sum(p.to(tl.float32), 1)
+            acc += dot(p, load_rows(v0, first, vt, n, T, e, DV), IP)
+    out = head(OUT, b, h, ob, oh)
+    if not BACKWARDS:
+        at = r * T + r0 + m
+        tl.store(DEN + at, den, mask=r0 + m + tl.program_id(2) * T < T)  # by the first program
+        if JOINED:
+            some = den > 1e-30  # less is none: its reciprocal would overflow
+            one = tl.where(some, den, 1.0)
+            near = tl.load(NEAR + at, mask=r0 + m < T, other=0.0)
+            far = tl.load(MASS + at, mask=r0 + m < T, other=0.0) + tl.log(one)
+            share = tl.where(some, 1.0 / (1.0 + tl.exp(far - near)), 1.0)
+            acc = acc * ((1.0 - share) / one)[:, None]
+            acc += load_rows(out, r0, ot, m, T, e, DV).to(tl.float32) * share[:, None]
+        elif DIVIDED:
+            acc = acc / (den + eps)[:, None]
+    store_rows(out, r0, ot, m, T, e, DV, acc)
+
+
+@triton.jit(do_not_specialize=["H", "G", "NC", "T"])
+def by_values(
+    X, Y, K, W, PLACE, KMASK, PMASK, STATES, OUT, xb, xh, xt, yb, yh, yt, kb, kh, kt, pb, ph, pt, ob, oh, ot, H, G, T,
+    NC, scale,
+    F: tl.constexpr, DV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, KMAP: tl.constexpr, PMAP: tl.constexpr,
+    K_MASKED: tl.constexpr, P_MASKED: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, IP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of PLACE, where the map PMAP stands: dq, or BACKWARDS dk. BF of the features a program.
+
+    X, Y: u and v, BACKWARDS v and u. K: keys before their map KMAP, BACKWARDS queries. W: `[B, H, T]`.
+    """
+    r = tl.program_id(1)
+    heads = H // G if BACKWARDS else H
+    b = r // heads
+    h = r % heads
+    hk = h if BACKWARDS else h // G
+    r0 = tl.program_id(0) * BM
+    m = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    e = tl.arange(0, BE)
+    f = tl.program_id(2) * BF + tl.arange(0, BF)
+    x = load_rows(head(X, b, h, xb, xh), r0, xt, m, T, e, DV)
+    state = STATES + ((b * (H // G) + hk) * NC + r0 // C).to(tl.int64) * (F * DV + F)
+    acc = dot(x, load_columns(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
+    z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
+    w = tl.zeros((BM,), tl.float32) + 1.0
+    if not BACKWARDS:
+        w = tl.load(W + r * T + r0 + m, mask=r0 + m < T, other=0.0)
+    acc += w[:, None] * z[None, :]
+    lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
+    for i in range(0, G if BACKWARDS else 1):
+        hy = hk * G + i if BACKWARDS else hk
+        y0 = head(Y, b, hy, yb, yh)
+        k0 = head(K, b, hy, kb, kh)
+        for first in range(lo, hi, BN):
+            p = dot(x, load_columns(y0, first, yt, n, T, e, DV), IP)
+            if BACKWARDS:
+                of_row = tl.load(W + (b * H + hy) * T + first + n, mask=first + n < T, other=0.0)
+                p = tl.where((first + n)[None, :] >= (r0 + m)[:, None], p + of_row[None, :], 0.0)
+            else:
+                p = tl.where((first + n)[None, :] <= (r0 + m)[:, None], p + w[:, None], 0.0)
+            k = load_features(k0, first, kt, n, T, f, scale, KMASK + b * T, F, KMAP, K_MASKED)
+            acc += dot(p.to(k.dtype), k, IP)
+    place = head(PLACE, b, h, pb, ph)
+    acc = acc * slopes(place, r0, pt, m, T, f, scale, PMASK + b * T, F, PMAP, P_MASKED)
+    store_rows(head(OUT, b, h, ob, oh), r0, ot, m, T, f, F, acc)
+
+
+@triton.jit(do_not_specialize=["H", "T"])
+def prepare(
+    OUT, DEN, GRAD, GRAD_DEN, U, W, ob, oh, ot, gb, gh, gt, H, T, eps,
+    DV: tl.constexpr, BE: tl.constexpr, DIVIDED: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Write u `[B, H, T, DV]` and w `[B, H, T]`, from the output, the denominators and the gradients of both.
+
+    w goes with the u that was rounded: u . v + w may be a small difference of large numbers.
+    """
+    bh = tl.program_id(1)
+    b = bh // H
+    h = bh % H
+    r0 = tl.program_id(0) * BM
+    m = tl.arange(0, BM)
+    e = tl.arange(0, BE)
+    ok = r0 + m < T
+    at = bh * T + r0 + m
+    u = load_rows(head(GRAD, b, h, gb, gh), r0, gt, m, T, e, DV).to(tl.float32)
+    w = tl.load(GRAD_DEN + at, mask=ok, other=0.0)
+    if DIVIDED:
+        u = u / (tl.load(DEN + at, mask=ok, other=1.0) + eps)[:, None]
+        if U.dtype.element_ty == tl.float16:
+            u = tl.minimum(tl.maximum(u, -60000.0), 60000.0)
+        out = load_rows(head(OUT, b, h, ob, oh), r0, ot, m, T, e, DV).to(tl.float32)
+        w -= tl.sum(u.to(U.dtype.element_ty).to(tl.float32) * out, 1)
+    store_rows(U + bh.to(tl.int64) * T * DV, r0, DV, m, T, e, DV, u)
+    tl.store(W + at, w, mask=ok)
