@@ -100,8 +100,8 @@ def blocks(stage: str, dtype: torch.dtype, widest: int, roomy: bool) -> dict[str
 # Rows, keys, warps and stages by the columns of the widest tile: for float32, and for numbers of 16 bits.
 _LONG = {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)}
 _SHORT = {
-    64: {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 3), "keys": (64, 64, 8, 2)},
-    128: {"forward": (128, 64, 8, 3), "queries": (64, 64, 8, 2), "keys": (64, 64, 8, 2)},
+    64: {"forward": (128, 64, 8, 3), "queries": (128, 64, 8, 3), "keys": (32, 128, 8, 2)},
+    128: {"forward": (128, 64, 8, 3), "queries": (64, 64, 8, 2), "keys": (32, 64, 8, 2)},
     256: {"forward": (64, 32, 8, 2), "queries": (32, 32, 8, 1), "keys": (32, 32, 8, 1)},
 }
 
