@@ -1,6 +1,7 @@
 """Conversions in folders: where the model lies, what is swapped in it, and how it was trained."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from .checksums import require_whole
 from .structured import read_object, read_yaml
 
 # What the run of a recipe leaves, and in the folder of each stage its log and what it did.
-RECIPE, LOG, RECORD = "recipe.yaml", "training_log.jsonl", "stage.json"
+RECIPE, LOG, RECORD, MODEL = "recipe.yaml", "training_log.jsonl", "stage.json", "model"
 MODELS = ("model_name_or_path", "teacher_name_or_path")  # the stage before, in a folder of the run
 
 
@@ -25,7 +26,8 @@ class Conversion:
         folder: the model itself.
         swapped: the groups of layers that config.json holds; none where nothing is swapped.
         layers: those of all groups, as `SwapConfig` takes them; None for all of the model.
-        training: one entry per stage of its recipe, as `report` takes them; none where no recipe is there.
+        training: one entry per stage, as `report` takes them: those of its recipe, or of stages that were run one by one;
+            none where no record of a stage is there.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Conversion:
 
 
 def find(path: str | Path) -> Conversion:
-    """Return what lies in `path`: a folder that `save_pretrained` wrote, or the output folder of a training recipe.
+    """Return what lies in `path`: a folder that `save_pretrained` wrote, or the output folder of a stage or a recipe.
 
     Raises:
         UsageError: neither, a conversion that is not finished, a damaged config.json, or a model that has changed since
@@ -44,7 +46,7 @@ def find(path: str | Path) -> Conversion:
     """
     path = Path(path)
     folder = model_folder(path)
-    training = () if folder == path else tuple(_trained(path / name) for name in _stages(path))
+    training = _training(folder.resolve())
     try:
         config = read_object(folder / "config.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -58,19 +60,36 @@ def find(path: str | Path) -> Conversion:
     swapped = tuple((saved or {}).get("swapped") or ())
     layers = sorted({layer for entry in swapped for layer in layers_in(entry)})
     whole = len(layers) in (0, config.get("num_hidden_layers"))
-    return Conversion(path.resolve().name, folder, swapped, None if whole else _slice(layers), training)
+    named = Path(os.path.abspath(path))  # a link has a name of its own
+    name = named.parent.name if training and named.name == MODEL else named.name
+    return Conversion(name, folder, swapped, None if whole else _slice(layers), training)
 
 
 def model_folder(path: str | Path) -> Path:
-    """Return where the model lies in `path`, which is not looked at: `path`, or a folder in the run of a recipe.
+    """Return where the model lies in `path`, which is not looked at: `path`, or a folder in the run of a stage or recipe.
 
     Raises:
         UsageError: a conversion that is not finished.
     """
     path = Path(path)
-    if (path / "config.json").is_file() or not (path / RECIPE).is_file():
+    if (path / "config.json").is_file():
         return path
-    return path / _stages(path)[-1] / "model"
+    if (path / RECIPE).is_file():
+        return path / _stages(path)[-1] / MODEL
+    return path / MODEL if (path / RECORD).is_file() else path
+
+
+def _training(folder: Path) -> tuple[dict[str, Any], ...]:
+    """Return what the stages did that made the model in `folder`, the first one first; none where no record is there."""
+    stage, run = folder.parent, folder.parent.parent
+    if folder.name != MODEL or not (stage / RECORD).is_file():
+        return ()
+    names = _stages(run) if (run / RECIPE).is_file() else []
+    if stage.name in names:
+        return tuple(_trained(run / name) for name in names[: names.index(stage.name) + 1])
+    own = _trained(stage)
+    before = Path(read_object(stage / RECORD)["options"].get(MODELS[0]) or "").resolve()
+    return (*(() if before == folder else _training(before)), own)
 
 
 def _slice(layers: list[int]) -> str | list[int]:
@@ -91,7 +110,7 @@ def _stages(path: Path) -> list[str]:
         raise UsageError(f"{path / RECIPE} is not what the run of a recipe writes: {error}") from None
     stages = [f"{number}_{name}" for number, name in enumerate(names, start=1)]
     for name in stages:
-        if not (path / name / "model").is_dir():
+        if not (path / name / MODEL).is_dir():
             raise UsageError(
                 f"the conversion in {path} has not ended: {name} has no model; give the command of its recipe again"
             )

@@ -124,6 +124,20 @@ def test_softmax_trained_first_is_what_is_converted_and_what_teaches(convert, re
     assert told == [("finetune", "softmax"), ("align", "hedgehog+window"), ("distill", None)]
 
 
+def test_stages_that_were_run_one_by_one_are_known(train, checkpoint, text, tmp_path):
+    """By the folder of the stage, that of its model and a link to it; and what the model came from."""
+    given = {"train_file": text, "block_size": 32, "max_train_steps": 1}
+    words = [part for name, value in given.items() for part in (f"--{name}", value)]
+    first, second = tmp_path / "aligned", tmp_path / "distilled"
+    train("align", ["--model_name_or_path", checkpoint, "--attention", "hedgehog", *words, "--output_dir", first])
+    train("distill", ["--model_name_or_path", first / "model", *words, "--output_dir", second])
+    (tmp_path / "link").symlink_to(second / "model")
+    for path, name in ((second, "distilled"), (second / "model", "distilled"), (tmp_path / "link", "link")):
+        found = conversions.find(path)
+        assert (found.name, [stage["stage"] for stage in found.training]) == (name, ["align", "distill"])
+    assert [stage["stage"] for stage in conversions.find(first).training] == ["align"]
+
+
 @pytest.mark.parametrize("attention, options", [("hedgehog", None), ("hedgehog+window", {"window": 8})])
 def test_maps_are_aligned_first_then_the_modules_around_them(recipe, tmp_path, attention, options):
     recipe(attention=attention, options=options, stages=None, max_train_steps=None, max_train_tokens=4000)
