@@ -26,8 +26,8 @@ class Conversion:
         folder: the model itself.
         swapped: the groups of layers that config.json holds; none where nothing is swapped.
         layers: those of all groups, as `SwapConfig` takes them; None for all of the model.
-        training: one entry per stage, as `report` takes them: those of its recipe, or of stages that were run one by one;
-            none where no record of a stage is there.
+        training: one entry per stage, as `report` takes them: those of its recipe, or of stages that were run one by
+            one; none where no record of a stage is there.
     """
 
     name: str
@@ -66,7 +66,7 @@ def find(path: str | Path) -> Conversion:
 
 
 def model_folder(path: str | Path) -> Path:
-    """Return where the model lies in `path`, which is not looked at: `path`, or a folder in the run of a stage or recipe.
+    """Return where the model lies in `path`, not looked at: `path`, or a folder in the run of a stage or a recipe.
 
     Raises:
         UsageError: a conversion that is not finished.
@@ -80,7 +80,7 @@ def model_folder(path: str | Path) -> Path:
 
 
 def _training(folder: Path) -> tuple[dict[str, Any], ...]:
-    """Return what the stages did that made the model in `folder`, the first one first; none where no record is there."""
+    """Return what the stages did that made the model in `folder`, in order; none where no record is there."""
     stage, run = folder.parent, folder.parent.parent
     if folder.name != MODEL or not (stage / RECORD).is_file():
         return ()
