@@ -259,13 +259,17 @@ def pareto(report: Report, key: str) -> list[tuple[Arm, float]]:
 
 
 def window_control(report: Report, hybrid: Arm) -> Arm | None:
-    """Return the `window` arm with the window and sinks of `hybrid`; of several, the one trained most like it."""
+    """Return the `window` arm with the window and sinks of `hybrid`; of several, the one trained most like it.
+
+    A window that leaves groups on softmax is a plan, and no control.
+    """
 
     def same(arm: Arm) -> bool:
         pairs = [(arm.options.get(key), hybrid.options.get(key)) for key in ("window", "sinks")]
         return all(mine == other for mine, other in pairs if None not in (mine, other))
 
-    found = [arm for arm in report.arms if arm.attention == "window" and same(arm) and same_layers(arm, hybrid)]
+    windows = [arm for arm in report.arms if arm.attention == "window" and arm.control and arm is not hybrid]
+    found = [arm for arm in windows if same(arm) and same_layers(arm, hybrid)]
     found = [arm for arm in found if any(entry.ratio for entry in arm.perplexity)]
     return min(found, key=lambda arm: abs(arm.training_tokens - hybrid.training_tokens), default=None)
 

@@ -7,7 +7,7 @@ from test_tradeoff import Letters, settings, text  # noqa: F401 (a fixture)
 from tiny_models import tiny
 
 from hf_attnswap import report
-from hf_attnswap.report.facts import swapped_layers, swapped_share
+from hf_attnswap.report.facts import swapped_layers, swapped_share, window_control
 from hf_attnswap.sources.plans import write_plan
 from hf_attnswap.tradeoff import Arm, measure
 
@@ -32,6 +32,11 @@ def test_what_is_swapped_and_what_keeps_softmax(measured):
     assert kept.new_parameters > 0 and kept.alignment.tokens == 64
     cache = {arm.label: arm.speed[-1].cache_mib for arm in measured[0].arms}
     assert 0 < cache["quarter"] < cache["softmax"]
+
+
+def test_a_plan_is_no_control_of_itself(measured):
+    plan = next(arm for arm in measured[0].arms if arm.label == "quarter")
+    assert plan.attention == "window" and window_control(measured[0], plan) is None
 
 
 def test_it_is_told_and_drawn(measured):
