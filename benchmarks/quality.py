@@ -280,7 +280,10 @@ def alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str, sin
 
 
 def all_alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str, since: int = 0) -> Iterator[str]:
-    """The keys of the models with attention `name` whose stages were `ours`, from number `since` on."""
+    """The keys of the models with attention `name` whose stages were `ours`, from number `since` on.
+
+    A window that leaves groups on softmax is a plan, and no control of others.
+    """
 
     def training(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = [stage for stage in stages if stage["stage"] != "align"][since:]
@@ -288,6 +291,8 @@ def all_alike(arms: dict[str, types.Arm], ours: list[dict[str, Any]], name: str,
 
     for key, other in arms.items():
         stages = stages_of(other.training)
+        if name == BESIDE and any(group.groups for group in other.swapped):
+            continue
         if stages and attention(stages) == name and training(stages) == training(ours):
             yield key
 

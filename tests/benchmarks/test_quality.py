@@ -236,3 +236,14 @@ def test_the_window_of_equal_state_is_the_run_that_was_trained_alike(script):
     assert [found.arm for found in arms["elu/distill"].perplexity[0].against] == ["w/distill", "wide/distill"]
     quality.compare(arms, {"elu/distill": [{"equal": "time", "arm": "softmax", "note": "slower"}]})
     assert arms["elu/distill"].controls == [types.Control("time", "original", "slower")]
+
+
+def test_a_plan_by_window_is_not_the_window_of_others(script):
+    quality = script("benchmarks/quality")
+    arms = {"plan/distill": arm_of("window", 8), "elu/distill": arm_of("elu")}
+    arms["plan/distill"].swapped[0].groups = ["1.0"]
+    quality.compare(arms, {})
+    assert arms["elu/distill"].perplexity[0].against == []
+    arms["plan/distill"].swapped[0].groups = None
+    quality.compare(arms, {})
+    assert [found.arm for found in arms["elu/distill"].perplexity[0].against] == ["plan/distill"]

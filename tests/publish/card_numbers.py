@@ -50,4 +50,6 @@ def strangers(text: str, report: Report | None, config: dict, *names: str) -> se
     groups = config["attnswap"]["swapped"] or []
     classes = [attentions.get(group["attention"]) for group in groups]
     described = [[cls.formula, cls.cost, cls.source] for cls in classes]
+    per_layer = config.get("num_key_value_heads", 1)
+    described.append(sum(per_layer * len(group["layers"]) + len(group.get("groups", ())) for group in groups))
     return numbers_in(text) - shown([report and to_json(report), config, described, *names]) - ALWAYS
