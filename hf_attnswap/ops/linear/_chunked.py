@@ -50,24 +50,27 @@ class Chunked:
         mask: uint8 `[B, T]`, contiguous, of the keys; None where all count.
         gate: log of what each token leaves of the state, `[B, Hkv, T]`, in any dtype; None for 0.
         number: of the map. scale: factor of query and key before it.
+        size: tokens of a chunk; None for as many as suit the text.
+        denominators: whether a column of ones stands beside the values.
 
     Attributes:
         size: tokens of a chunk. count: chunks of a text.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None, number: int, scale: float
-    ):
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None, number: int = 0,
+        scale: float = 1.0, size: int | None = None, denominators: bool = True,
+    ):  # fmt: skip
         self.batch, self.heads, self.length, self.width = q.shape
         self.kv_heads, self.value_dim = k.shape[1], v.shape[-1]
         self.group = self.heads // self.kv_heads
-        self.size = chunk_of(self.length, self.batch * self.kv_heads)
+        self.size = size or chunk_of(self.length, self.batch * self.kv_heads)
         self.count = -(-self.length // self.size)
         self.dtype, self.scale = q.dtype, scale
         self.mask, self.sums = (q if mask is None else mask), (q if gate is None else self._sums(gate))
         self.constants = {
             "F": self.width, "DV": self.value_dim, "MAP": number, "HAS_MASK": mask is not None,
-            "HAS_GATE": gate is not None, "C": self.size, "IP": gpu.precision(q.dtype),
+            "HAS_GATE": gate is not None, "DENOMINATORS": denominators, "C": self.size, "IP": gpu.precision(q.dtype),
         }  # fmt: skip
 
     def _sums(self, gate: Tensor) -> Tensor:
@@ -79,43 +82,52 @@ class Chunked:
         gpu.launch(sum_logs, (rows,), gate, gate, sums, *gate.stride(), self.kv_heads, self.length, BN=1024)
         return sums
 
+    def added(self, x: Tensor, v: Tensor, ones: Tensor | None = None, backwards: bool = False) -> Tensor:
+        """Return what the tokens of each chunk add to the state; takes and returns what `states` does."""
+        from ._states import of_chunks  # imports triton
+
+        rows, columns = self.batch * self.kv_heads, _columns(self.value_dim)
+        size = self.width * (self.value_dim + self.constants["DENOMINATORS"])
+        made = x.new_empty(rows, self.count, size, dtype=torch.float32)
+        constants = self.constants | {"HAS_MASK": self.constants["HAS_MASK"] and not backwards}
+        gpu.launch(
+            of_chunks, (self.count, rows, -(-self.value_dim // columns)), x, x, v, v if ones is None else ones,
+            self.mask, self.sums, made, *gpu.strides(x, v), self.kv_heads, x.shape[1] // self.kv_heads, self.length,
+            self.count, self.scale, **constants, BF=gpu.width(self.width), BE=columns, HAS_ONES=ones is not None,
+            BACKWARDS=backwards, **blocks("states", self.dtype, gpu.width(self.width)),
+        )  # fmt: skip
+        return made
+
     def states(
         self, x: Tensor, v: Tensor, ones: Tensor | None = None, first: Tensor | None = None, last: Tensor | None = None,
         backwards: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Return the states before each chunk (after it, `backwards`), `[B Hkv, chunks, F Dv + F]`.
+        """Return the states before each chunk (after it, `backwards`), `[B Hkv, chunks, F Dv + F]`, or without F.
 
         Args:
             x: keys before the map; `backwards` queries. v: `[B, heads, T, Dv]`; ones: `[B, heads, T]`, None for 1.
             first: the state before all, `[B, Hkv, F, Dv + 1]`, or None. last: where to write the state after all.
         """
-        from . import _states as kernels  # imports triton
+        from ._states import running  # imports triton
 
-        rows, columns = self.batch * self.kv_heads, _columns(self.value_dim)
-        made = x.new_empty(rows, self.count, self.width * self.value_dim + self.width, dtype=torch.float32)
-        constants = self.constants | {"HAS_MASK": self.constants["HAS_MASK"] and not backwards}
+        made = self.added(x, v, ones, backwards)
+        constants = {name: self.constants[name] for name in ("F", "DV", "HAS_GATE", "C")}
         gpu.launch(
-            kernels.of_chunks, (self.count, rows, -(-self.value_dim // columns)), x, x, v, v if ones is None else ones,
-            self.mask, self.sums, made, *gpu.strides(x, v), self.kv_heads, x.shape[1] // self.kv_heads, self.length,
-            self.count, self.scale, **constants, BF=gpu.width(self.width), BE=columns, HAS_ONES=ones is not None,
-            BACKWARDS=backwards, **blocks("states", self.dtype, gpu.width(self.width)),
-        )  # fmt: skip
-        names = "F", "DV", "HAS_GATE", "C"
-        gpu.launch(
-            kernels.running, (-(-made.shape[-1] // 128), rows), x, made, self.sums, made if first is None else first,
-            made if last is None else last, self.count, self.length, **{name: constants[name] for name in names},
-            HAS_FIRST=first is not None, HAS_LAST=last is not None, BACKWARDS=backwards, BC=16, BE=128,
+            running, (-(-made.shape[-1] // 128), len(made)), x, made, self.sums, made if first is None else first,
+            made if last is None else last, self.count, self.length, **constants, HAS_FIRST=first is not None,
+            HAS_LAST=last is not None, BACKWARDS=backwards, BC=16, BE=128,
         )  # fmt: skip
         return made
 
     def by_features(
-        self, x: Tensor, y: Tensor, v: Tensor, states: Tensor, out: Tensor, den: Tensor, *, widest: int,
-        eps: float | None = None, near: tuple[Tensor, Tensor] | None = None, backwards: bool = False,
+        self, x: Tensor, y: Tensor, v: Tensor, states: Tensor | None, out: Tensor, den: Tensor | None = None, *,
+        widest: int, eps: float | None = None, near: tuple[Tensor, Tensor] | None = None, backwards: bool = False,
     ) -> None:  # fmt: skip
-        """Write rows to `out` and the denominators to `den`; see the kernel.
+        """Write rows to `out` and, where it is asked for, the denominators to `den`; see the kernel.
 
         Args:
             x, y: queries and keys, `backwards` keys and queries; v: what is summed, of the heads of y.
+            states: before each chunk, `backwards` after it; None for what the chunks alone give.
             widest: columns of the widest tile of the pass. eps: None where the rows are not divided.
             near: log of the mass of another branch, whose rows `out` holds, and log of the factor of this one.
         """
@@ -124,31 +136,34 @@ class Chunked:
         columns, sizes = _columns(self.value_dim), blocks("products", self.dtype, gpu.width(widest))
         grid = (-(-self.length // sizes["BM"]), self.batch * x.shape[1], -(-self.value_dim // columns))
         gpu.launch(
-            by_features, grid, x, x, y, v, self.mask, self.sums, states, out, den, *(near or (den, den)),
-            *gpu.strides(x, y, v, out), self.heads, self.group, self.length, self.count, self.scale, eps or 0.0,
-            **self.constants, BF=gpu.width(self.width), BE=columns, BACKWARDS=backwards, DIVIDED=eps is not None,
-            JOINED=near is not None, **sizes,
+            by_features, grid, x, x, y, v, self.mask, self.sums, out if states is None else states, out,
+            out if den is None else den, *(near or (out, out)), *gpu.strides(x, y, v, out), self.heads, self.group,
+            self.length, self.count, self.scale, eps or 0.0, **self.constants, BF=gpu.width(self.width), BE=columns,
+            BACKWARDS=backwards, DIVIDED=eps is not None, JOINED=near is not None, HAS_STATES=states is not None,
+            **sizes,
         )  # fmt: skip
 
     def by_values(
-        self, x: Tensor, y: Tensor, k: Tensor, w: Tensor, place: Tensor, states: Tensor, out: Tensor,
+        self, x: Tensor, y: Tensor, k: Tensor, w: Tensor | None, place: Tensor, states: Tensor, out: Tensor,
         backwards: bool = False,
     ) -> Tensor:  # fmt: skip
         """Write the gradient of `place` to `out`; return what passes through the gates, for `of_gates`.
 
         Args:
-            x, y, k, w, place, states, out: as the kernel takes them.
+            x, y, k, w, place, states, out: as the kernel takes them; w None for 0.
         """
         from ._products import by_values  # imports triton
 
         columns = _columns(self.width)
         grid = (self.batch * x.shape[1], -(-self.width // columns))
-        passed = w.new_empty(grid[1], self.batch, x.shape[1], self.length if self.constants["HAS_GATE"] else 0)
+        shape = (grid[1], self.batch, x.shape[1], self.length if self.constants["HAS_GATE"] else 0)
+        passed = x.new_empty(shape, dtype=torch.float32)
         sizes = blocks("products", self.dtype, max(gpu.width(self.width), gpu.width(self.value_dim)))
         gpu.launch(
-            by_values, (-(-self.length // sizes["BM"]), *grid), x, x, y, k, w, place, self.mask, self.sums, states, out,
-            passed, *gpu.strides(x, y, k, place, out), self.heads, self.group, self.length, self.count, self.scale,
-            **self.constants, BE=gpu.width(self.value_dim), BF=columns, BACKWARDS=backwards, **sizes,
+            by_values, (-(-self.length // sizes["BM"]), *grid), x, x, y, k, x if w is None else w, place, self.mask,
+            self.sums, states, out, passed, *gpu.strides(x, y, k, place, out), self.heads, self.group, self.length,
+            self.count, self.scale, **self.constants, BE=gpu.width(self.value_dim), BF=columns, BACKWARDS=backwards,
+            **sizes,
         )  # fmt: skip
         return passed
 

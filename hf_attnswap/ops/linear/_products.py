@@ -8,7 +8,8 @@ gradient of its denominator, all four directions are one of two products:
 
 A program takes BM rows of one head; BACKWARDS the rows are tokens of a key/value head, and the columns those of the G
 query heads that share it. STATES (`_states.py`) are of all chunks before the rows' (after it, BACKWARDS). HAS_GATE,
-each term counts as what remains of key j at query i: SUMS (`_gates.py`) is `[B Hkv, T]`.
+each term counts as what remains of key j at query i: SUMS (`_gates.py`) is `[B Hkv, T]`. Without DENOMINATORS, w is 0
+and states are S alone.
 """
 
 import triton
@@ -29,15 +30,24 @@ def _columns(r0, T, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BACKWAR
         return c0, tl.minimum(r0 + BM, T)
 
 
+@triton.jit
+def _state(STATES, r, c, NC, F: tl.constexpr, DV: tl.constexpr, DENOMINATORS: tl.constexpr):
+    """Return where the state of chunk c begins."""
+    return STATES + (r * NC + c).to(tl.int64) * (F * DV + F if DENOMINATORS else F * DV)
+
+
 @triton.jit(do_not_specialize=["H", "G", "NC", "T"])
 def by_features(
     X, Y, V, MASK, SUMS, STATES, OUT, DEN, NEAR, MASS, xb, xh, xt, yb, yh, yt, vb, vh, vt, ob, oh, ot, H, G, T, NC,
     scale, eps,
     F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_GATE: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, DIVIDED: tl.constexpr, JOINED: tl.constexpr,
-    IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HAS_GATE: tl.constexpr, DENOMINATORS: tl.constexpr, HAS_STATES: tl.constexpr, C: tl.constexpr,
+    BACKWARDS: tl.constexpr, DIVIDED: tl.constexpr, JOINED: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Write o and, forwards, the denominators DEN `[B, H, T]`; BACKWARDS dv. BE of the columns a program.
+
+    Without HAS_STATES, what the chunk alone gives.
 
     JOINED: OUT holds the mean of another branch, NEAR the log of its mass and MASS the log of the factor of this one,
     both `[B, H, T]`; the mean of both is written.
@@ -55,14 +65,18 @@ def by_features(
     mask = MASK + b * T  # of keys
     sums = SUMS + (b * (H // G) + hk).to(tl.int64) * T
     x = load_features(head(X, b, h, xb, xh), r0, xt, m, T, f, scale, mask, F, MAP, HAS_MASK and BACKWARDS)
-    state = STATES + ((b * (H // G) + hk) * NC + r0 // C).to(tl.int64) * (F * DV + F)
-    acc = dot(x, load_rows(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
-    z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
-    den = tl.sum(x.to(tl.float32) * z[None, :], 1)
-    if HAS_GATE:
-        faded = remaining_at(sums, r0 + m, r0 // C, T, C, BACKWARDS)
-        acc *= faded[:, None]
-        den *= faded
+    acc = tl.zeros((BM, BE), tl.float32)
+    den = tl.zeros((BM,), tl.float32)
+    if HAS_STATES:
+        state = _state(STATES, b * (H // G) + hk, r0 // C, NC, F, DV, DENOMINATORS)
+        acc = dot(x, load_rows(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
+        if DENOMINATORS:
+            z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
+            den = tl.sum(x.to(tl.float32) * z[None, :], 1)
+        if HAS_GATE:
+            faded = remaining_at(sums, r0 + m, r0 // C, T, C, BACKWARDS)
+            acc *= faded[:, None]
+            den *= faded
     lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
     for i in range(0, G if BACKWARDS else 1):
         hy = hk * G + i if BACKWARDS else hk
@@ -81,7 +95,7 @@ def by_features(
             den += tl.sum(p.to(tl.float32), 1)
             acc += dot(p, load_rows(v0, first, vt, n, T, e, DV), IP)
     out = head(OUT, b, h, ob, oh)
-    if not BACKWARDS:
+    if DENOMINATORS and not BACKWARDS:
         at = r * T + r0 + m
         tl.store(DEN + at, den, mask=r0 + m + tl.program_id(2) * T < T)  # by the first program
         if JOINED:
@@ -102,8 +116,8 @@ def by_values(
     X, Y, K, W, PLACE, MASK, SUMS, STATES, OUT, PASSED, xb, xh, xt, yb, yh, yt, kb, kh, kt, pb, ph, pt, ob, oh, ot, H,
     G, T, NC, scale,
     F: tl.constexpr, DV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_GATE: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    HAS_GATE: tl.constexpr, DENOMINATORS: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, IP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of PLACE, where the map stands: dq, or BACKWARDS dk. BF of the features a program.
 
@@ -123,13 +137,16 @@ def by_values(
     mask = MASK + b * T  # of keys
     sums = SUMS + (b * (H // G) + hk).to(tl.int64) * T
     x = load_rows(head(X, b, h, xb, xh), r0, xt, m, T, e, DV)
-    state = STATES + ((b * (H // G) + hk) * NC + r0 // C).to(tl.int64) * (F * DV + F)
+    state = _state(STATES, b * (H // G) + hk, r0 // C, NC, F, DV, DENOMINATORS)
     acc = dot(x, load_columns(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
-    z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
-    w = tl.zeros((BM,), tl.float32) + 1.0
-    if not BACKWARDS:
-        w = tl.load(W + r * T + r0 + m, mask=r0 + m < T, other=0.0)
-    acc += w[:, None] * z[None, :]
+    w = tl.zeros((BM,), tl.float32)
+    if DENOMINATORS:
+        z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
+        if BACKWARDS:
+            acc += z[None, :]
+        else:
+            w = tl.load(W + r * T + r0 + m, mask=r0 + m < T, other=0.0)
+            acc += w[:, None] * z[None, :]
     if HAS_GATE:
         acc *= remaining_at(sums, r0 + m, r0 // C, T, C, BACKWARDS)[:, None]
     lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
@@ -140,7 +157,9 @@ def by_values(
         for first in range(lo, hi, BN):
             p = dot(x, load_columns(y0, first, yt, n, T, e, DV), IP)
             if BACKWARDS:
-                of_row = tl.load(W + (b * H + hy) * T + first + n, mask=first + n < T, other=0.0)
+                of_row = tl.zeros((BN,), tl.float32)
+                if DENOMINATORS:
+                    of_row = tl.load(W + (b * H + hy) * T + first + n, mask=first + n < T, other=0.0)
                 p = tl.where((first + n)[None, :] >= (r0 + m)[:, None], p + of_row[None, :], 0.0)
             else:
                 p = tl.where((first + n)[None, :] <= (r0 + m)[:, None], p + w[:, None], 0.0)

@@ -2,7 +2,7 @@
 
 A state is `[F Dv + F]` numbers of float32: S = sum_j phi_j v_j^T, row by row, then z = sum_j phi_j o_j with a number
 o_j per token. STATES holds one per text, key/value head and chunk, `[B Hkv, NC, F Dv + F]`. HAS_GATE, what was added
-fades as later tokens come: SUMS (`_gates.py`) is `[B Hkv, T]`.
+fades as later tokens come: SUMS (`_gates.py`) is `[B Hkv, T]`. Without denominators, a state is S alone.
 """
 
 import triton
@@ -17,8 +17,8 @@ from ._maps import load_features
 def of_chunks(
     X, V, ONES, MASK, SUMS, STATES, xb, xh, xt, vb, vh, vt, KV, G, T, NC, scale,
     F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_ONES: tl.constexpr, HAS_GATE: tl.constexpr, BACKWARDS: tl.constexpr, C: tl.constexpr, IP: tl.constexpr,
-    BN: tl.constexpr,
+    HAS_ONES: tl.constexpr, HAS_GATE: tl.constexpr, DENOMINATORS: tl.constexpr, BACKWARDS: tl.constexpr,
+    C: tl.constexpr, IP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write the state of one chunk of C tokens, summed over the G heads that share it; BE of its columns a program.
 
@@ -44,14 +44,17 @@ def of_chunks(
                 faded = remaining_at(SUMS + r.to(tl.int64) * T, first + n, c, T, C, not BACKWARDS)
                 phi = (phi.to(tl.float32) * faded[:, None]).to(phi.dtype)
             s += dot(tl.trans(phi), load_rows(v0, first, vt, n, T, e, DV), IP)
-            if HAS_ONES:
+            if not DENOMINATORS:
+                pass
+            elif HAS_ONES:
                 ones = tl.load(ONES + (b * KV * G + h) * T + first + n, mask=first + n < T, other=0.0)
                 z += tl.sum(phi.to(tl.float32) * ones[:, None], 0)
             else:
                 z += tl.sum(phi.to(tl.float32), 0)
-    state = STATES + (r * NC + c).to(tl.int64) * (F * DV + F)
+    state = STATES + (r * NC + c).to(tl.int64) * (F * DV + F if DENOMINATORS else F * DV)
     tl.store(state + f[:, None] * DV + e[None, :], s, mask=(f < F)[:, None] & (e < DV)[None, :])
-    tl.store(state + F * DV + f, z, mask=f + tl.program_id(2) * F < F)  # by the first program
+    if DENOMINATORS:
+        tl.store(state + F * DV + f, z, mask=f + tl.program_id(2) * F < F)  # by the first program
 
 
 @triton.jit

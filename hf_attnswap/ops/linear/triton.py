@@ -194,7 +194,7 @@ def backward(
     dq, dk, dv, dgate = _gradients(q, k, v, gate)
     of_queries = chunked.by_values(u, v, k, w, q, before, dq)
     of_keys = chunked.by_values(v, u, q, w, k, after, dk, backwards=True)
-    chunked.by_features(k, q, u, after, dv, w, widest=max(width, value_dim), backwards=True)
+    chunked.by_features(k, q, u, after, dv, widest=max(width, value_dim), backwards=True)
     if gate is not None:
         dgate = chunked.of_gates(of_queries, of_keys, before, after)
     return dq, dk, dv, dgate
