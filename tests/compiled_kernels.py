@@ -97,6 +97,22 @@ def linear(name, dtype, dim, length=512, decays=False):
             form.run(*given)
 
 
+def gated(name, dtype, dim, length=512, gates=True):
+    """Gated linear attention, or the delta rule with or without gates: with a gradient, or a token after a state."""
+    from hf_attnswap.ops.delta import triton as delta
+    from hf_attnswap.ops.gated import triton as form
+
+    tensors, state = qkv(dtype, dim, length), torch.zeros(2, 2, dim, dim + (name == "gated"))
+    numbers = [torch.zeros(2, 2, length, requires_grad=True) for _ in range(2)]
+    with torch.set_grad_enabled(length > 1):
+        if name == "gated":
+            out = form.run(*tensors, numbers[0], state, 1e-6, 64)[0]
+        else:
+            out = delta.gated_or_not(*tensors, numbers[0], numbers[1] if gates else None, state)[0]
+    if length > 1:
+        out.sum().backward()
+
+
 def near(name, dtype, dim, length=512, decays=False):
     """The window, or a hybrid with the map `name`: with and without a gradient, or a token after a state."""
     from hf_attnswap.ops.hybrid import triton as hybrid
@@ -137,6 +153,11 @@ CASES = {
     "linear elu 64 decay step": (linear, "elu", BF16, 64, 1, True),
     "linear elu 64 step": (linear, "elu", BF16, 64, 1),
     "linear hedgehog 64 step": (linear, "hedgehog", BF16, 64, 1),
+    **{f"gated {n} {d}": (gated, n, BF16, d) for n in ("gated", "delta") for d in (64, 128, 256)},
+    **{f"gated {n} 64 float32": (gated, n, F32, 64) for n in ("gated", "delta")},
+    "gated delta 256 float32": (gated, "delta", F32, 256),
+    "gated delta 64 plain": (gated, "delta", BF16, 64, 512, False),
+    **{f"gated {n} 64 step": (gated, n, BF16, 64, 1) for n in ("gated", "delta")},
     **{f"near {n} {d}": (near, n, BF16, d) for n in ("window", "hedgehog") for d in (64, 128)},
     "near window 256": (near, "window", BF16, 256),
     "near window 64 float32": (near, "window", F32, 64),
