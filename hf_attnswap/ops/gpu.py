@@ -69,6 +69,15 @@ def alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return query, key.to(query.dtype), value.to(query.dtype)
 
 
+def for_products(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features of queries and keys, which may come in float32, and values in the dtype of their products.
+
+    bfloat16 where the values are, in which features stay in range; else that of the query.
+    """
+    dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else query.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
 def side_by_side(x: Tensor) -> Tensor:
     """Return the tensor, copied unless the numbers of a token stand side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -17,7 +17,7 @@ from hf_attnswap.ops import backends, gpu
 from hf_attnswap.ops.scores import score_attention
 
 HERE = Path(__file__).parent
-FILES = [str(HERE / f"test_triton_{op}.py") for op in ("scores", "linear", "window")]
+FILES = [str(HERE / f"test_triton_{op}.py") for op in ("scores", "linear", "window", "gated_delta")]
 needs_triton = pytest.mark.skipif(
     gpu.missing() is not None or DEVICE.type != "cpu" or gpu.INTERPRETED, reason=gpu.missing() or "runs as it is"
 )
