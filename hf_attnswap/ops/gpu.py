@@ -9,6 +9,7 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,35 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
+# Compiled kernels, with the values of their constants in order, by what Triton compiles them for.
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *arguments, **constants) -> None:
-    """Run a kernel on the device of `like`; `num_warps` and `num_stages` stand among the constants."""
-    with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
+    """Run a kernel on the device of `like`; `num_warps` and `num_stages` stand among the constants.
+
+    Triton finds a compiled kernel by a walk over all arguments in Python, which takes longer than many kernels run. So
+    that walk is made once for arguments of the same kinds, and the compiled kernel is launched from then on.
+    """
+    if like.device.type != "cuda":  # the interpreter
         kernel[grid](*arguments, **constants)
+        return
+    index = like.device.index
+    with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
+        key = (kernel, index, *constants.items(), *map(_kind, arguments))
+        ready = _compiled.get(key)
+        if ready is None:
+            compiled = kernel[grid](*arguments, **constants)
+            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        else:
+            compiled, values = ready
+            compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+
+
+def _kind(argument):
+    """Return what Triton compiles a kernel anew for: dtype and alignment, or what is known of an integer."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() < 32
+    return type(argument)
