@@ -10,7 +10,7 @@ dk    = what the rows and the state give - beta f dX S^T + (M + M^T) k
 import triton
 import triton.language as tl
 
-from ..linear._gates import remaining_at, remaining_between
+from ..linear._gates import log_sums, remaining_at, remaining_between
 from ..tiles import dot, head, load_columns, load_rows, store_rows
 
 
@@ -55,8 +55,9 @@ def of_corrections(
         of_state += dot(dx, load_columns(state, 0, DV, d, D, e, DV).to(u.dtype), IP)
     dn = tl.where(i[:, None] > i[None, :], dn, 0.0)
     if HAS_GATE:
-        dn *= remaining_between(SUMS + first, at, at, T, False)
-        of_state *= remaining_at(SUMS + first, at, c, T, C, False)[:, None]
+        high, low = log_sums(SUMS + first, at, T)
+        dn *= remaining_between(high, low, SUMS + first, at, T, False)
+        of_state *= remaining_at(high, low, SUMS + first, c, T, C, False)[:, None]
     x = k.to(tl.float32)
     dbeta += tl.sum(dn * dot(k, tl.trans(k), IP), 1) - tl.sum(x * of_state, 1)
     tl.store(DBETA + first + at, dbeta, mask=at < T)

@@ -11,7 +11,7 @@ With f_i, what remains of the state before the chunk at token i, and D_ij, what 
 import triton
 import triton.language as tl
 
-from ..linear._gates import remaining_at, remaining_between
+from ..linear._gates import log_sums, remaining_at, remaining_between
 from ..tiles import dot, head, load_rows, store_rows
 
 
@@ -52,8 +52,9 @@ def prepare(
         n += dot(k, tl.trans(k), IP)
     of_keys = beta
     if HAS_GATE:
-        n *= remaining_between(sums, at, at, T, False)
-        of_keys *= remaining_at(sums, at, c, T, C, False)
+        high, low = log_sums(sums, at, T)
+        n *= remaining_between(high, low, sums, at, T, False)
+        of_keys *= remaining_at(high, low, sums, c, T, C, False)
     a = _inverse(tl.where(i[:, None] > i[None, :], n * beta[:, None], 0.0), i, C)
     first = r.to(tl.int64) * T
     store_rows(INVERSE + first * C, c * C, C, i, T, i, C, a)

@@ -11,20 +11,20 @@ where U begins as (I + N)^-1 beta V, dU as what the rows of the chunk give, and 
 import triton
 import triton.language as tl
 
-from ..linear._gates import end_of_chunk, remaining, remaining_at
+from ..linear._gates import end_of_chunk, log_sums, remaining, remaining_at
 from ..tiles import dot, head, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["KV", "T", "NC"])
 def walk(
-    X, Y, U, STATES, SUMS, FIRST, LAST, xb, xh, xt, yb, yh, yt, KV, T, NC,
+    X, Y, U, ADDED, STATES, SUMS, FIRST, LAST, xb, xh, xt, yb, yh, yt, KV, T, NC,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, BACKWARDS: tl.constexpr, C: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Replace U `[B KV, T, DV]` (BACKWARDS dU) and write S before (R after) each chunk; BE of the columns a program.
 
-    X, Y: W and K, BACKWARDS K and W. STATES: `[B KV, NC, D DV]`, holds B where the pass goes BACKWARDS. FIRST, LAST:
-    the states before and after all, `[B KV, D, DV]`. A grid of (B KV, blocks of BE columns).
+    X, Y: W and K, BACKWARDS K and W. STATES and, BACKWARDS, ADDED, which is B: `[B KV, NC, D DV]`. FIRST, LAST: the
+    states before and after all, `[B KV, D, DV]`. A grid of (B KV, blocks of BE columns).
     """
     r = tl.program_id(0)
     i = tl.arange(0, C)
@@ -44,15 +44,12 @@ def walk(
         x = load_rows(x0, c * C, xt, i, T, d, D)
         y = load_rows(y0, c * C, yt, i, T, d, D)
         u = load_rows(u0, c * C, DV, i, T, e, DV).to(tl.float32)
-        place = STATES + (r * NC + c).to(tl.int64) * (D * DV) + within
-        added = tl.zeros((BD, BE), tl.float32)
-        if BACKWARDS:
-            added = tl.load(place, mask=inside, other=0.0)
-            tl.debug_barrier()  # all of it is read before it is written over
-        tl.store(place, s, mask=inside)
+        place = (r * NC + c).to(tl.int64) * (D * DV) + within
+        tl.store(STATES + place, s, mask=inside)
         p = dot(x, s.to(x.dtype), IP)
         if HAS_GATE:
-            left = remaining_at(sums, c * C + i, c, T, C, True)[:, None]
+            high, low = log_sums(sums, c * C + i, T)
+            left = remaining_at(high, low, sums, c, T, C, True)[:, None]
             high, low = end_of_chunk(sums, c, T, C)
             before_high, before_low = end_of_chunk(sums, c - 1, T, C)
             s *= remaining(high, low, before_high, before_low)
@@ -61,7 +58,8 @@ def walk(
         u = u + p if BACKWARDS else u - p
         store_rows(u0, c * C, DV, i, T, e, DV, u)
         if BACKWARDS:
-            s = s + added - dot(tl.trans(y), u.to(y.dtype), IP)
+            s += tl.load(ADDED + place, mask=inside, other=0.0)
+            s -= dot(tl.trans(y), u.to(y.dtype), IP)
         else:
             if HAS_GATE:
                 u *= left

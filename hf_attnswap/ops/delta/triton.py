@@ -80,22 +80,29 @@ class _Delta(Chunked):
             *gpu.strides(self.k, self.v), *self.beta.stride(), self.kv_heads, self.length, **self.own,
             BD=min(64, max(gpu.width(self.width), gpu.width(self.value_dim))), **self.warps,
         )  # fmt: skip
-        self._walk(w, self.k, u, states, first, last, backwards=False)
+        self._walk(w, self.k, u, None, states, first, last)
         return inverse, w, u, states
 
-    def gradients_of_states(self, w: Tensor, du: Tensor, added: Tensor) -> None:
-        """Replace what the rows give of dU `[B, Hkv, T, Dv]` by dU, and what they add by the gradients after chunks."""
-        self._walk(self.k, w, du, added, None, None, backwards=True)
+    def gradients_of_states(self, w: Tensor, du: Tensor, added: Tensor) -> Tensor:
+        """Return the gradients of the states after each chunk; replace what the rows give of dU by dU.
 
-    def _walk(self, x, y, u, states, first, last, backwards) -> None:
+        Args:
+            w, du: `[B, Hkv, T, *]`. added: what the rows of each chunk give to the state before it.
+        """
+        states = torch.empty_like(added)
+        self._walk(self.k, w, du, added, states, None, None)
+        return states
+
+    def _walk(self, x, y, u, added, states, first, last) -> None:
         from ._walk import walk  # imports triton
 
         columns = min(32 if self.width > 64 else 64, gpu.width(self.value_dim))
+        backwards = added is not None
         gpu.launch(
-            walk, (self.rows, -(-self.value_dim // columns)), x, x, y, u, states, self.sums,
-            states if first is None else first, states if last is None else last, *gpu.strides(x, y), self.kv_heads,
-            self.length, self.count, **self.own, BD=gpu.width(self.width), BE=columns, HAS_FIRST=first is not None,
-            HAS_LAST=last is not None, BACKWARDS=backwards, **self.warps,
+            walk, (self.rows, -(-self.value_dim // columns)), x, x, y, u, added if backwards else states, states,
+            self.sums, states if first is None else first, states if last is None else last, *gpu.strides(x, y),
+            self.kv_heads, self.length, self.count, **self.own, BD=gpu.width(self.width), BE=columns,
+            HAS_FIRST=first is not None, HAS_LAST=last is not None, BACKWARDS=backwards, **self.warps,
         )  # fmt: skip
 
     def of_corrections(self, inverse, u, du, states, dk, dv, dbeta, passed) -> None:
@@ -106,7 +113,7 @@ class _Delta(Chunked):
             of_corrections, (self.count, self.rows), u, self.k, self.v, self.beta, self.sums, inverse, u, du, states,
             dk, dv, dbeta, passed, *gpu.strides(self.k, self.v), *self.beta.stride(), *gpu.strides(dk, dv),
             self.kv_heads, self.length, self.count, **self.own, BD=gpu.width(self.width),
-            BE=min(64, gpu.width(self.value_dim)), **self.warps,
+            BE=min(32 if self.width > 64 else 64, gpu.width(self.value_dim)), **self.warps,
         )  # fmt: skip
 
 
@@ -153,9 +160,9 @@ def backward(
     delta, widest = _Delta(q, k, v, beta, gate), max(q.shape[-1], v.shape[-1])
     dq, dk, dv, dbeta, dgate = _gradients(q, k, v, beta, gate)
     inverse, w, u, before = delta.corrections(state, None)
-    du, after = torch.empty_like(u), delta.added(q, grad, backwards=True)
+    du = torch.empty_like(u)
     delta.by_features(k, q, grad, None, du, widest=widest, backwards=True)
-    delta.gradients_of_states(w, du, after)
+    after = delta.gradients_of_states(w, du, delta.added(q, grad, backwards=True))
     of_queries = delta.by_values(grad, u, k, None, q, before, dq)
     of_keys = delta.by_values(u, grad, q, None, k, after, dk, backwards=True)
     delta.of_corrections(inverse, u, du, before, dk, dv, dbeta, of_keys)

@@ -33,9 +33,8 @@ def end_of_chunk(SUMS, c, T, C: tl.constexpr):
 
 
 @triton.jit
-def remaining_at(SUMS, at, c, T, C: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Return what remains at the tokens `at` of chunk c of the state before it; BACKWARDS of them at its end."""
-    high, low = log_sums(SUMS, at, T)
+def remaining_at(high, low, SUMS, c, T, C: tl.constexpr, BACKWARDS: tl.constexpr):
+    """Return what remains at tokens of chunk c, with this L, of the state before it; BACKWARDS of them at its end."""
     if BACKWARDS:
         end_high, end_low = end_of_chunk(SUMS, c, T, C)
         return remaining(end_high, end_low, high, low)
@@ -45,9 +44,8 @@ def remaining_at(SUMS, at, c, T, C: tl.constexpr, BACKWARDS: tl.constexpr):
 
 
 @triton.jit
-def remaining_between(SUMS, rows, columns, T, BACKWARDS: tl.constexpr):
-    """Return what remains at each row of each column `[rows, columns]`; BACKWARDS of each row at each column."""
-    high, low = log_sums(SUMS, rows, T)
+def remaining_between(high, low, SUMS, columns, T, BACKWARDS: tl.constexpr):
+    """Return what remains at rows, with this L, of the tokens `columns`, `[rows, columns]`; BACKWARDS the other way."""
     of_high, of_low = log_sums(SUMS, columns, T)
     if BACKWARDS:
         return remaining(of_high[None, :], of_low[None, :], high[:, None], low[:, None])

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head, load_columns, load_rows, store_rows
-from ._gates import remaining_at, remaining_between
+from ._gates import log_sums, remaining_at, remaining_between
 from ._maps import load_features, slopes
 
 
@@ -67,6 +67,8 @@ def by_features(
     x = load_features(head(X, b, h, xb, xh), r0, xt, m, T, f, scale, mask, F, MAP, HAS_MASK and BACKWARDS)
     acc = tl.zeros((BM, BE), tl.float32)
     den = tl.zeros((BM,), tl.float32)
+    if HAS_GATE:
+        high, low = log_sums(sums, r0 + m, T)
     if HAS_STATES:
         state = _state(STATES, b * (H // G) + hk, r0 // C, NC, F, DV, DENOMINATORS)
         acc = dot(x, load_rows(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
@@ -74,7 +76,7 @@ def by_features(
             z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
             den = tl.sum(x.to(tl.float32) * z[None, :], 1)
         if HAS_GATE:
-            faded = remaining_at(sums, r0 + m, r0 // C, T, C, BACKWARDS)
+            faded = remaining_at(high, low, sums, r0 // C, T, C, BACKWARDS)
             acc *= faded[:, None]
             den *= faded
     lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
@@ -86,7 +88,7 @@ def by_features(
             y = load_features(y0, first, yt, n, T, f, scale, mask, F, MAP, HAS_MASK and not BACKWARDS)
             p = dot(x, tl.trans(y), IP)
             if HAS_GATE:
-                p *= remaining_between(sums, r0 + m, first + n, T, BACKWARDS)
+                p *= remaining_between(high, low, sums, first + n, T, BACKWARDS)
             if BACKWARDS:
                 ok = (first + n)[None, :] >= (r0 + m)[:, None]
             else:
@@ -148,7 +150,8 @@ def by_values(
             w = tl.load(W + r * T + r0 + m, mask=r0 + m < T, other=0.0)
             acc += w[:, None] * z[None, :]
     if HAS_GATE:
-        acc *= remaining_at(sums, r0 + m, r0 // C, T, C, BACKWARDS)[:, None]
+        high, low = log_sums(sums, r0 + m, T)
+        acc *= remaining_at(high, low, sums, r0 // C, T, C, BACKWARDS)[:, None]
     lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
     for i in range(0, G if BACKWARDS else 1):
         hy = hk * G + i if BACKWARDS else hk
@@ -164,7 +167,7 @@ def by_values(
             else:
                 p = tl.where((first + n)[None, :] <= (r0 + m)[:, None], p + w[:, None], 0.0)
             if HAS_GATE:
-                p *= remaining_between(sums, r0 + m, first + n, T, BACKWARDS)
+                p *= remaining_between(high, low, sums, first + n, T, BACKWARDS)
             k = load_features(k0, first, kt, n, T, f, scale, mask, F, MAP, HAS_MASK and not BACKWARDS)
             acc += dot(p.to(k.dtype), k, IP)
     place = head(PLACE, b, h, pb, ph)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot, head, load_rows
-from ._gates import end_of_chunk, remaining, remaining_at
+from ._gates import end_of_chunk, log_sums, remaining, remaining_at
 from ._maps import load_features
 
 
@@ -32,6 +32,7 @@ def of_chunks(
     n = tl.arange(0, BN)
     f = tl.arange(0, BF)
     e = tl.program_id(2) * BE + tl.arange(0, BE)
+    sums = SUMS + r.to(tl.int64) * T
     s = tl.zeros((BF, BE), tl.float32)
     z = tl.zeros((BF,), tl.float32)
     for i in range(0, G):
@@ -41,7 +42,8 @@ def of_chunks(
         for first in range(c * C, tl.minimum(c * C + C, T), BN):
             phi = load_features(x0, first, xt, n, T, f, scale, MASK + b * T, F, MAP, HAS_MASK)
             if HAS_GATE:
-                faded = remaining_at(SUMS + r.to(tl.int64) * T, first + n, c, T, C, not BACKWARDS)
+                high, low = log_sums(sums, first + n, T)
+                faded = remaining_at(high, low, sums, c, T, C, not BACKWARDS)
                 phi = (phi.to(tl.float32) * faded[:, None]).to(phi.dtype)
             s += dot(tl.trans(phi), load_rows(v0, first, vt, n, T, e, DV), IP)
             if not DENOMINATORS:
