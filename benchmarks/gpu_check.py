@@ -3,10 +3,10 @@
     python benchmarks/gpu_check.py --output gpu_check.json
 
 Without a GPU it says so and ends with status 2. --tiny runs the same parts at tiny sizes on any device, for tests; its
-figures mean nothing. Times are medians of rounds in which the candidates take turns. Triton's compiler takes seconds per
-kernel, so processes beside this one compile all kernels first. A whole model is timed as it is called, and as a CUDA
-graph, which leaves out the time that Python takes to launch its kernels. The file is written after each part, so that it
-has what was measured when a part fails.
+figures mean nothing. Times are medians of rounds in which the candidates take turns. Triton's compiler takes seconds
+for a kernel, so processes beside this one compile all kernels first. A whole model is timed as it is called, and as a
+CUDA graph, which leaves out the time that Python takes to launch kernels. The file is written after each part, so that
+it has what was measured when a part fails.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from hf_attnswap.training.distill import distillation_loss
 ROOT = Path(__file__).parents[1]
 PARTS = ("kernels", "models", "decoding", "training", "tests")
 VARIANTS = ("relu", "relu_norm", "sigmoid", "relu_power", "elu", "hedgehog", "window", "hedgehog+window")
+# Calls in one graph of a kernel.
+CALLS = 4
 # Heads of SmolLM2-135M and of Llama-3-8B, with the texts at a time and the lengths.
 SHAPES = {
     "smollm2": (Heads(9, 3, 64), 8, (2048, 8192, 16384)),
@@ -46,7 +48,10 @@ SMOLLM2 = dict(
     num_key_value_heads=3, max_position_embeddings=1 << 17, tie_word_embeddings=True,
 )  # fmt: skip
 # Softmax in a quarter of the key/value groups, elsewhere what is named.
-PLANS = {"plan of windows": ("window", {"window": 128}), "plan of hybrids": ("hedgehog+window", {"window": 64, "unrotate": True, "half_life": 512})}
+PLANS = {
+    "plan of windows": ("window", {"window": 128}),
+    "plan of hybrids": ("hedgehog+window", {"window": 64, "unrotate": True, "half_life": 512}),
+}
 KEPT = yaml.safe_load((ROOT / "benchmarks/plans/smollm2-135m-quarter.yaml").read_text())["keep"]
 TINY_MODEL = SMOLLM2 | dict(vocab_size=64, hidden_size=48, intermediate_size=48, num_hidden_layers=27,
                             num_attention_heads=6)  # fmt: skip
@@ -80,8 +85,25 @@ class Softmax:
             return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
+def graph_of(run, calls: int = CALLS):
+    """Return a function that replays so many calls of `run` as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return graph.replay
+
+
 def kernels(device: str, dtype: torch.dtype, shapes: dict, budget_s: float) -> list[dict]:
-    """Time each variant's attention beside the kernels of SDPA: seconds, and times as fast as the better of these."""
+    """Time each variant's attention beside the kernels of SDPA: seconds, and times as fast as the better of these.
+
+    On a GPU each is a CUDA graph of several calls: the time that Python takes to launch a short kernel is left out.
+    """
     rows, deadline = [], time.perf_counter() + budget_s
     controls = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     controls = controls if device == "cuda" else {"sdpa": None}
@@ -111,10 +133,13 @@ def timed(candidates, controls, inputs, work, device, shape, length) -> list[dic
                 work(candidate, inputs)
             row["backends"] = {op: sorted(names) for op, names in ran.items()}
             running[name] = lambda candidate=candidate: work(candidate, inputs)
+            if device == "cuda":
+                running[name] = graph_of(running[name])
         except Exception as error:  # a kernel that does not run is a result
             row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     times = interleaved(running, 5, device, budget_s=4)
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    calls = CALLS if device == "cuda" else 1
+    medians = {name: statistics.median(seconds) / calls for name, seconds in times.items()}
     best = min((medians[name] for name in controls if name in medians), default=None)
     for row in rows:
         if row["attention"] in medians:
@@ -150,20 +175,6 @@ def model_of(settings: dict, attention: str | None, device: str, dtype: torch.dt
 
 
 @torch.no_grad()
-def graph_of(run):
-    """Return a function that replays `run` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-@torch.no_grad()
 def models(settings: dict, device: str, dtype: torch.dtype, sizes, budget_s: float) -> list[dict]:
     """Time the prefill of a whole model, softmax beside each variant in the same rounds, as called and as a graph."""
     rows, deadline = [], time.perf_counter() + budget_s
@@ -175,7 +186,7 @@ def models(settings: dict, device: str, dtype: torch.dtype, sizes, budget_s: flo
         ways = {"called": calls}
         if device == "cuda":
             try:
-                ways["graph"] = {name: graph_of(run) for name, run in calls.items()}
+                ways["graph"] = {name: graph_of(run, calls=1) for name, run in calls.items()}
             except RuntimeError as error:
                 rows.append({"batch": batch, "length": length, "way": "graph", "error": str(error)[:200]})
         for way, runs in ways.items():
@@ -212,7 +223,7 @@ def decoding(settings: dict, device: str, dtype: torch.dtype, batch: int, length
 
 
 def training(settings: dict, device: str, dtype: torch.dtype, batch: int, length: int, steps: int) -> list[dict]:
-    """Return the tokens per second of distillation of the plans as the stage `distill` does it, in bfloat16 autocast."""
+    """Return the tokens per second of distilling the plans as the stage `distill` does, in bfloat16 autocast."""
     teacher = model_of(settings, None, device, torch.float32).requires_grad_(False)
     students = {name: model_of(settings, name, device, torch.float32).train() for name in PLANS}
     ids = torch.randint(3, settings["vocab_size"], (batch, length), device=device)
@@ -271,8 +282,8 @@ def main(given: list[str] | None = None) -> dict:
     if device == "cuda":
         report["compiled"] = compile_all(min(14, os.cpu_count() or 1))
     parts = {
-        "kernels": lambda: kernels(device, dtype, shapes, 60),
-        "models": lambda: models(settings, device, dtype, sizes, 40),
+        "kernels": lambda: kernels(device, dtype, shapes, 45),
+        "models": lambda: models(settings, device, dtype, sizes, 30),
         "decoding": lambda: decoding(settings, device, dtype, *after),
         "training": lambda: training(settings, device, dtype, *rate),
         "tests": lambda: None if args.tiny else tests(max(20.0, 285 - (time.perf_counter() - started))),
