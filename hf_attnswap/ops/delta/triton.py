@@ -3,7 +3,7 @@
 What corrects the values of a chunk is made for all chunks at once (`_inverse.py`); one pass goes from chunk to chunk
 (`_walk.py`); the rows and their gradients are those of the op `linear` over corrected values. The op `gated_delta` runs
 here too: the delta rule with a gate. The backward pass makes the corrections and the states again and adds nothing
-atomically. The kernels pass Triton's interpreter and compile for sm_80 and sm_90; they have not run on a GPU yet.
+atomically. The kernels pass Triton's interpreter and compile for sm_80 and sm_90.
 """
 
 import torch

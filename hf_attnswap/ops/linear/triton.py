@@ -4,7 +4,7 @@ Chunks of tokens go in parallel (`_chunked.py`): the state that each adds, the r
 at once. The maps identity, elu and relu are made where a tile is read, hedgehog's features once (`_maps.py`), those of
 any other map by torch. A decay is a gate that is the same for all tokens (`_gates.py`). States are float32. The
 backward pass makes the states again and adds nothing atomically. The kernels pass Triton's interpreter and compile for
-sm_80 and sm_90; they have not run on a GPU yet.
+sm_80 and sm_90.
 """
 
 import torch
