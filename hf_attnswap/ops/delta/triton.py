@@ -17,10 +17,18 @@ devices = gpu.DEVICES
 dtypes = gpu.DTYPES
 available = gpu.missing
 
+# Wider tiles of float32 leave a program no registers.
+_WIDEST_FLOAT32 = 128
+
 
 def unfit(query, key, value, beta, state, chunk):
     """Return why the kernels cannot serve the call, in words, or None."""
-    return gpu.unfit(query, key, value)
+    if reason := gpu.unfit(query, key, value):
+        return reason
+    widest = max(x.shape[-1] for x in (query, key, value))
+    if widest > _WIDEST_FLOAT32 and gpu.for_products(query[:0], key[:0], value[:0])[0].dtype == torch.float32:
+        return f"heads are {widest} wide, in float32 the kernels take {_WIDEST_FLOAT32}"
+    return None
 
 
 def run(query, key, value, beta, state, chunk):
