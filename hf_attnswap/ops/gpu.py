@@ -69,12 +69,17 @@ def alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return query, key.to(query.dtype), value.to(query.dtype)
 
 
-def for_products(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features of queries and keys, which may come in float32, and values in the dtype of their products.
+def dtype_of_products(query: Tensor, value: Tensor) -> torch.dtype:
+    """Return the dtype of products of features, which come in float32 in any model, with values.
 
     bfloat16 where the values are, in which features stay in range; else that of the query.
     """
-    dtype = torch.bfloat16 if value.dtype == torch.bfloat16 else query.dtype
+    return torch.bfloat16 if value.dtype == torch.bfloat16 else query.dtype
+
+
+def for_products(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features of queries and keys, and values, in the dtype of their products."""
+    dtype = dtype_of_products(query, value)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 

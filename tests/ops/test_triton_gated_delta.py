@@ -128,3 +128,11 @@ def test_features_in_float32_beside_values_in_bfloat16():
     grads = gradients(ours[:1], leaves)
     assert [g.dtype for g in grads] == [t.dtype for t in leaves]
     assert_near(grads, gradients(expected[:1], exact), torch.bfloat16, 2)
+
+
+@pytest.mark.parametrize("op", ("delta", "gated_delta"))
+def test_wide_heads_in_float32_are_left_to_the_next_form(op):
+    for dtype, refused in ((torch.float32, True), (torch.bfloat16, False)):
+        _, leaves, _ = drawn(op, (2, 136, 16, 1, False), dtype)
+        reason = FORMS[op][0].unfit(*leaves, None, 64)
+        assert reason == ("heads are 136 wide, in float32 the kernels take 128" if refused else None)

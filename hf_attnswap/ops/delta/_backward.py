@@ -34,7 +34,6 @@ def of_corrections(
     d = tl.arange(0, BD)
     at = c * C + i
     first = r.to(tl.int64) * T
-    k = load_rows(head(K, b, h, kb, kh), c * C, kt, i, T, d, D)
     value = head(V, b, h, vb, vh)
     grad_value = head(DV_OUT, b, h, wb, wh)
     state = STATES + (r * NC + c).to(tl.int64) * (D * DV)
@@ -53,20 +52,22 @@ def of_corrections(
         dx = dx.to(u.dtype)
         dn -= dot(dx, tl.trans(u), IP)
         of_state += dot(dx, load_columns(state, 0, DV, d, D, e, DV).to(u.dtype), IP)
+    k = load_rows(head(K, b, h, kb, kh), c * C, kt, i, T, d, D)
     dn = tl.where(i[:, None] > i[None, :], dn, 0.0)
     if HAS_GATE:
         high, low = log_sums(SUMS + first, at, T)
         dn *= remaining_between(high, low, SUMS + first, at, T, False)
         of_state *= remaining_at(high, low, SUMS + first, c, T, C, False)[:, None]
-    x = k.to(tl.float32)
-    dbeta += tl.sum(dn * dot(k, tl.trans(k), IP), 1) - tl.sum(x * of_state, 1)
+    dbeta += tl.sum(dn * dot(k, tl.trans(k), IP), 1) - tl.sum(k.to(tl.float32) * of_state, 1)
     tl.store(DBETA + first + at, dbeta, mask=at < T)
     m = (dn * beta[:, None]).to(k.dtype)
     forwards = dot(m, k, IP) - of_state * beta[:, None]
+    passed = tl.sum(k.to(tl.float32) * forwards, 1)
     backwards = dot(tl.trans(m), k, IP)
+    passed -= tl.sum(k.to(tl.float32) * backwards, 1)
     grad = head(DK, b, h, gb, gh)
     dk = load_rows(grad, c * C, gt, i, T, d, D).to(tl.float32) + forwards + backwards
     store_rows(grad, c * C, gt, i, T, d, D, dk)
     if HAS_GATE:
-        passed = tl.load(PASSED + first + at, mask=at < T, other=0.0)
-        tl.store(PASSED + first + at, passed - tl.sum(x * (forwards - backwards), 1), mask=at < T)
+        passed = tl.load(PASSED + first + at, mask=at < T, other=0.0) - passed
+        tl.store(PASSED + first + at, passed, mask=at < T)

@@ -17,10 +17,18 @@ devices = gpu.DEVICES
 dtypes = gpu.DTYPES
 available = gpu.missing
 
+# Wider tiles of float32 leave a program no registers.
+_WIDEST_FLOAT32 = 128
+
 
 def unfit(query, key, value, beta, state, chunk):
     """Return why the kernels cannot serve the call, in words, or None."""
-    return gpu.unfit(query, key, value)
+    if reason := gpu.unfit(query, key, value):
+        return reason
+    widest = max(x.shape[-1] for x in (query, key, value))
+    if widest > _WIDEST_FLOAT32 and gpu.dtype_of_products(query, value) == torch.float32:
+        return f"heads are {widest} wide, in float32 the kernels take {_WIDEST_FLOAT32}"
+    return None
 
 
 def run(query, key, value, beta, state, chunk):
@@ -96,13 +104,15 @@ class _Delta(Chunked):
     def _walk(self, x, y, u, added, states, first, last) -> None:
         from ._walk import walk  # imports triton
 
+        # The next chunk is fetched while one is worked on, where there is room.
+        warps = self.warps | {"num_stages": 2 if self.size == 64 else 1}
         columns = min(32 if self.width > 64 else 64, gpu.width(self.value_dim))
         backwards = added is not None
         gpu.launch(
             walk, (self.rows, -(-self.value_dim // columns)), x, x, y, u, added if backwards else states, states,
             self.sums, states if first is None else first, states if last is None else last, *gpu.strides(x, y),
             self.kv_heads, self.length, self.count, **self.own, BD=gpu.width(self.width), BE=columns,
-            HAS_FIRST=first is not None, HAS_LAST=last is not None, BACKWARDS=backwards, **self.warps,
+            HAS_FIRST=first is not None, HAS_LAST=last is not None, BACKWARDS=backwards, **warps,
         )  # fmt: skip
 
     def of_corrections(self, inverse, u, du, states, dk, dv, dbeta, passed) -> None:

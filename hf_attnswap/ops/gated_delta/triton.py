@@ -1,7 +1,7 @@
 """Compute the gated delta rule on a GPU by the Triton kernels of the op `delta`, with a gate per token."""
 
 from .. import gpu
-from ..delta.triton import gated_or_not
+from ..delta import triton as delta
 
 devices = gpu.DEVICES
 dtypes = gpu.DTYPES
@@ -10,9 +10,9 @@ available = gpu.missing
 
 def unfit(query, key, value, beta, log_gate, state, chunk):
     """Return why the kernels cannot serve the call, in words, or None."""
-    return gpu.unfit(query, key, value)
+    return delta.unfit(query, key, value, beta, state, chunk)
 
 
 def run(query, key, value, beta, log_gate, state, chunk):
     """Return what `causal_gated_delta` returns; takes its arguments in order, `chunk` without effect."""
-    return gated_or_not(query, key, value, beta, log_gate, state)
+    return delta.gated_or_not(query, key, value, beta, log_gate, state)
