@@ -1,7 +1,7 @@
 """Say what was measured of benchmarks that are registered on the Hub, as the files that its leaderboards read.
 
-The format is that of https://huggingface.co/docs/hub/eval-results: a list of dataset, task and value, here with the date
-and how the value was measured. Only a task of lm-eval that ran on every item of its benchmark is one.
+The format is that of https://huggingface.co/docs/hub/eval-results: a list of dataset, task and value, here with the
+date and how the value was measured. Only a task of lm-eval that ran on every item of its benchmark is one.
 """
 
 from dataclasses import dataclass
