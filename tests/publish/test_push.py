@@ -61,7 +61,9 @@ def test_pushed_here_and_loaded_by_id_in_another_process(here, attnswap, convers
     assert len(here.uploads()) == len(list(conversion.glob("*.safetensors"))) > 3
 
     loading = [sys.executable, "-c", LOAD, str(conversion.parent / "logits.pt")]
-    run = subprocess.run(loading, capture_output=True, text=True, env=environment(here, tmp_path / "other"), timeout=300)
+    run = subprocess.run(
+        loading, capture_output=True, text=True, env=environment(here, tmp_path / "other"), timeout=300
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.split("FOUND")[1])
     assert found["off"] < 1e-4 and found["keys"] == 0 and found["swapped"] == ["hedgehog+window"] * 3
