@@ -55,9 +55,9 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _nothing_old_to_collect():
-    """Collecting garbage passes over what was imported and collected so far: seconds, and many times in a session."""
+    """Collecting garbage passes over all that is there: most of a second, and many times in a session."""
     gc.collect()
     gc.freeze()
 
