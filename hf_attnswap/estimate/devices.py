@@ -10,8 +10,8 @@ from ..attentions import Attention
 from ..attentions.groups import Groups
 from ..attentions.scores import ScoreAttention
 from ..errors import UsageError
-from .trace import Product, Trace
 from .layers import Layer, kept_bytes
+from .trace import Product, Trace
 
 
 class Device(Protocol):

@@ -1,5 +1,6 @@
 """Group the attention layers of a model by what they cost, and say what each keeps of a text."""
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ def cache_bytes(layers: Layers, length: int, dtype: torch.dtype) -> int:
     return sum(count * kept_bytes(layer, length, dtype) for layer, count in layers)
 
 
+@functools.lru_cache(maxsize=256)
 def kept_bytes(layer: Layer, length: int, dtype: torch.dtype) -> int:
     """Return the bytes that a layer keeps of one text of `length` tokens: its state, or its keys and values."""
     attention, heads = layer.attention, layer.attention.heads

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..attentions import Attention
 from ..benchmark.attention import Variant, forward, forward_backward, random_inputs
 from ..benchmark.measure import seconds as wall_seconds
-from .trace import Product, trace
 from .layers import Layer, kept_bytes, signature
+from .trace import Product, trace
 
 Clock = Callable[[Callable[[], Any], torch.device], float]
 
@@ -26,6 +26,7 @@ ENOUGH_S = 0.1  # of measuring one part
 LARGEST = 1 << 32  # operations of a product that is measured; a larger one is taken to be as fast
 LONGEST = 1024  # tokens of attention that is measured; more cost as much as their operations say
 LARGEST_CACHE = 1 << 27  # bytes of keys and values that a step is measured on
+LAYERS = 24  # whose caches a step goes through, as far as they exceed those of the processor
 SMALLEST_PASS, LARGEST_PASS = 12, 27  # bits of the bytes that a pass moves
 
 
@@ -57,7 +58,7 @@ class Measured:
         return self._once(measured, dtype, self._product) * product.operations / measured.operations
 
     def moving(self, bits):
-        """Return the seconds per byte of passes; a pass of a model is like one over the activations of a gated layer."""
+        """Return the seconds per byte of passes, taken to be like those over the activations of a gated layer."""
         return self._once(min(max(bits, SMALLEST_PASS), LARGEST_PASS), torch.float32, self._moving)
 
     def attention(self, attention, batch, length, window, dtype, backward):
@@ -80,8 +81,7 @@ class Measured:
             measured = (measured[0] // 2, length) if measured[0] > 1 else (1, measured[1] // 2)
         taken = self._once((signature(attention), *measured), dtype, partial(self._step, attention))
         asked, done = batch * kept(length), measured[0] * kept(measured[1])
-        copied = 0 if attention.stateful else 2 * asked
-        return taken * (asked / done if done else 1) + copied * self.moving(int(copied / 2).bit_length())
+        return taken * (asked / done if done else 1)
 
     def _once(self, what: Hashable, dtype: torch.dtype, measure: Callable[[Any, torch.dtype], float]) -> float:
         if (what, dtype) not in self.found:
@@ -100,8 +100,13 @@ class Measured:
         layers = [nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.LayerNorm(8)) for _ in range(16)]
         net, x = nn.Sequential(*layers), torch.ones(1, 8)
         calls = trace(partial(net.to("meta"), x.to("meta"))).calls
-        net = net.to_empty(device=self.device)
-        return self._median(torch.no_grad()(partial(net, x.to(self.device)))) / calls
+        net, x = net.to_empty(device=self.device), x.to(self.device)
+        times = []
+        with torch.no_grad():
+            for _ in range(9):
+                self._weights.sum()  # between two layers of a model, caches are filled with weights
+                times.append(self.clock(partial(net, x), self.device))
+        return statistics.median(times) / calls
 
     def _product(self, product: Product, dtype: torch.dtype) -> float:
         rows, inner, columns = product
@@ -132,9 +137,14 @@ class Measured:
 
     def _step(self, attention: Attention, what: tuple, dtype: torch.dtype) -> float:
         _, batch, length = what
-        inputs = random_inputs(attention.heads, length, batch_size=batch, dtype=dtype, device=self.device)
+        variant = Variant(self._here(attention, dtype), attention.kind == "causal")
+        kept = batch * kept_bytes(Layer(attention, None), length, dtype)
         with torch.no_grad():
-            return self._median(Variant(self._here(attention, dtype)).step(*inputs))
+            inputs = random_inputs(attention.heads, length, batch_size=batch, dtype=dtype, device=self.device)
+            caches = [[t.clone() for t in inputs] for _ in range(min(LAYERS, UNCACHED // max(kept, 1)) + 1)]
+            make = variant.step if attention.stateful else partial(_step_with_a_copy, variant)
+            steps = itertools.cycle([make(*cache) for cache in caches])
+            return self._median(lambda: next(steps)())
 
     def _here(self, attention: Attention, dtype: torch.dtype) -> Attention:
         """Return a copy of a variant on this device, untrained."""
@@ -143,6 +153,18 @@ class Measured:
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
         return here
+
+
+def _step_with_a_copy(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
+    """Return a step of attention to keys and values that the cache of a model makes anew for every token."""
+    new = [t[:, :, -1:].contiguous() for t in (query, key, value)]
+    mask, scaling = variant.mask(new[0], key.shape[2] + 1), query.shape[-1] ** -0.5
+
+    def step() -> Tensor:
+        keys, values = torch.cat([key, new[1]], 2), torch.cat([value, new[2]], 2)
+        return variant.attention(new[0], keys, values, mask, scaling)
+
+    return step
 
 
 def _passes(x: Tensor) -> list[Tensor]:

@@ -169,7 +169,7 @@ class _Reckoner:
         return weight_bytes(self.model) - (own if attention == "softmax" else 0)
 
     def _room(self, weights: int, activations: int, cache: int) -> tuple[int, int]:
-        """Return over how many devices a copy is spread, the fewest that hold one text, and how many texts they hold."""
+        """Return over how many devices a copy is spread, as few as hold one text, and how many texts they hold."""
         room = USABLE * self.device.memory
         needed = weights + activations + cache
         devices = max(1, -(-needed // int(room)))

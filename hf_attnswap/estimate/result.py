@@ -87,7 +87,8 @@ class Estimate:
         model, swapped: the model, and what is swapped in it, in words. parameters: of the swapped model.
         device: its name. num_devices: how many there are. device_memory: bytes of each.
         dtype: of weights, gradients and optimiser. length: tokens of a block, a prompt, and a text that is continued.
-        batch_size: blocks per device and step. gradient_checkpointing: whether layers are computed again. tokens: of each stage. price_per_hour: of a device.
+        batch_size: blocks per device and step. gradient_checkpointing: whether layers are computed again.
+        tokens: of each stage. price_per_hour: of a device.
         stages, serving: what is estimated.
     """
 

@@ -15,14 +15,14 @@ from hf_attnswap.sources.plans import write_plan
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder of a config of 0.5B parameters, without weights, and a plan for it."""
+    """The folder of a config of 0.4B parameters, without weights, and a plan for it."""
     folder = tmp_path_factory.mktemp("model")
     config = AutoConfig.for_model(
-        "llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=32,
+        "llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
-    (folder / "plan.yaml").write_text("attention: hedgehog+window\nkeep: ['0.1', '3.7']\n")
+    (folder / "plan.yaml").write_text("attention: hedgehog+window\nkeep: ['0.1', '1.7']\n")
     return folder
 
 
@@ -55,7 +55,7 @@ def test_the_command_tells_of_each_stage_and_of_serving(attnswap, folder):
 def test_a_model_of_another_size_than_the_devices(attnswap, folder):
     large = folder / "large"
     large.mkdir()
-    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 16384, "num_hidden_layers": 2}
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 16384}
     (large / "config.json").write_text(json.dumps(config))
     given = ["estimate", large, "--attention", "elu", "--length", 256, "--device", "rtx4090"]
     content = json.loads(attnswap(*given, "--num_devices", 4, "--json").out)
@@ -86,10 +86,10 @@ def test_wrong_use_is_told_in_one_sentence(attnswap, folder, tmp_path):
     other = write_plan(tmp_path / "other.yaml", hf_attnswap.SwapConfig("elu"), tiny())
     hf_attnswap.swap(tiny(), "elu").save_pretrained(tmp_path / "converted")
     for arguments, expected in (
-        ((folder, "--plan", other), "was made for a model whose layers is 3, and that of this LlamaForCausalLM is 4"),
+        ((folder, "--plan", other), "was made for a model whose layers is 3, and that of this LlamaForCausalLM is 2"),
         ((folder, "--attention", "elu", "--device", "h999"), "device 'h999' is not known"),
         ((folder, "--attention", "elu", "--tokens", "lots"), "--tokens is 'lots'; expected a number above 0"),
-        ((folder, "--attention", "elu", "--length", "0"), "'--length': 0 is not in the range x>=1"),
+        ((folder, "--attention", "elu", "--length", "0"), "Invalid value for '--length'"),
         ((folder, "--attention", "elu", "--dtype", "int8", "--device", "h100"), "dtype is 'int8'"),
         ((folder, "--attention", "elu", "--dtype", "float64", "--device", "h100"), "h100 is known for bfloat16"),
         ((folder, "--attention", "elo", "--device", "h100"), "Did you mean 'elu'"),
