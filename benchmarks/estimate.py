@@ -5,11 +5,12 @@ that prediction and measurement share the noise of the machine. Both are seconds
 processes hardly change; memory is that of the process at its peak.
 
     python benchmarks/estimate.py --model_name_or_path SmolLM2.gguf --plan benchmarks/plans/smollm2-135m-quarter.yaml \\
-        --output docs/estimate_measured.json --page docs/estimate.md
+        --output docs/estimate.json --page docs/estimate.md
 """
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import time
@@ -29,6 +30,7 @@ from hf_attnswap.estimate import steps
 from hf_attnswap.estimate.devices import Device, seconds
 from hf_attnswap.estimate.layers import as_softmax, cache_bytes, layers_of
 from hf_attnswap.estimate.measured import Measured
+from hf_attnswap.estimate.trace import Trace
 from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.sources.files import write_whole
 from hf_attnswap.sources.models import load
@@ -37,7 +39,7 @@ from hf_attnswap.tradeoff import share_weights
 from hf_attnswap.training.distill import distillation_loss
 from hf_attnswap.training.teacher import frozen
 
-PREFILL = [(1, 256), (1, 512), (1, 1024), (2, 256), (4, 256)]
+PREFILL = [(1, 128), (1, 256), (1, 512), (2, 256), (4, 128)]
 DECODE = [(1, 256), (1, 1024), (1, 4096), (2, 1024), (4, 1024)]
 DISTILL = [(1, 64), (1, 128), (1, 256), (2, 64), (4, 64)]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
@@ -56,6 +58,14 @@ def cases() -> Iterator[tuple[str, int, int]]:
             yield work, batch, length
 
 
+@functools.cache
+def counted_once(work: str, counted: PreTrainedModel, batch: int, length: int) -> Trace:
+    """Return what the model does, all but its attention; the same in every round."""
+    if work == "distill":
+        return steps.distilling(counted, batch, length).step
+    return steps.reading(counted, batch, 1 if work == "decode" else length)
+
+
 def predicted(work: str, counted: PreTrainedModel, batch: int, length: int, device: Device) -> float:
     """Return the seconds that the estimate gives for one case.
 
@@ -63,6 +73,7 @@ def predicted(work: str, counted: PreTrainedModel, batch: int, length: int, devi
         counted: the model on the meta device.
     """
     layers, dtype = layers_of(counted), torch.float32
+    body = seconds(counted_once(work, counted, batch, length), device, dtype)
 
     def attention(layers, backward=False):
         return sum(
@@ -71,44 +82,46 @@ def predicted(work: str, counted: PreTrainedModel, batch: int, length: int, devi
         )
 
     if work == "prefill":
-        return seconds(steps.reading(counted, batch, length), device, dtype) + attention(layers)
+        return body + attention(layers)
     if work == "decode":
-        body = seconds(steps.reading(counted, batch, 1), device, dtype)
         return body + sum(count * device.step(layer.attention, batch, length, layer.window, dtype)
                           for layer, count in layers)  # fmt: skip
-    step = seconds(steps.distilling(counted, batch, length).step, device, dtype)
-    return step + attention(layers) + attention(layers, backward=True) + attention(as_softmax(layers))
+    return body + attention(layers) + attention(layers, backward=True) + attention(as_softmax(layers))
 
 
 def measured(work: str, model: PreTrainedModel, batch: int, length: int) -> float:
-    """Return the seconds that the model takes; the median of 9 steps of writing, and of 2 of all else."""
+    """Return the seconds that the model takes, after a short call: the median of 7 steps of writing, else of one."""
     tokens = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(length))
+    few = tokens[:, :16]
     if work == "prefill":
 
         @torch.no_grad()
-        def call():
+        def call(text=tokens):
             cache = DynamicCache(config=model.config)
-            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     elif work == "decode":
         cache = filled_cache(model, length)
         if batch > 1:
             cache.batch_repeat_interleave(batch)
-        call = lambda: decode(model, cache, tokens[:, :1], 1)  # noqa: E731
+
+        def call(text=tokens):
+            decode(model, cache, text[:, :1], 1)
+
     else:
         call = distillation(model, tokens)
-    call()
-    return statistics.median(cpu_seconds(call) for _ in range(9 if work == "decode" else 2))
+    call(few)
+    return statistics.median(cpu_seconds(call) for _ in range(7 if work == "decode" else 1))
 
 
-def distillation(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], None]:
-    """Return a step of distillation with all weights, as `training.loop.train` takes it."""
+def distillation(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[..., None]:
+    """Return a step of distillation with all weights, on these tokens or on others, as `training.loop` has it."""
     student, teacher = copy.deepcopy(model), frozen(model)
     student.requires_grad_(True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
 
-    def step() -> None:
-        distillation_loss(student, teacher, tokens).backward()
+    def step(text=tokens) -> None:
+        distillation_loss(student, teacher, text).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -116,7 +129,8 @@ def distillation(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[[], N
     return step
 
 
-def measure(models: dict[str, PreTrainedModel], rounds: int) -> list[Record]:
+def measure(models: dict[str, PreTrainedModel], rounds: int) -> Iterator[list[Record]]:
+    """Yield the figures of all rounds so far, after each."""
     counted = {name: copy.deepcopy(model).to("meta") for name, model in models.items()}
     found: dict[tuple, list[tuple[float, float]]] = {}
     for turn in range(rounds):
@@ -127,6 +141,10 @@ def measure(models: dict[str, PreTrainedModel], rounds: int) -> list[Record]:
                 found.setdefault((work, batch, length, name), []).append(pair)
                 note(f"round {turn + 1}: {work} of {batch} x {length}, {name}: predicted {pair[0]:.3g} s, "
                      f"measured {pair[1]:.3g} s, {pair[0] / pair[1]:.2f}")  # fmt: skip
+        yield figures(found)
+
+
+def figures(found: dict[tuple, list[tuple[float, float]]]) -> list[Record]:
     return [
         {
             "work": work,
@@ -152,7 +170,7 @@ def memory(models: dict[str, PreTrainedModel]) -> list[Record]:
             found.append({"what": f"cache of {length} tokens", "attention": name, "predicted_mib": pair[0] / 2**20,
                           "measured_mib": pair[1] / 2**20})  # fmt: skip
         step = distillation(model, torch.zeros(1, 512, dtype=torch.long))
-        step()  # AdamW makes its tensors
+        step(torch.zeros(1, 16, dtype=torch.long))  # AdamW makes its tensors
         peak = peak_memory_mib(step)
         if peak is not None:
             training = steps.distilling(counted, 1, 512)
@@ -207,14 +225,15 @@ def main(argv: Sequence[str] | None = None) -> Record:
     plan = read_plan(args.plan)
     plan.require(model)
     models = {"softmax": swap(share_weights(model), "softmax"), "plan": swap(share_weights(model), plan.swap)}
-    report = heading(argv, model=named(args.model_name_or_path), plan=named(args.plan), rounds=args.rounds)
+    report = heading(argv, model=named(args.model_name_or_path), plan=named(args.plan))
     report["memory"] = memory(models)
-    report["figures"] = measure(models, args.rounds)
-    write_whole(args.output, (json.dumps(report, indent=1) + "\n").encode())
-    if page is not None:
-        before, _, rest = page.partition(BEGIN)
-        after = rest.partition(END)[2]
-        write_whole(args.page, f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}".encode())
+    for turn, found in enumerate(measure(models, args.rounds), start=1):
+        report |= {"rounds": turn, "figures": found}
+        write_whole(args.output, (json.dumps(report, indent=1) + "\n").encode())
+        if page is not None:
+            before, _, rest = page.partition(BEGIN)
+            after = rest.partition(END)[2]
+            write_whole(args.page, f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}".encode())
     times, sizes = rows_of(report)
     print_table("seconds of CPU time, medians; ratio of prediction to measurement", TIMES, times)
     print_table("memory", SIZES, sizes)
