@@ -131,7 +131,7 @@ def distillation(model: PreTrainedModel, tokens: torch.Tensor) -> Callable[..., 
 
 def measure(models: dict[str, PreTrainedModel], rounds: int) -> Iterator[list[Record]]:
     """Yield the figures of all rounds so far, after each."""
-    counted = {name: copy.deepcopy(model).to("meta") for name, model in models.items()}
+    counted = {name: without_values(model) for name, model in models.items()}
     found: dict[tuple, list[tuple[float, float]]] = {}
     for turn in range(rounds):
         for work, batch, length in cases():
@@ -160,21 +160,26 @@ def figures(found: dict[tuple, list[tuple[float, float]]]) -> list[Record]:
     ]
 
 
+def without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy on the meta device, all of whose weights train: those of a teacher share them, and do not."""
+    return copy.deepcopy(model).to("meta").requires_grad_(True)
+
+
 def memory(models: dict[str, PreTrainedModel]) -> list[Record]:
     """Return the bytes of caches, and the peak of a distillation step, predicted and measured."""
     found = []
     for name, model in models.items():
-        counted = copy.deepcopy(model).to("meta")
-        for length in (256, 1024, 4096):
+        counted = without_values(model)
+        for length in (256, 1024):
             pair = cache_bytes(layers_of(counted), length, torch.float32), cache_nbytes(filled_cache(model, length))
             found.append({"what": f"cache of {length} tokens", "attention": name, "predicted_mib": pair[0] / 2**20,
                           "measured_mib": pair[1] / 2**20})  # fmt: skip
-        step = distillation(model, torch.zeros(1, 512, dtype=torch.long))
+        step = distillation(model, torch.zeros(1, 256, dtype=torch.long))
         step(torch.zeros(1, 16, dtype=torch.long))  # AdamW makes its tensors
         peak = peak_memory_mib(step)
         if peak is not None:
-            training = steps.distilling(counted, 1, 512)
-            found.append({"what": "step of distill, 1 x 512, beside weights and optimiser", "attention": name,
+            training = steps.distilling(counted, 1, 256)
+            found.append({"what": "step of distill, 1 x 256, beside weights and optimiser", "attention": name,
                           "predicted_mib": training.step.peak / 2**20, "measured_mib": peak})  # fmt: skip
     return found
 
@@ -227,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> Record:
     models = {"softmax": swap(share_weights(model), "softmax"), "plan": swap(share_weights(model), plan.swap)}
     report = heading(argv, model=named(args.model_name_or_path), plan=named(args.plan))
     report["memory"] = memory(models)
-    for turn, found in enumerate(measure(models, args.rounds), start=1):
+    for turn, found in enumerate(measure(models, args.rounds), start=1):  # what was cut off has its rounds so far
         report |= {"rounds": turn, "figures": found}
         write_whole(args.output, (json.dumps(report, indent=1) + "\n").encode())
         if page is not None:

@@ -14,6 +14,7 @@ from ..attentions import Attention
 from ..integration import attention as calling
 from ..integration import observing
 from ..integration.swapping import swapped_modules
+from ..masks import Mask
 
 
 class _Shapes(torch.autograd.Function):
@@ -38,13 +39,21 @@ def standing_in(model: nn.Module) -> Iterator[None]:
     branches = [variant.linear_branch for variant in variants]
     softmaxes = [calling._SOFTMAX, observing.SOFTMAX]
     standing = [one for one in (*variants, *branches, *softmaxes) if one is not None]
+    read_mask = calling.read_mask
     for one in standing:
         one.forward = _instead_of(one)
+    calling.read_mask = _whole_texts
     try:
         yield
     finally:
+        calling.read_mask = read_mask
         for one in standing:
             one.__dict__.pop("forward", None)
+
+
+def _whole_texts(module, attention, query, key, attention_mask, layer, kwargs) -> Mask:
+    """Return the mask of texts without padding: on the meta device, that of a call has no values to be read."""
+    return Mask(query.shape[2], key.shape[2], causal=attention.kind == "causal")
 
 
 def _instead_of(attention: Attention):
