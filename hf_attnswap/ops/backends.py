@@ -7,6 +7,7 @@ A form is a file in the folder of its op, named after its backend. A form has
     dtypes = (torch.float32,)   optional: the dtypes that the first argument may have; all of them by default
     unfit(*arguments)           optional: why the form cannot serve this call, in words, or None
     available()                 optional: why the form cannot run on this machine, in words, or None; called on import
+    only_forced = True          optional: the form computes nothing, and runs only where it is forced
 
 Native forms are tried first, then `torch`, then `reference`. An op without a form for a backend, or without one for
 the device of the call, says nothing. A form that cannot run on this machine is named once at WARNING, with the one
@@ -62,7 +63,8 @@ class Form:
         backend: name of the backend and of the file, such as "torch".
         missing: why the form cannot run on this machine, in words (a module that is not installed, or what `available`
             returned); None where the form can run.
-        run, devices, dtypes, unfit: as the file defines them (see the top of this file); None where it does not.
+        run, devices, dtypes, unfit, only_forced: as the file defines them (see the top of this file); None where it does
+            not.
 
     Raises:
         TypeError: the file has no function `run`.
@@ -82,6 +84,7 @@ class Form:
         self.devices = getattr(module, "devices", None)
         self.dtypes = getattr(module, "dtypes", None)
         self.unfit = getattr(module, "unfit", None)
+        self.only_forced = getattr(module, "only_forced", None)
         if module is not None and self.run is None:
             raise TypeError(f"{module.__file__} has no function run, which makes it a form of an op")
         if hasattr(module, "available"):
