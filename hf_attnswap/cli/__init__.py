@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import UsageError, one_line_errors
-from . import bench, diagnose, doctor, evaluate, models, plan, publish, report, tradeoff, variants
+from . import bench, diagnose, doctor, evaluate, export, models, plan, publish, report, tradeoff, variants
 
 app = typer.Typer(
     add_completion=False,
@@ -28,6 +28,7 @@ app.command()(plan.plan)
 app.command()(bench.bench)
 app.command()(tradeoff.tradeoff)
 app.command()(report.report)
+app.command()(export.export)
 app.command()(publish.card)
 app.command()(publish.push)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(publish.run)

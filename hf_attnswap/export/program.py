@@ -1,6 +1,6 @@
 """A converted model as a function of plain tensors: tokens and what is remembered go in, logits and the same come out."""
 
-import inspect
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -10,11 +10,9 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import UsageError
 from ..integration.cache import StateLayer
-from ..integration.swapping import swapped_modules
-from ..ops import backends
+from ..integration.finding import inspect
+from ..ops.nodes import making_graph
 
-# The forms that make programs of ONNX; `torch` serves every other op.
-FORMS = "torch," + ",".join(f"{op}=onnx" for op in ("linear", "window", "hybrid", "softmax", "gated", "delta", "gated_delta"))
 POSITION, MASK = "position", "mask"
 # A state of this name is the position of the text in every layer.
 COUNT = "count"
@@ -67,11 +65,11 @@ class Program(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.accepts = inspect.signature(model.forward).parameters
+        self.accepts = signature(model.forward).parameters
         _require_exportable(model, self.accepts)
         self.remembered: list[Remembered] = []
         self.layers: list[tuple[type, list[str]]] = []
-        with backends.backend(FORMS):
+        with making_graph():
             short, long = (self._probe(length) for length in (2, 3))
         self.outputs = [name for name, t in short.items() if torch.is_tensor(t)]
         if "past_key_values" in short:
@@ -99,7 +97,9 @@ class Program(nn.Module):
                 if not name.endswith(COUNT):
                     self.remembered.append(Remembered(f"{index}.{name}", t.dtype, shape))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         if not self.remembered:
             found = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return [found[name] for name in self.outputs], []
@@ -145,10 +145,9 @@ def _require_exportable(model: PreTrainedModel, accepts) -> None:
         raise UsageError(f"a {name} cannot be exported: it {what}; decoders and encoders of tokens can")
     if "past_key_values" in accepts and "position_ids" not in accepts:
         raise UsageError(f"a {name} cannot be exported: it takes no position_ids, which the graph counts for each text")
-    for path in swapped_modules(model):
-        window = getattr(model.get_submodule(path), "sliding_window", None)
-        if window is not None:
-            raise UsageError(f"a {name} cannot be exported: {path} has a sliding window of {window} tokens")
+    for entry in inspect(model):
+        if entry.reach.tokens is not None:
+            raise UsageError(f"a {name} cannot be exported: {entry.name} sees {entry.reach} alone")
 
 
 def _keys_and_values(keys: Tensor, values: Tensor) -> DynamicLayer:

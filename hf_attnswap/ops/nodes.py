@@ -3,10 +3,34 @@
 Where torch itself runs such a program, the node gives zeros of the right shape.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from . import backends
+
 DOMAIN = "hf_attnswap"  # of the functions that a graph brings
+_here = threading.local()
+
+
+@contextmanager
+def making_graph() -> Iterator[None]:
+    """Let every op of this thread write its nodes while the context is open: by `onnx`, and by `torch` without it."""
+    forms = ["torch", *(f"{name}=onnx" for name, op in backends.OPS.items() if "onnx" in op.forms)]
+    _here.graph = True
+    try:
+        with backends.backend(",".join(forms)):
+            yield
+    finally:
+        del _here.graph
+
+
+def unfit(*arguments) -> str | None:
+    """Return why a form that writes nodes cannot serve a call, in words: it would be zeros. None inside `making_graph`."""
+    return None if hasattr(_here, "graph") else "no graph of ONNX is made of it"
 
 
 def linear_attention(

@@ -1,8 +1,6 @@
 """Write the delta rule as the node LinearAttention of ONNX, which onnxruntime computes."""
 
-from ..nodes import linear_attention
-
-only_forced = True
+from ..nodes import linear_attention, unfit  # noqa: F401
 
 
 def run(query, key, value, beta, state, chunk):

@@ -2,10 +2,8 @@
 
 import torch.nn.functional as F
 
-from ..nodes import linear_attention
+from ..nodes import linear_attention, unfit  # noqa: F401
 from ..states import divided
-
-only_forced = True
 
 
 def run(query, key, value, log_gate, state, eps, chunk):

@@ -1,8 +1,6 @@
 """Write the gated delta rule as the node LinearAttention of ONNX, which onnxruntime computes."""
 
-from ..nodes import linear_attention
-
-only_forced = True
+from ..nodes import linear_attention, unfit  # noqa: F401
 
 
 def run(query, key, value, beta, log_gate, state, chunk):

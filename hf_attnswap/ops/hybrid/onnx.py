@@ -4,12 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from ..banded import banded_softmax, empty_state
-from ..nodes import linear_attention
+from ..nodes import linear_attention, unfit  # noqa: F401
 from ..sliding import HybridState
 from .reference import log_scale
 from .torch import _joined
-
-only_forced = True
 
 
 def run(

@@ -3,12 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from ..nodes import linear_attention
+from ..nodes import linear_attention, unfit  # noqa: F401
 from ..states import divided
 from . import torch as portable
 from ._features import mapped, scaled
-
-only_forced = True
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay):

@@ -4,8 +4,6 @@ import torch
 
 from ..heads import mix, scores
 
-only_forced = True
-
 
 def unfit(query, key, value, mask, scaling, dropout):
     """Return why this form cannot serve a call with dropout, in words; None for all other calls."""

@@ -1,8 +1,7 @@
 """Write window attention as a call of the function BandedSoftmax of an ONNX graph."""
 
 from ..banded import banded_softmax
-
-only_forced = True
+from ..nodes import unfit  # noqa: F401
 
 
 def run(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
