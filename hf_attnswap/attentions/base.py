@@ -112,6 +112,7 @@ class Attention(nn.Module):
         kinds: the kinds of attention that the variant can stand in for, of `KINDS`.
         kind, place: of the module on which the variant stands: one of `KINDS`, and its layer in words.
         described: the variant on a module with its options, in words.
+        reach: how many of the last tokens that module sees at most; None for all.
         ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where the fast form is one call of torch.
         slides: honours the sliding window that a layer of a model may have; any mask has it already.
         unrotate: sees query and key without their rotation by position, which `Mask.rotation` then tells it.
@@ -139,6 +140,7 @@ class Attention(nn.Module):
     kind: str = "causal"
     place: str = "attention"
     described: str = ""
+    reach: int | None = None
     _answer: "Answer | None" = None
 
     def __init__(self, heads: Heads, **options: Any):

@@ -82,7 +82,8 @@ def attnswap_attention(
         )
     if layer is not None and uses_keys_of_another(module):
         layer.update(key, value)  # which the module leaves out
-    _check_window(where, attention, sliding_window(module, kwargs), key.shape[2] if layer is None else layer.seen)
+    window = sliding_window(module, attention, kwargs)
+    _check_window(where, attention, window, key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key, value)
     device = query.device.type
     precision = contextlib.nullcontext()
