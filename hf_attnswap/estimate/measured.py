@@ -70,7 +70,7 @@ class Measured:
             both = self._once((signature(attention), measured, forward_backward), dtype,
                               partial(self._attention, attention))  # fmt: skip
             taken = max(both - alone, alone)
-        done, asked = (attention.operations(n, n, window) for n in (measured, length))
+        done, asked = attention.operations(measured, measured), attention.operations(length, length, window)
         return taken * batch * (asked / done if done else length / measured)
 
     def step(self, attention, batch, length, window, dtype):
