@@ -9,6 +9,7 @@ scaled: the features are then sharp enough to train.
 import torch
 from torch import Tensor, nn
 
+from ..ops.programs import sizes_are_open
 from ..ops.spec import FeatureMap
 from .linear import LinearAttention
 from .registry import register
@@ -34,7 +35,7 @@ class HedgehogMap(nn.Module):
 def hedgehog_mixed(x: Tensor, delta: Tensor) -> Tensor:
     """Return Wx, `[B, heads, t, D]`, with W = 1 + `delta`, `[heads, D, D]`."""
     delta = delta.to(x.dtype)
-    if x.shape[2] < x.shape[3]:  # the smaller of the two additions
+    if not sizes_are_open(x) and x.shape[2] < x.shape[3]:  # the smaller of the two additions
         return x + x @ delta
     return x @ (delta + torch.eye(x.shape[3], dtype=x.dtype, device=x.device))
 

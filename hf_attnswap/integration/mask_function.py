@@ -84,18 +84,19 @@ def attnswap_mask(
         if attention_mask is not None:
             skip = skip and not values_are_hidden() and valid.all()
         return None if skip else valid.expand(-1, -1, q_length, -1)
-    grows = isinstance(q_offset, int) and kv_length + kv_offset == q_offset + q_length
+    grows = isinstance(q_offset, int | torch.SymInt) and kv_length + kv_offset == q_offset + q_length
     if not kwargs.get("allow_is_causal_skip", True) and mask_function is causal_mask_function:
         grows = False  # the model wants a matrix, to add to it
     if grows and mask_function is causal_mask_function:
+        if attention_mask is not None and values_are_hidden():
+            return attention_mask[:, columns].bool()  # a program sees no entries, so it keeps the mask
         whole = q_length in (1, kv_length) and saved.get("kept") != "eager"
         if attention_mask is None:
             if whole:
                 return None
             return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
         valid = attention_mask[:, columns].bool()
-        # torch.compile sees no entries, so it keeps the mask.
-        return None if whole and not values_are_hidden() and valid.all() else valid
+        return None if whole and valid.all() else valid
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
     def rows(start: int, stop: int) -> Tensor:

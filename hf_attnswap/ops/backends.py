@@ -8,7 +8,8 @@ A form is a file in the folder of its op, named after its backend. A form has
     unfit(*arguments)           optional: why the form cannot serve this call, in words, or None
     available()                 optional: why the form cannot run on this machine, in words, or None; called on import
 
-Native forms are tried first, then `torch`, then `reference`. An op without a form for a backend, or without one for
+Native forms are tried first, then `torch`, then `reference`; forms named `onnx` write nodes of a graph and run only
+where they are forced, by an export. An op without a form for a backend, or without one for
 the device of the call, says nothing. A form that cannot run on this machine is named once at WARNING, with the one
 that runs in its place; a form that is passed over for another reason is logged once at INFO.
 HF_ATTNSWAP_BACKEND, read when the first op is called, forces a backend: `torch` for all ops that have such a form,
@@ -36,6 +37,8 @@ OPS: dict[str, "Op"] = {}
 
 # After every native backend.
 _PORTABLE = ("torch", "reference")
+# Only where it is forced.
+_OF_GRAPHS = "onnx"
 _ALL = "all ops"
 
 _logged: set[tuple[str, ...]] = set()
@@ -160,7 +163,7 @@ class Op:
         device = arguments[0].device.type
         wanting = None  # made for this device, and cannot run on this machine
         for form in self.forms.values():
-            if not form.runs_on(device):
+            if form.backend == _OF_GRAPHS or not form.runs_on(device):
                 continue
             reason = form.refusal(arguments)
             if reason is None:
@@ -237,7 +240,8 @@ def backends_of(op: str) -> list[str]:
         UsageError: HF_ATTNSWAP_BACKEND names an op or a backend that does not exist.
     """
     first = _forced().get(op) or _forced().get(_ALL)
-    return sorted(OPS[op].forms, key=lambda backend: backend != first)
+    there = (backend for backend in OPS[op].forms if backend != _OF_GRAPHS or backend == first)
+    return sorted(there, key=lambda backend: backend != first)
 
 
 def on_machine(op: str, device: str) -> list[dict[str, str | None]]:

@@ -1,0 +1,1 @@
+"""Write converted models for programs that run without Python: `attnswap export`."""
