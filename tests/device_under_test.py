@@ -14,6 +14,8 @@ FILES = (
     "attentions/", "masks/", "ops/", "integration/test_models.py", "integration/test_generation.py",
     "integration/test_kinds.py",
 )  # fmt: skip
+# Of these, what is about the forms that there are for the CPU.
+OF_THE_CPU = ("ops/test_backends.py",)
 TESTS = str(Path(__file__).parent)
 
 

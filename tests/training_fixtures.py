@@ -1,6 +1,7 @@
 """Fixtures: a tiny checkpoint with a tokenizer, a text, and programs in this process or as processes."""
 
 import importlib
+import multiprocessing
 import os
 import string
 import subprocess
@@ -125,6 +126,19 @@ def process():
         )
 
     return start
+
+
+def forked(run, *calls, timeout=300):
+    """Call `run` with each of these arguments, each in a process that has what the tests have imported; exit codes."""
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=run, args=arguments) for arguments in calls]
+    for child in started:
+        child.start()
+    for child in started:
+        child.join(timeout)
+        child.kill()
+        child.join()
+    return [child.exitcode for child in started]
 
 
 def finish(started, code=0):

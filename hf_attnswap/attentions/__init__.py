@@ -1,4 +1,4 @@
-"""Define every variant of attention, one per file. CONTRIBUTING.md says how to add one."""
+"""Define every variant of attention, one per file. docs/guide/add_a_variant.md says how to add one."""
 
 from ..ops.spec import Activation, FeatureMap, by_count, by_total
 from .base import Attention, Heads, Option

@@ -112,6 +112,7 @@ class Attention(nn.Module):
         kinds: the kinds of attention that the variant can stand in for, of `KINDS`.
         kind, place: of the module on which the variant stands: one of `KINDS`, and its layer in words.
         described: the variant on a module with its options, in words.
+        reach: how many of the last tokens that module sees at most; None for all.
         ops: the ops of `hf_attnswap.ops` that its fast form is made of; none where the fast form is one call of torch.
         slides: honours the sliding window that a layer of a model may have; any mask has it already.
         unrotate: sees query and key without their rotation by position, which `Mask.rotation` then tells it.
@@ -139,6 +140,7 @@ class Attention(nn.Module):
     kind: str = "causal"
     place: str = "attention"
     described: str = ""
+    reach: int | None = None
     _answer: "Answer | None" = None
 
     def __init__(self, heads: Heads, **options: Any):
@@ -229,6 +231,17 @@ class Attention(nn.Module):
             `[B, H, T, Dv]` in the query's dtype.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def operations(self, rows: int, keys: int, window: int | None = None) -> float:
+        """Return the floating-point operations of the matrix products for one text, two for a multiplication and a sum.
+
+        What a form computes in vain, such as the scores of keys that a row does not see, is not counted.
+
+        Args:
+            rows: new tokens, the last of `keys`. keys: all tokens of the text.
+            window: the sliding window of the layer; None where it has none.
+        """
+        raise NotImplementedError(f"{self.name} does not say what it costs: its class has no operations")
 
     @contextmanager
     def answered_by(self, answer: "Answer") -> Iterator[None]:

@@ -68,6 +68,13 @@ class Delta(Attention):
             taken.append(w)
         return torch.cat(taken[::-1], dim=-1)
 
+    def operations(self, rows, keys, window=None):
+        """Return the operations of the gates, of reading and overwriting a key's value, and of the queries."""
+        heads = self.heads
+        gates = 2.0 * rows * heads.num_key_value_heads * heads.head_dim
+        per_state = 2 * heads.num_key_value_heads + heads.num_attention_heads
+        return gates + 2.0 * rows * per_state * heads.head_dim * heads.value_dim
+
     def forward(self, query, key, value, mask, scaling, state=None):
         given, dtype, valid = query.dtype, compute_dtype(query.dtype), mask.new_tokens()
         query, key = unrotated(self, query, key, mask)

@@ -79,6 +79,11 @@ class Gated(Attention):
         kernel = (scores(self.feature_map(query), self.feature_map(key)) * decay).masked_fill(~allowed, 0)
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
 
+    def operations(self, rows, keys, window=None):
+        heads, sums = self.heads, self.heads.value_dim + 1
+        gates = 2.0 * rows * heads.num_key_value_heads * heads.head_dim
+        return gates + 2.0 * rows * (heads.num_attention_heads + heads.num_key_value_heads) * heads.head_dim * sums
+
     def forward(self, query, key, value, mask, scaling, state=None):
         given, dtype, valid = query.dtype, compute_dtype(query.dtype), mask.new_tokens()
         query, key = unrotated(self, query, key, mask)

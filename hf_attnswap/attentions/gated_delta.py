@@ -33,6 +33,10 @@ class GatedDelta(Delta):
         """Return the log of what each token leaves of the state, `[B, Hkv, T]`, from its key `[B, Hkv, T, D]`."""
         return log_of_gate(self.fade(key))
 
+    def operations(self, rows, keys, window=None):
+        fade = 2.0 * rows * self.heads.num_key_value_heads * self.heads.head_dim
+        return fade + super().operations(rows, keys, window)
+
     def forward(self, query, key, value, mask, scaling, state=None):
         given, dtype, valid = query.dtype, compute_dtype(query.dtype), mask.new_tokens()
         query, key = unrotated(self, query, key, mask)

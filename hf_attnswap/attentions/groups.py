@@ -99,6 +99,9 @@ class Groups(Attention):
             own = (self._take(t, groups) for t in (query, key, value))
             part.calibrate(*own, self._mask_of(mask, groups), scaling)
 
+    def operations(self, rows, keys, window=None):
+        return sum(part.operations(rows, keys, window) for part in self.parts)
+
     def forward(self, query, key, value, mask, scaling, state=None):
         outs = []
         for number, (part, groups) in enumerate(self.each()):

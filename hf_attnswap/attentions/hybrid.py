@@ -15,6 +15,7 @@ from ..ops.hybrid import hybrid_attention
 from ..ops.hybrid.reference import hybrid_weights, log_terms
 from ..ops.sliding import HybridState
 from .base import Attention
+from .counting import pairs
 from .linear import LinearAttention
 from .registry import derive
 from .window import SINKS, WINDOW, read_state
@@ -85,6 +86,11 @@ class Hybrid(Attention):
         # A head with nothing outside the window tells nothing.
         seen = (softmax > 0) & (linear > 0)
         self.log_mix += torch.where(seen, softmax / linear, 1).log().to(self.log_mix.dtype)
+
+    def operations(self, rows, keys, window=None):
+        near = pairs(rows, keys, window=min(self.window + self.sinks, window or keys))
+        of_window = 2 * near * self.heads.num_attention_heads * (self.heads.head_dim + self.heads.value_dim)
+        return of_window + self.linear.operations(rows, keys, window)
 
     def forward(self, query, key, value, mask, scaling, state=None):
         if mask.window is not None:

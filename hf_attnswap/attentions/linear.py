@@ -11,6 +11,7 @@ from ..ops.heads import in_dtype, scores
 from ..ops.linear import causal_linear, full_linear
 from ..ops.spec import FeatureMap
 from .base import Attention, Option
+from .counting import of_map, pairs
 from .within import within_window
 
 UNROTATE = Option(
@@ -121,6 +122,24 @@ class LinearAttention(Attention):
         if self.divide_by_count:
             return kernel / allowed.sum(-1, keepdim=True).clamp(min=1)
         return kernel / (kernel.sum(-1, keepdim=True) + self.eps)
+
+    def operations(self, rows, keys, window=None):
+        """Return the operations of the maps, and of the products of features and values.
+
+        Each text has a state per key/value head, to which its keys are added, and from which its queries read; in a
+        layer with a sliding window the weights are computed one by one.
+        """
+        heads, map_of_queries, map_of_keys = self.heads, self.feature_map_of_queries(), self.feature_map_of_keys()
+        device = next((t.device for t in map_of_queries.tensors.values()), torch.device("cpu"))
+        query = torch.zeros(1, heads.num_attention_heads, 1, heads.head_dim, device=device)
+        query, key = self.prepare(query, query[:, : heads.num_key_value_heads], Mask(1, 1), None)
+        (features, of_queries), (_, of_keys) = of_map(map_of_queries, query), of_map(map_of_keys, key)
+        maps = of_queries * rows + of_keys * (rows if window is None or self.kind != "causal" else keys)
+        if window is not None and window < keys and self.kind == "causal":
+            seen = pairs(rows, keys, window=window)
+            return maps + 2 * seen * heads.num_attention_heads * (features + heads.value_dim)
+        sums = heads.value_dim + (0 if self.divide_by_count else 1)
+        return maps + 2.0 * rows * (heads.num_attention_heads + heads.num_key_value_heads) * features * sums
 
     def prepare(self, query: Tensor, key: Tensor, mask: Mask, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Return query and key as the maps take them, for variants whose maps need more than each token by itself."""

@@ -6,6 +6,7 @@ from ..ops.scores import score_attention
 from ..ops.scores.reference import score_weights, with_gain
 from ..ops.spec import Activation
 from .base import Attention
+from .counting import pairs
 
 
 class ScoreAttention(Attention):
@@ -33,6 +34,10 @@ class ScoreAttention(Attention):
 
     def reference(self, query, key, value, mask, scaling):
         return with_gain(super().reference(query, key, value, mask, scaling), self.head_gain())
+
+    def operations(self, rows, keys, window=None):
+        seen = pairs(rows, keys, self.kind == "causal", window)
+        return 2 * seen * self.heads.num_attention_heads * (self.heads.head_dim + self.heads.value_dim)
 
     def forward(self, query, key, value, mask, scaling, state=None):
         return score_attention(query, key, value, mask, scaling, self.activation(), gain=self.head_gain())

@@ -7,6 +7,7 @@ from ..ops.sliding import WindowState
 from ..ops.window import window_attention
 from ..ops.window.reference import window_weights
 from .base import Attention, Option
+from .counting import pairs
 from .registry import register
 
 WINDOW = Option(64, "most recent keys attended to, the token itself included", minimum=1)
@@ -41,6 +42,10 @@ class Window(Attention):
 
     def weights(self, query, key, mask, scaling):
         return window_weights(query, key, mask, scaling, self.window, self.sinks)
+
+    def operations(self, rows, keys, window=None):
+        seen = pairs(rows, keys, window=min(self.window + self.sinks, window or keys))
+        return 2 * seen * self.heads.num_attention_heads * (self.heads.head_dim + self.heads.value_dim)
 
     def forward(self, query, key, value, mask, scaling, state=None):
         window, sinks, reach = self.window, self.sinks, mask.window

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from ..errors import UsageError, one_line_errors
-from . import bench, diagnose, doctor, evaluate, export, models, plan, publish, report, tradeoff, variants
+from . import bench, diagnose, doctor, estimate, evaluate, export, models, plan, publish, report, tradeoff, variants
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +25,7 @@ app.command()(models.convert)
 app.command()(evaluate.evaluate)
 app.command()(diagnose.diagnose)
 app.command()(plan.plan)
+app.command()(estimate.estimate)
 app.command()(bench.bench)
 app.command()(tradeoff.tradeoff)
 app.command()(report.report)

@@ -19,6 +19,7 @@ from .options import (
     Revision,
     TrustRemoteCode,
     show,
+    swap_asked,
 )
 
 
@@ -66,32 +67,16 @@ def convert(
 
     Example: attnswap convert HuggingFaceTB/SmolLM2-135M --attention relu_power --option p=16 --output_dir relu16
     """
-    from ..config import SwapConfig, layers_of, parse_options, places_of
-    from ..errors import UsageError
     from ..integration.swapping import describe, swap
     from ..sources.files import require_empty, whole_folder
     from ..sources.models import load_any
-    from ..sources.plans import read_plan
 
     require_empty(output_dir)
-    given = {"--attention": attention, "--layers": layers, "--keep": keep, "--kind": kind, "--option": option}
-    if plan is not None:
-        told = [name for name, value in given.items() if value]
-        if told:
-            raise UsageError(f"--plan says all of the swap: leave out {' and '.join(told)}")
-        read = read_plan(plan)
-    else:
-        config = SwapConfig(
-            SwapConfig.attention if attention is None else attention, layers_of(layers), parse_options(option or []),
-            kind or SwapConfig.kinds, places_of(keep),
-        )  # fmt: skip
+    asked = swap_asked(plan, attention, layers, keep, kind, option)
     loaded, processor = load_any(
         model, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
-    if plan is not None:
-        read.require(loaded)
-        config = read.swap
-    swap(loaded, config)
+    swap(loaded, asked(loaded))
     with whole_folder(output_dir) as folder:
         loaded.save_pretrained(folder, portable=portable)
         if processor is not None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..config import SwapConfig
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a Hub id, a folder, or a .gguf file")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -42,6 +47,43 @@ ValidationFile = Annotated[
 DatasetName = Annotated[str | None, typer.Option("--dataset_name", help="a dataset of the Hub, in place of files")]
 DatasetConfig = Annotated[str | None, typer.Option("--dataset_config_name", help="its configuration")]
 TextColumn = Annotated[str, typer.Option("--text_column", help="the column that holds the text")]
+
+
+def swap_asked(
+    plan: Path | None,
+    attention: str | None,
+    layers: str | None,
+    keep: str | None,
+    kind: list[str] | None,
+    option: list[str] | None,
+) -> "Callable[[PreTrainedModel], SwapConfig]":
+    """Return what the options of a command say of the swap, as a function of the model that is to be swapped.
+
+    The function raises UsageError where a plan was made for another model.
+
+    Raises:
+        UsageError: a plan together with the other options, or a value that is none.
+    """
+    from ..config import SwapConfig, layers_of, parse_options, places_of
+    from ..sources.plans import read_plan
+
+    if plan is None:
+        config = SwapConfig(
+            SwapConfig.attention if attention is None else attention, layers_of(layers), parse_options(option or []),
+            kind or SwapConfig.kinds, places_of(keep),
+        )  # fmt: skip
+        return lambda model: config
+    given = {"--attention": attention, "--layers": layers, "--keep": keep, "--kind": kind, "--option": option}
+    told = [name for name, value in given.items() if value]
+    if told:
+        raise UsageError(f"--plan says all of the swap: leave out {' and '.join(told)}")
+    read = read_plan(plan)
+
+    def of_plan(model: "PreTrainedModel") -> "SwapConfig":
+        read.require(model)
+        return read.swap
+
+    return of_plan
 
 
 def show(as_json: bool, content: Any, *renderables: Any) -> None:

@@ -146,8 +146,9 @@ def tradeoff(
             observe=bar,
         )
         written = report.write_all(measured, output_dir)
-    show(as_json, report.to_json(measured), report.show(measured, output_dir / "report.html"))
     print("\n".join(str(path) for path in written), file=sys.stderr)
+    # Last, so that the verdict, and where the page is, stand where a person looks.
+    show(as_json, report.to_json(measured), report.show(measured, output_dir / "report.html"))
 
 
 def _without_folders(argument: str) -> str:

@@ -14,6 +14,9 @@ from ..integration.objectives import input_device
 from ..sources.blocks import cut
 from ..statistics import Estimate, paired_bootstrap
 
+# The logits of one pass on a GPU: a GiB in float32.
+LOGITS_AT_ONCE = 1 << 28
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -70,7 +73,7 @@ def perplexity(
     tokens: Tensor,
     context: int,
     max_blocks: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     start: Sequence[int] = (),
 ) -> Perplexity:
@@ -82,7 +85,7 @@ def perplexity(
         tokens: int64, any shape; read as one stream.
         context: tokens per block, those of `start` included.
         max_blocks: how many blocks are used, from the first on; None for all.
-        batch_size: blocks per forward pass.
+        batch_size: blocks per forward pass; as many as suit the device by default.
         progress: called with the number of blocks read since the last call.
         start: what begins every block and is not predicted (`sources.blocks.start_tokens`); where it is empty, the
             first token of each block is not predicted.
@@ -102,14 +105,14 @@ def perplexity(
 
 @torch.no_grad()
 def block_perplexity(
-    model: nn.Module, blocks: Tensor, given: int = 1, batch_size: int = 1, progress: Progress | None = None
+    model: nn.Module, blocks: Tensor, given: int = 1, batch_size: int | None = None, progress: Progress | None = None
 ) -> Perplexity:
     """Measure the perplexity of `model` on blocks of tokens, as `perplexity` does.
 
     Args:
         blocks: int64 `[N, context]`.
         given: tokens at the start of each block that are not predicted.
-        batch_size: blocks per forward pass.
+        batch_size: blocks per forward pass; as many as suit the device by default.
         progress: called with the number of blocks read since the last call.
     """
     context, means = blocks.shape[1], []
@@ -133,7 +136,7 @@ def sliding_perplexity(
     context: int,
     stride: int,
     max_windows: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     start: Sequence[int] = (),
 ) -> Perplexity:
@@ -147,7 +150,7 @@ def sliding_perplexity(
         tokens: int64, any shape; read as one stream.
         context: tokens per window, those of `start` included.
         max_windows: how many windows are used, from the first on; None for all.
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; as many as suit the device by default.
         progress: called with the number of windows read since the last call.
         start: what begins every window and is not predicted, as in `perplexity`.
 
@@ -170,10 +173,13 @@ def sliding_perplexity(
     return Perplexity(context, tuple(means), stride, given=given)
 
 
-def _token_nll(model, blocks: Tensor, predicted: int, batch_size: int, progress) -> Iterator[Tensor]:
+def _token_nll(model, blocks: Tensor, predicted: int, batch_size: int | None, progress) -> Iterator[Tensor]:
     """Yield the nll of the last `predicted` tokens of each block, float32 `[b, predicted]`, batch by batch."""
     device = input_device(model)
-    for batch in blocks.split(batch_size):
+    if batch_size is None and device.type != "cpu":  # which one short block leaves idle
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        batch_size = max(1, LOGITS_AT_ONCE // (blocks.shape[1] * vocabulary))
+    for batch in blocks.split(batch_size or 1):
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits[:, -predicted - 1 : -1]
         # Row by row: log_softmax of all at once would hold the vocabulary twice for each.

@@ -82,11 +82,12 @@ def attnswap_attention(
         )
     if layer is not None and uses_keys_of_another(module):
         layer.update(key, value)  # which the module leaves out
-    _check_window(where, attention, sliding_window(module, kwargs), key.shape[2] if layer is None else layer.seen)
+    window = sliding_window(module, attention, kwargs)
+    _check_window(where, attention, window, key.shape[2] if layer is None else layer.seen)
     _check_heads(where, attention, query, key, value)
     device = query.device.type
     precision = contextlib.nullcontext()
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # Models leave the three in different dtypes there; inside, each op chooses its own precision.
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
         precision = torch.autocast(device, enabled=False)

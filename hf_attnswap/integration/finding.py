@@ -70,7 +70,7 @@ def inspect(model: PreTrainedModel) -> list[AttentionModule]:
             part=part,
             swapped=getattr(getattr(module, NAME, None), "name", None),
             reason=reason,
-            reach=reach_of(module, kind),
+            reach=reach_of(module, kind, model.config),
             module=module,
         )
         for (name, module, part, kind, reason), index in zip(entries, indices, strict=True)

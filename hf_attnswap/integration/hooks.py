@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..attentions import Attention
 from ..config import ARCHITECTURE, GUARD, NAME, known_architectures
+from ..errors import UsageError
 from . import adapters, cache, loading
 from .attention import attnswap_attention
 from .late import when_imported
 from .mask_function import attnswap_mask
+from .swapping import swapped_modules
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ def patches(save_pretrained: Wrapper, push_to_hub: Wrapper) -> list[Patch]:
         Patch(PreTrainedConfig, "_dict_from_json_file", _read_architectures, "which are read as transformers' classes"),
         Patch(PreTrainedConfig, "_attn_implementation", _keep_variants, "programs set eager where they want weights"),
         Patch(cache_utils, "get_layer_types_and_kwargs", cache.with_state_layers, "caches begin with state layers"),
+        Patch(ContinuousMixin, "init_continuous_batching", _no_pages, "swapped layers take no paged cache"),
         Patch(model, "load_adapter", adapters.one_set_of_variants, "two adapters share the variants of their model"),
         Patch(model, "save_pretrained", _save_the_plan, "the files say what is swapped, those of an adapter as well"),
         Patch(model, "save_pretrained", save_pretrained, "the argument portable=True"),
@@ -178,6 +182,19 @@ def _read_architectures(original):
         return read
 
     return classmethod(dict_from_json_file)
+
+
+def _no_pages(original):
+    @functools.wraps(original)
+    def init_continuous_batching(self, *args, **kwargs):
+        if swapped_modules(self):
+            raise UsageError(
+                "continuous batching keeps keys and values in pages, which swapped layers do not read: call generate "
+                "on the padded prompts in place of generate_batch"
+            )
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
 
 
 def _keep_variants(original: property) -> property:

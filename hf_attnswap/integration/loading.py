@@ -58,7 +58,7 @@ def build_variants(model: PreTrainedModel) -> None:
                 if entry.reason:
                     raise UsageError(f"config.json says that {entry.name} is swapped, but {entry.reason}")
                 variants[id(entry.module)] = build_variant(model, entry, group[1], plan[index])
-                attach(entry.module, variants[id(entry.module)], group[1], index)
+                attach(entry, variants[id(entry.module)])
     check_shared_keys(modules, variants)
     mark_swapped(model, saved, modules)
 

@@ -17,7 +17,7 @@ from ..attentions import Attention
 from ..errors import UsageError
 from ..plans import Plan, choices
 from .read_mask import ANY_MASK
-from .sources import mentions
+from .sources import makes_one_mask, mentions
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +39,21 @@ class Reach(NamedTuple):
         return f"its chunk of {self.attention_chunk_size} tokens" if self.attention_chunk_size else "all"
 
 
-def reach_of(module: nn.Module, kind: str) -> Reach:
-    """Return how far a module sees, by its config and its attributes; cross-attention sees all."""
+def reach_of(module: nn.Module, kind: str, whole: PreTrainedConfig) -> Reach:
+    """Return how far a module sees, by its config and its attributes; cross-attention sees all.
+
+    Args:
+        whole: the config of the model that the module belongs to.
+    """
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     if kind == "cross" or not isinstance(config, PreTrainedConfig):
         return Reach()
     of_config = _size(config, "sliding_window")
     own = _size(module, "sliding_window") if hasattr(module, "sliding_window") else of_config
+    if makes_one_mask(type(module)):
+        # Blt hands the masks of its encoder to its decoder, whose config does not know of them.
+        decodes = config.model_type == "blt_local_decoder"
+        return Reach(_size(whole, "local_attention_window_len") if decodes else own)
     types = getattr(config, "layer_types", None)
     if types is not None and type(layer) is int and layer < len(types):
         if "chunked" in types[layer]:

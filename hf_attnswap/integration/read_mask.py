@@ -33,7 +33,7 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     with_state = attention.stateful and layer is not None
     seen = layer.seen if with_state else key.shape[2]
     _check_rows(attention_mask, query)
-    window = sliding_window(module, kwargs) if attention.slides and attention.kind == "causal" else None
+    window = sliding_window(module, attention, kwargs) if attention.slides and attention.kind == "causal" else None
     fixed_size = with_state and layer.fixed_size
     mask = parse(attention_mask, query.shape[2], seen, bool(causal), longer=fixed_size, window=window)
     mask = _for_every_row(mask, query.shape[0])

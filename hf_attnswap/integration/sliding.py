@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attentions import Attention
 from ..masks import Mask, Packed, values_are_hidden
 
 
-def sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """Return how many tokens a row of an attention module may see at most, by the call or the module; None for all."""
-    return kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+def sliding_window(module: nn.Module, attention: Attention, kwargs: dict[str, Any]) -> int | None:
+    """Return how many tokens a row of an attention module may see at most; None for all.
+
+    The call says so, or the module; some models tell it to their masks alone, and the swap has found it.
+    """
+    return kwargs.get("sliding_window", getattr(module, "sliding_window", attention.reach))
 
 
 def within(mask: Mask | Packed, window: int, layer: Any) -> Mask | Packed:

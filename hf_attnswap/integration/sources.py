@@ -33,6 +33,12 @@ def mentions(cls: type[nn.Module], word: str) -> bool:
 
 
 @functools.cache
+def makes_one_mask(cls: type[nn.Module]) -> bool:
+    """Return whether the models in the file of a class make one mask for all layers, sliding if the config is."""
+    return "create_causal_mask if self.config.sliding_window is None else create_sliding" in _file_of(cls)
+
+
+@functools.cache
 def reads_mask(cls: type[nn.Module]) -> bool:
     """Return whether a class does more with a mask than hand it on."""
     if not cls.__module__.startswith("transformers.models.") and "transformers_modules" not in cls.__module__:
@@ -48,9 +54,13 @@ def cuts_masks(cls: type[nn.Module]) -> bool:
 
 def source_of(cls: type) -> str:
     """Return the source of a class, "" where there is none. `inspect.getsource` of a class parses its whole file."""
+    block = re.search(rf"^class {cls.__name__}\b.*?(?=^[^\s)]|\Z)", _file_of(cls), re.M | re.S)
+    return block[0] if block else ""
+
+
+def _file_of(cls: type) -> str:
+    """Return the source of the file of a class, "" where there is none."""
     try:
-        file = inspect.getsource(sys.modules[cls.__module__])
+        return inspect.getsource(sys.modules[cls.__module__])
     except (KeyError, OSError, TypeError):  # made in a console, or not of Python
         return ""
-    block = re.search(rf"^class {cls.__name__}\b.*?(?=^[^\s)]|\Z)", file, re.M | re.S)
-    return block[0] if block else ""

@@ -82,14 +82,14 @@ def swap(
     groups = swappable(model, entries, config.kinds)
     plans = {group: config.plan(key_value_groups(modules)) for group, modules in groups.items()}
     built = [
-        (groups[group][index], index, group, build_variant(model, groups[group][index], group[1], planned))
+        (groups[group][index], build_variant(model, groups[group][index], group[1], planned))
         for group, plan in plans.items()
         for index, planned in plan.items()
     ]
     check_reach(type(model).__name__, groups, plans, chosen=config.layers is not None)
-    check_shared_keys(entries, {id(entry.module): new for entry, _, _, new in built})
-    for entry, index, (_, kind), new in built:
-        attach(entry.module, new, kind, index)
+    check_shared_keys(entries, {id(entry.module): new for entry, new in built})
+    for entry, new in built:
+        attach(entry, new)
     # A model where other modules read the masks too goes on making those that they know.
     others_read_masks = any(
         cuts_masks(m.__class__) if isinstance(m, PreTrainedModel) else reads_mask(m.__class__)
@@ -239,13 +239,15 @@ _SCORE_TERMS = {
     "attn_logit_softcapping": "a soft cap on its scores",
     "has_relative_attention_bias": "a bias on its scores",
     "rel_logits_proj": "a bias on its scores",
+    "keep_window_size": "a bias of each token on its scores",
 }
 
 
-def attach(module: nn.Module, new: Attention, kind: str, index: int) -> None:
+def attach(entry: AttentionModule, new: Attention) -> None:
     """Put a variant on an attention module, and see to it that every call brings the state of its layer."""
+    module, kind, index = entry.module, entry.kind, entry.layer
     new.kind, new.place = kind, f"layer {index}" if kind == "causal" else f"{kind} layer {index}"
-    new.layer = index
+    new.layer, new.reach = index, entry.reach.sliding_window if kind == "causal" else None
     options = new.extra_repr()
     new.described = f"{new.name} with {options}" if options else new.name
     module.add_module(NAME, new)

@@ -45,7 +45,8 @@ def to_chunks(x: Tensor, kv_heads: int, chunk: int) -> Tensor:
     """
     batch, heads, length, width = x.shape
     grouped = x.reshape(batch * kv_heads, heads // kv_heads, length // chunk, chunk, width)
-    return grouped.permute(2, 0, 1, 3, 4).reshape(length // chunk, batch * kv_heads, -1, width)
+    rows = heads // kv_heads * chunk
+    return grouped.permute(2, 0, 1, 3, 4).reshape(length // chunk, batch * kv_heads, rows, width)
 
 
 def by_heads(x: Tensor, batch: int, chunk: int) -> Tensor:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,20 @@ def alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Te
     return query, key.to(query.dtype), value.to(query.dtype)
 
 
+def dtype_of_products(query: Tensor, value: Tensor) -> torch.dtype:
+    """Return the dtype of products of features, which come in float32 in any model, with values.
+
+    bfloat16 where the values are, in which features stay in range; else that of the query.
+    """
+    return torch.bfloat16 if value.dtype == torch.bfloat16 else query.dtype
+
+
+def for_products(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features of queries and keys, and values, in the dtype of their products."""
+    dtype = dtype_of_products(query, value)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
 def side_by_side(x: Tensor) -> Tensor:
     """Return the tensor, copied unless the numbers of a token stand side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -78,7 +93,35 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
+# Compiled kernels, with the values of their constants in order, by what Triton compiles them for.
+_compiled: dict[tuple, tuple[Any, tuple]] = {}
+
+
 def launch(kernel, grid: tuple[int, ...], like: Tensor, *arguments, **constants) -> None:
-    """Run a kernel on the device of `like`; `num_warps` and `num_stages` stand among the constants."""
-    with torch.cuda.device(like.device) if like.device.type == "cuda" else nullcontext():
+    """Run a kernel on the device of `like`; `num_warps` and `num_stages` stand among the constants.
+
+    Triton finds a compiled kernel by a walk over all arguments in Python, which takes longer than many kernels run. So
+    that walk is made once for arguments of the same kinds, and the compiled kernel is launched from then on.
+    """
+    if like.device.type != "cuda":  # the interpreter
         kernel[grid](*arguments, **constants)
+        return
+    index = like.device.index
+    with nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index):
+        key = (kernel, index, *constants.items(), *map(_kind, arguments))
+        ready = _compiled.get(key)
+        if ready is None:
+            compiled = kernel[grid](*arguments, **constants)
+            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        else:
+            compiled, values = ready
+            compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+
+
+def _kind(argument):
+    """Return what Triton compiles a kernel anew for: dtype and alignment, or what is known of an integer."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument.bit_length() < 32
+    return type(argument)

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UsageError, shown
 from ..sources.structured import read_object
-from . import portable
+from . import benchmarks, portable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What save_pretrained of a tokenizer writes, of any of transformers' classes.
@@ -25,7 +25,11 @@ PROCESSOR = frozenset(
 OURS = frozenset(("README.md", "report.json", "recipe.yaml", portable.FILE))
 FILES = TOKENIZER | PROCESSOR | OURS | {"config.json", "generation_config.json"}
 # A processor keeps its other tokenizers in folders of their own.
-FOLDERS = ("additional_chat_templates/*.jinja", *(f"*_tokenizer/{name}" for name in sorted(TOKENIZER)))
+FOLDERS = (
+    f"{benchmarks.FOLDER}/*.yaml",
+    "additional_chat_templates/*.jinja",
+    *(f"*_tokenizer/{name}" for name in sorted(TOKENIZER)),
+)
 
 
 def files_of(folder: Path) -> list[Path]:

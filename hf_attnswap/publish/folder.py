@@ -7,7 +7,7 @@ import yaml
 from ..report import read as read_report
 from ..sources.conversions import find
 from ..sources.files import write_whole
-from . import card
+from . import benchmarks, card
 from .origin import find_origin, read_config
 
 
@@ -21,9 +21,10 @@ def write_card(
     licence: str | None = None,
     token: str | None = None,
 ) -> list[Path]:
-    """Write README.md, report.json, recipe.yaml (where the report holds the training) and config.json.
+    """Write README.md, report.json, recipe.yaml (where the report holds the training), .eval_results/ and config.json.
 
-    Returns the paths of the files. config.json is copied only where `output_dir` is not the conversion.
+    Returns the paths of the files. .eval_results/ has registered benchmarks, where the report measured any; config.json
+    is copied only where `output_dir` is not the conversion.
 
     Args:
         folder: the conversion, as `save_pretrained` or a training recipe left it.
@@ -42,10 +43,12 @@ def write_card(
     base_model, licence = find_origin(config, base_model, licence, token)
     text = card.render(config, repo_id, report=found, base_model=base_model, licence=licence)
     recipe = card.recipe(found, config, base_model)
-    output_dir.mkdir(parents=True, exist_ok=True)
     written = {"README.md": text.encode(), "report.json": Path(report).read_bytes()}
     if recipe is not None:
         written["recipe.yaml"] = yaml.safe_dump(recipe, sort_keys=False).encode()
+    written |= benchmarks.files(found, card.measured_arm(found, card.swapped_groups(config)))
     if output_dir.resolve() != folder.resolve():
         written["config.json"] = (folder / "config.json").read_bytes()
+    for name in written:
+        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
     return [write_whole(output_dir / name, data) for name, data in written.items()]

@@ -32,7 +32,7 @@ FILE = "modeling_attnswap.py"
 # The families that it was tested on.
 FAMILIES = ("llama", "mistral", "qwen2")
 # Methods of the fast forms, which no definition needs.
-_LEFT_OUT = {"forward", "calibrate", "tiles", "new_tokens", "_divide", "answer", "answered_by"}
+_LEFT_OUT = {"forward", "calibrate", "tiles", "new_tokens", "_divide", "answer", "answered_by", "operations"}
 
 
 def add(folder: str | Path) -> Path:

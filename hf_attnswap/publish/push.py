@@ -19,7 +19,7 @@ from ..integration.swapping import swapped_modules
 from ..report import read as read_report
 from ..sources.conversions import find, model_folder
 from ..sources.models import require_weights
-from . import card
+from . import benchmarks, card
 from .contents import files_of, left_out, require_finite
 from .origin import find_origin, read_config, require_repo_id
 
@@ -66,6 +66,10 @@ def prepare(
         base_model, licence = find_origin(config, base_model, licence, token)
         text = card.render(config, repo_id, report=report, base_model=base_model, licence=licence, tags=tags or ())
         operations.append(CommitOperationAdd("README.md", text.encode()))
+        if report is not None:
+            measured = benchmarks.files(report, card.measured_arm(report, card.swapped_groups(config)))
+            sent = {operation.path_in_repo for operation in operations}
+            operations += [CommitOperationAdd(path, data) for path, data in measured.items() if path not in sent]
     return operations
 
 

@@ -3,6 +3,7 @@
 import re
 from base64 import b64encode
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -11,7 +12,7 @@ from markupsafe import Markup, escape
 from . import tables
 from .details import details
 from .drawing import Picture
-from .short import short
+from .short import opening, short
 from .summary import summary
 from .table import WORDS, markdown, two_lines
 from .table import escape as escape_markdown
@@ -20,12 +21,20 @@ from .types import Report
 
 _TEMPLATES = PackageLoader("hf_attnswap.report")
 _HTML = Environment(loader=_TEMPLATES, autoescape=True)
+_SCRIPT = _TEMPLATES.get_source(_HTML, "sort.js")[0]
 _MARKDOWN = Environment(loader=_TEMPLATES, keep_trailing_newline=True)
 
 
 def html(report: Report, pictures: Sequence[Picture]) -> str:
     """Return the whole page as HTML, the pictures inside it."""
-    return _HTML.get_template("report.html.j2").render(words=WORDS, **_content(report, pictures))
+    digest = b64encode(sha256(_SCRIPT.encode()).digest()).decode("ascii")
+    return _HTML.get_template("report.html.j2").render(
+        words=WORDS,
+        on_paper=(tables.QUALITY, tables.METRICS, tables.SPEED),
+        script=Markup(_SCRIPT),
+        script_hash=f"sha256-{digest}",
+        **_content(report, pictures),
+    )
 
 
 def paper(report: Report, pictures: Sequence[Picture]) -> str:
@@ -34,10 +43,13 @@ def paper(report: Report, pictures: Sequence[Picture]) -> str:
 
 
 def _content(report: Report, pictures: Sequence[Picture]) -> dict[str, Any]:
+    first = [picture for picture in pictures if picture.name in ("plan", "tradeoff")]
     return {
         "title": plain(report.title),
+        "opening": opening(report),
         "short": short(report),
-        "pictures": pictures,
+        "first": first,
+        "pictures": [picture for picture in pictures if picture not in first],
         "tables": tables.tables(report),
         "summary": summary(report),
         "arms": tables.arms(report),

@@ -1,4 +1,4 @@
-"""Sum a report up in four lines: what it costs, what it gains, from which length on, beside which controls."""
+"""Sum a report up in three sentences, and in four lines: costs, gains, from which length on, beside which controls."""
 
 from collections.abc import Callable
 
@@ -34,6 +34,29 @@ def short(report: Report) -> list[tuple[str, str]]:
     recalls = [("Recalls", f"{'; '.join(retrieval(report, arms))}.")] if facts.retrieval(report) else []
     said = [("Costs", f"{'; '.join(costs)}."), *recalls, *said]
     return [*said, *([("Controls", f"{beside}.")] if beside else [])]
+
+
+def opening(report: Report) -> list[str]:
+    """Return three sentences on the arm of the best quality: what it keeps, what it gains and loses, beside controls.
+
+    The list is empty where no arm was compared with softmax.
+    """
+    arms, lengths = leading(report)[:1], facts.lengths(report)
+    if not arms:
+        return []
+    (arm,) = arms
+    measured = f"{facts.headline_words(report)}: {score(report, arm)}{_few(report, arm)}"
+    said = [f"{plain(arm.label)} ({_how(report, arm)}) keeps most; {measured}."]
+    if lengths:
+        gains, losses = (
+            _changes(report, arm, lengths[-1], counts, gained)
+            for counts, gained in ((facts.faster, True), (facts.slower, False))
+        )
+        lost = f", and loses {losses}" if losses else ""
+        said.append(f"At {count(lengths[-1])} tokens it gains {gains or 'nothing that was measured'}{lost}.")
+    beside = _beside(report, arm)[:1]
+    held = [*beside, *retrieval(report, arms)]
+    return [*said, *([f"{'Beside its controls' if beside else 'In tasks'}: {'; '.join(held)}."] if held else [])]
 
 
 def retrieval(report: Report, arms: list[Arm]) -> list[str]:
@@ -83,11 +106,14 @@ def _few(report: Report, arm: Arm) -> str:
 
 def _cost(report: Report, arm: Arm) -> str:
     tuned = facts.tuned_softmax(report, arm)
-    trained = f"trained on {count(arm.training_tokens)} tokens" if arm.training_tokens else "untrained"
-    if report.kind == "classification":
-        trained = "trained as softmax was"
-    said = f"{score(report, arm)}{_few(report, arm)} with {plain(arm.label)} ({CLASSES[arm.cost_class]}, {trained})"
+    said = f"{score(report, arm)}{_few(report, arm)} with {plain(arm.label)} ({_how(report, arm)})"
     return f"{said} beside a softmax trained on {count(tuned.training_tokens)} tokens" if tuned else said
+
+
+def _how(report: Report, arm: Arm) -> str:
+    """Return the cost of an arm and its training: "O(n), untrained"."""
+    trained = f"trained on {count(arm.training_tokens)} tokens" if arm.training_tokens else "untrained"
+    return f"{CLASSES[arm.cost_class]}, {'trained as softmax was' if report.kind == 'classification' else trained}"
 
 
 def _each(arms: list[Arm], words: Callable[[Arm], str]) -> str:

@@ -120,7 +120,14 @@ class Stage(TextOptions):
                 self,
                 accelerator,
                 trained,
-                batches(blocks, self.per_device_train_batch_size, self.seed, self.lengths_of_texts(), begins),
+                batches(
+                    blocks,
+                    self.per_device_train_batch_size,
+                    self.seed,
+                    self.lengths_of_texts(),
+                    begins,
+                    self.recall_share,
+                ),  # fmt: skip
                 self.loss,
                 steps=steps,
                 step_size=tokens,

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import property_settings
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis.strategies import SearchStrategy
 
 import hf_attnswap
@@ -24,11 +25,7 @@ LIMIT_S = 120  # what takes longer hangs, also where others load the machine; th
 
 def every(examples: int, drawn: SearchStrategy, check: Callable[[Any], None]) -> None:
     """Call `check` with so many examples; the default suite draws the same ones every time."""
-    told = settings(
-        max_examples=examples, deadline=None, database=None, derandomize=examples == 400,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    told(given(drawn)(check))()
+    property_settings.examples(examples, same=examples == 400)(given(drawn)(check))()
 
 
 @contextlib.contextmanager

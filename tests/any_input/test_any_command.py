@@ -125,6 +125,7 @@ def run(words) -> tuple[int, str]:
     return code, err.getvalue()
 
 
+@pytest.mark.drawn
 @EXAMPLES
 def test_command_lines(examples, places, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])

@@ -1,5 +1,6 @@
 """Swaps and config.json: whatever they hold is read, or refused in one sentence."""
 
+import pytest
 import torch
 from drawn import changed, damaged, json_bytes, texts, values
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ def card_of(folder):
     return card.render(read_config(folder), "user/name", report=None, base_model=None, licence=None)
 
 
+@pytest.mark.drawn
 @EXAMPLES
 def test_swaps_and_configs(examples, tmp_path):
     def check(drawn):

@@ -41,6 +41,7 @@ def read_and_score(letters):
     return call
 
 
+@pytest.mark.drawn
 @EXAMPLES
 def test_items_and_texts(examples, tmp_path, letters, read_and_score):
     def check(drawn):

@@ -50,6 +50,7 @@ def swapped() -> dict[str, torch.nn.Module]:
     return {name: hf_attnswap.swap(tiny(), name) for name in VARIANTS}
 
 
+@pytest.mark.drawn
 @EXAMPLES
 def test_masks(examples, swapped):
     ids = torch.randint(3, 64, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))

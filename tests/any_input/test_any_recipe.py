@@ -1,5 +1,6 @@
 """Recipes: whatever YAML they hold is a list of stages, or refused with its place."""
 
+import pytest
 import yaml
 from drawn import changed, damaged, values
 from hypothesis import strategies as st
@@ -49,6 +50,7 @@ def contents(draw):
     )
 
 
+@pytest.mark.drawn
 @EXAMPLES
 def test_recipes(examples, tmp_path):
     def check(drawn):

@@ -172,6 +172,6 @@ def test_gradcheck_of_a_decay(masked, continued):
 
 
 def test_a_half_life_is_what_remains_half():
-    attention = attentions.get("elu")(attentions.Heads(4, 2, 8), half_life=12)
+    attention = attentions.get("elu")(attentions.Heads(4, 2, 8), half_life=12).to(DEVICE)
     torch.testing.assert_close((12 * attention.log_decay()).exp(), torch.full((2,), 0.5))
     assert attention.kinds == ("causal",)

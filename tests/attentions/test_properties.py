@@ -3,12 +3,14 @@
 import pytest
 import torch
 from attention_cases import KINDS, SCALING, WITH_OPTIONS, build, case_id, causal, inputs, named
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_settings import examples
 
 from hf_attnswap.masks import Mask
 
-modest = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+pytestmark = pytest.mark.drawn
+modest = examples(5, tests=500)
 # Of query, key and value.
 MAGNITUDES = {
     "usual": st.just((1.0, 1.0, 1.0)),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import timeit
 
+import documented
 import pytest
 import torch
 from attention_cases import NAMES, SCALING, build, causal, inputs
@@ -38,27 +39,8 @@ class Squares(LinearAttention):
     def feature_map(self):
         return FeatureMap("squares", squares, params={"floor": self.floor})
 '''
-# A variant on the scores, whole: what CONTRIBUTING shows.
-SCORE_VARIANT = '''"""ReLU cubed on the scores: o_i = sum_j relu(s_ij)^3 v_j / n_i. Source, year."""
-
-from hf_attnswap.attentions import Activation, ScoreAttention, by_count, register
-
-
-def relu3(scores, count, peak):
-    return scores.relu_() ** 3
-
-
-@register
-class Relu3(ScoreAttention):
-    """One line on what is special about it."""
-
-    name = "relu3"
-    formula = "sum_j relu(s_ij)^3 v_j / n_i"
-    source = "where it comes from, year"
-
-    def activation(self):
-        return Activation("relu3", relu3, denominator=by_count())
-'''
+# A variant on the scores, whole: what the guide shows.
+SCORE_VARIANT = documented.python((documented.ROOT / "docs" / "guide" / "add_a_variant.md").read_text())[0]
 
 
 def forget(name: str, module: str) -> None:

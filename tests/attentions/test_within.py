@@ -18,6 +18,7 @@ from attention_cases import (
     small_options,
     valid_keys,
 )
+from device_under_test import DEVICE
 
 from hf_attnswap.masks import Mask
 from hf_attnswap.ops.heads import mix
@@ -33,7 +34,7 @@ def expected(attention, given, valid, window=W):
     """
     mask = causal(LENGTH, valid)
     weights = attention.weights(given.query, given.key, mask, SCALING)
-    near, all_before = (m.matrix().double() for m in (replace(mask, window=window), mask))
+    near, all_before = (m.matrix(DEVICE).double() for m in (replace(mask, window=window), mask))
     if getattr(attention, "divide_by_count", False):
         weights = weights * all_before.sum(-1, keepdim=True) / near.sum(-1, keepdim=True).clamp(min=1) * near
     else:
@@ -117,7 +118,7 @@ def test_variants_on_the_scores_beside_them_in_a_layer(name):
     mask = Mask(LENGTH, LENGTH, valid, window=W)
     with torch.no_grad():
         found = attention(*given, mask, SCALING)
-        right = attention(*given, Mask(LENGTH, LENGTH, dense=mask.matrix(), causal=False), SCALING)
+        right = attention(*given, Mask(LENGTH, LENGTH, dense=mask.matrix(DEVICE), causal=False), SCALING)
     assert_near(found, right, 1e-9, "output")
 
 

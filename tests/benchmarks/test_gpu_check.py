@@ -24,7 +24,9 @@ def test_every_part_is_measured(check, tmp_path):
     assert {r["attention"] for r in rows} >= set(check.VARIANTS) and not [r for r in rows if "error" in r]
     assert all(r["seconds"] > 0 and r["ratio"] > 0 for r in rows)
     assert {r["attention"] for r in report["models"]} >= {"softmax", "elu", "hedgehog+window"}
-    assert report["training"]["tokens_per_second"] > 0
+    assert {r["attention"] for r in report["models"]} >= set(check.PLANS)
+    assert all(r["tokens_per_second"] > 0 for r in report["training"] + report["decoding"])
+    assert {r["attention"] for r in report["training"]} == set(check.PLANS)
 
 
 def test_a_kernel_that_fails_is_a_row_with_the_reason(check):

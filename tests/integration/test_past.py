@@ -4,8 +4,9 @@ import functools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_settings import examples
 from swapped_models import CLOSE, LENGTH, STATEFUL, greedy, left_padded, logits, plain, positions, swapped
 from tiny_models import tiny, tokens
 from transformers import DynamicCache
@@ -234,8 +235,9 @@ def histories(draw):
     return steps
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ("elu", "hedgehog+window"))
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(12, tests=2)
 @given(steps=histories())
 def test_whatever_happened_to_a_cache_its_logits_are_those_of_the_text_or_are_refused(name, steps):
     model = _model(name)

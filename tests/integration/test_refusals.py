@@ -93,3 +93,14 @@ def test_a_reference_model_that_a_trainer_loads_by_name(tmp_path):
     ids = tokens(12)
     for reference in (again, copy.deepcopy(model)):
         assert torch.equal(reference(ids).logits, model(ids).logits)
+
+
+def test_continuous_batching_is_refused_in_our_words():
+    """transformers would advise another attention implementation, which would then refuse the swapped layers."""
+    model = tiny()
+    hf_attnswap.swap(model, "elu", layers=[0])
+    with pytest.raises(UsageError, match="keys and values in pages.*call generate on the padded prompts"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
+    with pytest.raises(UsageError, match="keys and values in pages"):
+        model.init_continuous_batching()
+    assert type(hf_attnswap.restore(model).init_continuous_batching()).__name__ == "ContinuousBatchingManager"

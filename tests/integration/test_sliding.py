@@ -8,17 +8,26 @@ from attention_cases import small_options
 from swapped_models import CLOSE, greedy, logits, positions
 from tiny_models import randomise, tokens
 from transformers import (
+    BltConfig,
+    BltForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    DynamicCache,
+    EncoderDecoderCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     MistralConfig,
     MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 import hf_attnswap
+from hf_attnswap import UsageError
 from hf_attnswap.benchmark.generation import decode, filled_cache
 from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.integration.swapping import swapped_modules
@@ -31,17 +40,21 @@ SIZES = dict(
     num_key_value_heads=2, sliding_window=W, max_position_embeddings=1024, pad_token_id=0, eos_token_id=None,
 )  # fmt: skip
 TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+# Whose masks alone know of the window; torch multiplies by grouped experts in float32 at most.
+PHIMOE = dict(num_local_experts=2, experts_implementation="eager")
 MODELS = {
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, dict(head_dim=8, layer_types=TYPES, attn_logit_softcapping=None)),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, dict(head_dim=8, layer_types=TYPES)),
     "mistral": (MistralForCausalLM, MistralConfig, {}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, dict(use_sliding_window=True, max_window_layers=1)),
+    "phimoe": (PhimoeForCausalLM, PhimoeConfig, PHIMOE),
 }
-SLIDES = {"gemma2": (0, 2), "gemma3": (0, 2), "mistral": (0, 1, 2), "qwen2": (1, 2)}
+SLIDES = {"gemma2": (0, 2), "gemma3": (0, 2), "mistral": (0, 1, 2), "qwen2": (1, 2), "phimoe": (0, 1, 2)}
 NAMES = ("window", "hedgehog", "hedgehog+window")
 every_case = pytest.mark.parametrize(
     ("family", "name"), [("gemma3", name) for name in NAMES] + [(family, "hedgehog+window") for family in MODELS][::2]
-    + [("mistral", "window"), ("qwen2", "hedgehog"), ("qwen2", "window"), ("gemma2", "window")],
+    + [("mistral", "window"), ("qwen2", "hedgehog"), ("qwen2", "window"), ("gemma2", "window")]
+    + [("phimoe", "window")],
 )  # fmt: skip
 
 
@@ -145,6 +158,23 @@ def test_a_cache_that_is_filled_for_a_benchmark_is_that_of_a_text(name):
     decode(model, filled, torch.full((1, 1), 5), 2)
 
 
+@pytest.mark.parametrize("name", ("window", "elu"))
+def test_a_padded_batch_in_pieces(name):
+    """Pieces in which a row has padding at its end, or nothing else."""
+    model, ids = sliding("mistral", name), tokens(LENGTH)
+    for padding in (slice(0, 13), slice(LENGTH - 5, LENGTH)):
+        mask = torch.ones(2, LENGTH, dtype=torch.long)
+        mask[1, padding] = 0
+        where = positions(mask)
+        whole = logits(model, ids, attention_mask=mask, position_ids=where)
+        for size in (6, 13):
+            cache, found = DynamicCache(config=model.config), []
+            for piece in (slice(start, start + size) for start in range(0, LENGTH, size)):
+                given = dict(attention_mask=mask[:, : piece.stop], position_ids=where[:, piece])
+                found.append(logits(model, ids[:, piece], past_key_values=cache, **given))
+            torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], whole[mask.bool()], **CLOSE)
+
+
 def test_padding_between_tokens_is_refused():
     model, ids = sliding("mistral", "window"), tokens(8)
     mask = torch.ones_like(ids)
@@ -180,3 +210,47 @@ def test_key_value_groups_beside_softmax(name):
     cached, recomputed = (greedy(model, ids, new=12, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached.sequences, recomputed.sequences)
     torch.testing.assert_close(cached.logits, recomputed.logits, **CLOSE)
+
+
+def seen(model):
+    return {entry.name: entry.reach.sliding_window for entry in hf_attnswap.inspect(model) if entry.kind == "causal"}
+
+
+def test_the_window_of_a_loaded_model_whose_masks_alone_know_it(tmp_path):
+    model, ids = sliding("phimoe", "elu").float(), tokens(LENGTH)
+    model.save_pretrained(tmp_path)
+    loaded = PhimoeForCausalLM.from_pretrained(tmp_path)
+    assert set(seen(loaded).values()) == {W}
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_masks_that_a_model_hands_on_to_its_parts():
+    """Blt's encoder and decoder see the window of the model, its patcher one of its own, what stands between all."""
+    sizes = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=16)
+    parts = {
+        f"{name}_config": sizes | {"vocab_size": 260, "hidden_size_global": 16, "cross_attn_k": 1}
+        for name in ("encoder", "decoder")
+    }
+    parts |= {"patcher_config": sizes | {"sliding_window": W - 2}, "global_config": sizes}
+    torch.manual_seed(0)
+    model = BltForCausalLM(BltConfig(
+        **parts, local_attention_window_len=W, cross_attn_k=1, encoder_hash_byte_group_vocab=8, initializer_range=0.3
+    )).double().eval()  # fmt: skip
+    found = {name.split(".")[1]: size for name, size in seen(model).items()}
+    assert found == {"local_encoder": W, "local_decoder": W, "global_transformer": None, "patcher": W - 2}
+    ids = tokens(LENGTH)
+    before = logits(model, ids, use_cache=False)
+    hf_attnswap.swap(model, "window", kinds=["causal"], window=LENGTH)
+    torch.testing.assert_close(logits(model, ids, use_cache=False), before, **CLOSE)
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # transformers 5.23 makes none from Blt's config
+    torch.testing.assert_close(logits(model, ids, past_key_values=cache, use_cache=True), before, **CLOSE)
+
+
+def test_a_bias_of_each_token_beside_the_window():
+    """Doge's, which it writes into the mask."""
+    model = DogeForCausalLM(DogeConfig(**SIZES)).eval()
+    assert set(seen(model).values()) == {W}
+    with pytest.raises(UsageError, match="has a bias of each token on its scores, which window cannot honour"):
+        hf_attnswap.swap(model, "window")
+    before = logits(model, tokens(LENGTH))
+    torch.testing.assert_close(logits(hf_attnswap.swap(model, "softmax"), tokens(LENGTH)), before)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device_under_test import DEVICE
 
 from hf_attnswap.masks import Mask, Packed, parse
 
@@ -31,9 +32,9 @@ def test_a_whole_text(padding, additive):
     assert mask.window == W and mask.dense is None
     assert valid.all() if mask.valid is None else torch.equal(mask.valid, valid)
     rows = valid[0]
-    assert torch.equal(mask.matrix()[0, 0, rows], matrix(valid)[0, 0, rows])
+    assert torch.equal(mask.matrix(DEVICE)[0, 0, rows], matrix(valid)[0, 0, rows])
     whole = parse(given, N, N)  # for variants that take any
-    assert whole.window is None and torch.equal(whole.matrix()[0, 0, rows], matrix(valid)[0, 0, rows])
+    assert whole.window is None and torch.equal(whole.matrix(DEVICE)[0, 0, rows], matrix(valid)[0, 0, rows])
 
 
 @pytest.mark.parametrize("rows", (1, 3, 7))
@@ -44,7 +45,7 @@ def test_new_tokens_behind_a_past(rows, kept):
     given = given[..., -(rows + W - 1) :] if kept == "window" else given
     mask = parse(given, rows, N, window=W)
     assert mask.window == W and mask.valid is None
-    assert torch.equal(mask.matrix(), matrix(rows=rows))
+    assert torch.equal(mask.matrix(DEVICE), matrix(rows=rows))
 
 
 def test_padding_within_the_window_of_new_tokens():

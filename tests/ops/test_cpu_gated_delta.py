@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ops.kernels import draw, each_set, needs_kernels, paired, tensors  # noqa: F401
+from property_settings import examples
 
 from hf_attnswap.ops.delta import cpu as delta
 from hf_attnswap.ops.delta import reference as delta_reference
@@ -62,7 +63,8 @@ def test_delta(each_set, seed):  # noqa: F811
     compare(seed)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@pytest.mark.drawn
+@examples(6)
 @given(
     seed=st.integers(0, 10**6), length=st.integers(0, 20), dim=st.integers(1, 256), value_dim=st.integers(1, 256),
     group=st.integers(1, 9),

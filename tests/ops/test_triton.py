@@ -17,18 +17,18 @@ from hf_attnswap.ops import backends, gpu
 from hf_attnswap.ops.scores import score_attention
 
 HERE = Path(__file__).parent
-FILES = [str(HERE / f"test_triton_{op}.py") for op in ("scores", "linear", "window")]
+FILES = [str(HERE / f"test_triton_{op}.py") for op in ("scores", "linear", "window", "gated_delta")]
 needs_triton = pytest.mark.skipif(
     gpu.missing() is not None or DEVICE.type != "cpu" or gpu.INTERPRETED, reason=gpu.missing() or "runs as it is"
 )
 # Compiled by default; the shared memory of an A100 and of an H100.
-FEW = ("scores relu_norm 64 forward", "linear elu 64 step")
+FEW = ("scores relu_norm 64 forward", "linear elu 64 step", "gated delta 64 step")
 SHARED = {80: 163 << 10, 90: 227 << 10}
 
 
 def most_spilled(case):
     """The bytes that a thread may spill; wide heads and float32 fill the registers."""
-    return 512 if "256" in case or "float32" in case else 128
+    return 512 if "256" in case or "float32" in case else 160
 
 
 def run(*command, **variables):
@@ -64,7 +64,7 @@ def compile_and_check(archs, *cases, tmp_path):
 @needs_triton
 def test_some_kernels_compile_for_gpus(tmp_path):
     kernels = compile_and_check("90", *FEW, tmp_path=tmp_path)
-    assert {k["kernel"] for k in kernels} == {"scores._forward.forward", "linear._step.step"}
+    assert {k["kernel"] for k in kernels} == {"scores._forward.forward", "linear._step.step", "delta._step.step"}
 
 
 @needs_triton

@@ -14,7 +14,7 @@ from hf_attnswap.ops.spec import FeatureMap
 
 SOFT = FeatureMap("softmax", lambda x: x.softmax(-1))
 MAPS = {"elu": ELU, "relu": RELU, "identity": IDENTITY, "softmax": SOFT}
-# name, tokens, D, Dv, eps, mask, state
+# name, tokens, D, Dv, eps, mask, state, and whether the state fades
 CASES = {
     "elu": ("elu", 36, 16, 20, 1e-6, False, False),
     "elu with a state and padding": ("elu", 20, 24, 16, 1e-6, True, True),
@@ -23,8 +23,12 @@ CASES = {
     "hedgehog": ("hedgehog", 18, 16, 16, 1e-6, False, False),
     "hedgehog with a state and padding": ("hedgehog", 16, 12, 16, 1e-6, True, True),
     "features of torch": ("softmax", 16, 16, 16, 1e-6, True, False),
+    "a decay": ("elu", 34, 16, 20, 1e-6, False, False, True),
+    "a decay with a state and padding": ("relu", 34, 12, 16, None, True, True, True),
 }
 MORE = {
+    "a decay": ("elu", 1100, 16, 16, 1e-6, True, True, True),
+    "a decay, wide": ("relu", 70, 80, 136, 1e-6, True, True, True),
     "several chunks": ("elu", 130, 16, 16, 1e-6, True, True),
     "wide values": ("elu", 40, 32, 136, 1e-6, False, True),
     "wide": ("hedgehog", 40, 128, 128, 1e-6, False, True),
@@ -33,20 +37,23 @@ MORE = {
 
 
 def drawn(case, dtype, batch=1, heads=2, kv_heads=1):
-    name, length, dim, value_dim, eps, mask, state = case
+    name, length, dim, value_dim, eps, mask, state, *fades = case
+    fades = any(fades)
     torch.manual_seed(0)
     leaves = [torch.randn(batch, h, length, d) for h, d in ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))]
     features = dim * (2 if name == "hedgehog" else 1)
     if name == "identity":
         leaves[0], leaves[1] = leaves[0].abs(), leaves[1].abs()
     learned = [torch.randn(h, dim, dim) / 4 for h in (heads, kv_heads)] if name == "hedgehog" else []
+    fading = [-torch.rand(kv_heads) / 4] if fades else []
     valid = torch.rand(batch, length) > 0.3 if mask else None
     before = torch.rand(batch, kv_heads, features, value_dim + 1) * 3 if state else None
-    leaves, learned = ([t.to(dtype).requires_grad_() for t in given] for given in (leaves, learned))
+    leaves, learned = ([t.to(dtype).requires_grad_() for t in given] for given in (leaves, learned + fading))
 
     def run(form, leaves, learned, before):
-        maps = [FeatureMap("hedgehog", hedgehog_features, tensors={"delta": d}) for d in learned] or [MAPS[name]] * 2
-        return form.run(*leaves, *maps, 0.5, valid, before, eps, 64, True, None)
+        deltas, log_decay = (learned[:-1], learned[-1]) if fades else (learned, None)
+        maps = [FeatureMap("hedgehog", hedgehog_features, tensors={"delta": d}) for d in deltas] or [MAPS[name]] * 2
+        return form.run(*leaves, *maps, 0.5, valid, before, eps, 64, True, log_decay)
 
     return run, leaves, learned, before
 
@@ -71,7 +78,7 @@ def test_outputs_states_and_gradients(name):
 
 @pytest.mark.parametrize("name, dtype", (("elu", torch.float16), ("hedgehog", torch.bfloat16)))
 def test_short_numbers(name, dtype):
-    check((name, 16, 16, 16, 1e-6, False, True), dtype)
+    check((name, 16, 16, 16, 1e-6, False, True, name == "hedgehog"), dtype)
 
 
 @pytest.mark.long
@@ -83,7 +90,7 @@ def test_longer_and_wider(name, dtype):
 
 @pytest.mark.parametrize("name", ("elu", "hedgehog"))
 def test_a_token_after_a_state(name):
-    run, leaves, learned, before = drawn((name, 1, 24, 40, 1e-6, name == "elu", True), torch.float32, 2, 4, 2)
+    run, leaves, learned, before = drawn((name, 1, 24, 40, 1e-6, name == "elu", True, True), torch.float32, 2, 4, 2)
     kept = before.clone()
     with torch.no_grad():
         ours = run(form, leaves, learned, before)

@@ -50,22 +50,20 @@ print("FOUND" + json.dumps({"off": off, "keys": sum(map(len, info.values())), "t
 """
 
 
-def test_pushed_in_one_process_and_loaded_by_id_in_another(hub, conversion, tmp_path):
-    command = [sys.executable, "-m", "hf_attnswap", "push", str(conversion), REPO, "--json"]
-    command += ["--base_model", "org/base", "--license", "apache-2.0"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=environment(hub, tmp_path, HF_TOKEN="hf_writer"), timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    said = json.loads(run.stdout)
-    sha, files = hub.repos[REPO].at("main")
-    assert said["url"] == f"{hub.url}/{REPO}/commit/{sha}"
+def test_pushed_here_and_loaded_by_id_in_another_process(here, attnswap, conversion, tmp_path):
+    run = attnswap("push", conversion, REPO, "--json", "--base_model", "org/base", "--license", "apache-2.0")
+    assert run.code == 0, run.err
+    said = json.loads(run.out)
+    sha, files = here.repos[REPO].at("main")
+    assert said["url"] == f"{here.url}/{REPO}/commit/{sha}"
     assert set(said["files"]) == set(files) - {".gitattributes"} >= {"README.md", "config.json", "tokenizer.json"}
     assert all(len(files[name]) == size for name, size in said["files"].items())
-    assert len(hub.uploads()) == len(list(conversion.glob("*.safetensors"))) > 3
+    assert len(here.uploads()) == len(list(conversion.glob("*.safetensors"))) > 3
 
     loading = [sys.executable, "-c", LOAD, str(conversion.parent / "logits.pt")]
-    run = subprocess.run(loading, capture_output=True, text=True, env=environment(hub, tmp_path / "other"), timeout=300)
+    run = subprocess.run(
+        loading, capture_output=True, text=True, env=environment(here, tmp_path / "other"), timeout=300
+    )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.split("FOUND")[1])
     assert found["off"] < 1e-4 and found["keys"] == 0 and found["swapped"] == ["hedgehog+window"] * 3

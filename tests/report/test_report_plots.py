@@ -24,16 +24,21 @@ def size(png: bytes) -> tuple[int, int]:
     return struct.unpack(">II", png[16:24])
 
 
+def drawn(report: Report, name: str) -> plots.Picture:
+    return next(picture for picture in plots.pictures(report) if picture.name == name)
+
+
 def powers(report: Report) -> list[Arm]:
     return [arm for arm in report.arms if arm.attention == "relu_power"]
 
 
 def test_the_sizes(report: Report) -> None:
     pictures = plots.pictures(report)
-    assert [picture.name for picture in pictures] == ["tradeoff", "dial", "positions"]
-    assert size(pictures[0].png)[0] == 1500 and 750 <= size(pictures[0].png)[1] <= 1500
-    assert size(pictures[1].png) == (1050, 690)
-    assert all(len(picture.png) > 20_000 for picture in pictures)
+    assert [picture.name for picture in pictures] == ["plan", "tradeoff", "dial", "positions"]
+    assert size(pictures[0].png)[0] == 1500 and 200 <= size(pictures[0].png)[1] <= 500
+    assert size(pictures[1].png)[0] == 1500 and 750 <= size(pictures[1].png)[1] <= 1500
+    assert size(pictures[2].png) == (1050, 690)
+    assert all(len(picture.png) > 20_000 for picture in pictures[1:])
 
 
 def test_the_svg_is_the_same_figure_alone_in_its_file(report: Report) -> None:
@@ -50,9 +55,9 @@ def test_the_svg_is_the_same_figure_alone_in_its_file(report: Report) -> None:
 
 
 def test_the_plot_shows_the_numbers(report: Report) -> None:
-    before = plots.pictures(report)[0].png
+    before = drawn(report, "tradeoff").png
     change(report.arms[3].perplexity[1].ratio, value=4.0, low=3.9, high=4.1)
-    assert plots.pictures(report)[0].png != before
+    assert drawn(report, "tradeoff").png != before
 
 
 def test_positions_go_as_far_as_they_were_measured(report: Report) -> None:
@@ -63,11 +68,11 @@ def test_positions_go_as_far_as_they_were_measured(report: Report) -> None:
             change(entry, context=8192, ratio=None, by_position=[*entry.by_position, Range(4096, 8191, 3.2)])
             arm.perplexity.append(entry)
     assert facts.headline_context(report) < facts.positions_context(report) == 8192
-    assert "in contexts of 8,192 tokens" in next(p for p in plots.pictures(report) if p.name == "positions").caption
+    assert "in contexts of 8,192 tokens" in drawn(report, "positions").caption
 
 
 def test_the_caption_names_what_is_clipped_and_what_is_missing(report: Report) -> None:
-    caption = plots.pictures(report)[0].caption
+    caption = drawn(report, "tradeoff").caption
     assert "above 30: elu (×270.0), none (×5,200) and sigmoid (×4.0e10)." in caption
     assert "Not drawn, for want of a ratio or a speed-up: gelu, performer and delta." in caption
 
@@ -88,7 +93,7 @@ def test_labels_do_not_overlap_and_move_no_more_than_needed() -> None:
 def test_nothing_to_draw_is_a_picture_that_says_so(report: Report) -> None:
     for arm in report.arms:
         arm.speed = []
-    picture = plots.pictures(report)[0]
+    picture = drawn(report, "tradeoff")
     assert picture.caption.startswith("No arm has both") and size(picture.png) == (1500, 750)
 
 
@@ -98,7 +103,7 @@ def test_one_length_one_kind_of_speed_and_few_arms(report: Report, count: int) -
     for arm in report.arms:
         arm.speed = arm.speed[:1]
         arm.speed[0].decode_speedup = None
-    assert size(plots.pictures(report)[0].png)[0] == 1500
+    assert size(drawn(report, "tradeoff").png)[0] == 1500
 
 
 def test_the_dial_has_a_line_per_shift(report: Report) -> None:
@@ -108,7 +113,7 @@ def test_the_dial_has_a_line_per_shift(report: Report) -> None:
 
 def test_two_powers_are_no_dial(report: Report) -> None:
     report.arms = [a for a in report.arms if a.attention != "relu_power" or a.options["p"] in (4, 8)]
-    assert facts.dial(report) == [] and len(plots.pictures(report)) == 2
+    assert facts.dial(report) == [] and len(plots.pictures(report)) == 3
 
 
 def test_three_powers_of_different_shifts_are_no_dial(report: Report, without: Without) -> None:
@@ -128,15 +133,15 @@ def test_arms_that_failed_or_repeat_a_power_do_not_count(report: Report, without
 
 def test_a_dial_beyond_the_clip_says_so(report: Report) -> None:
     powers(report)[0].perplexity[1].ratio = Comparison("softmax", 1e12, 9e11, 1.1e12, 640, "worse")
-    assert "Clipped at ×30.00" in plots.pictures(report)[1].caption
-    assert "relu_power:p=2 (×1.0e12)" in plots.pictures(report)[1].caption
+    assert "Clipped at ×30.00" in drawn(report, "dial").caption
+    assert "relu_power:p=2 (×1.0e12)" in drawn(report, "dial").caption
 
 
 def test_a_dial_of_an_earlier_report_goes(report: Report, tmp_path: Path, without: Without) -> None:
     write_all(report, tmp_path)
     assert (tmp_path / "dial.png").exists()
     written = write_all(without(report, "relu_power"), tmp_path)
-    assert not list(tmp_path.glob("dial.*")) and len(written) == 7
+    assert not list(tmp_path.glob("dial.*")) and len(written) == 9
     assert "dial.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -150,13 +155,13 @@ def test_layers_are_drawn_where_they_were_looked_at(full: Report) -> None:
 
 
 def test_the_training_step_has_a_panel(full: Report) -> None:
-    assert size(plots.pictures(full)[0].png)[0] == 2025
+    assert size(drawn(full, "tradeoff").png)[0] == 2025
 
 
 def test_what_is_far_off_everywhere_is_named(report: Report) -> None:
     for point in report.arms[1].perplexity[1].by_position:
         point.nll += 5
-    caption = plots.pictures(report)[2].caption
+    caption = drawn(report, "positions").caption
     assert caption.endswith("Not drawn, more than 4 nats worse everywhere: none.")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_settings import examples
 
 from hf_attnswap.report import Report, parse, read, to_json, validate, write, write_all
 from hf_attnswap.report.files import VERSION
@@ -124,7 +125,8 @@ def paths(value: Any, here: tuple = ()) -> list[tuple]:
     return [here] + [path for key, item in items for path in paths(item, (*here, key))]
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@pytest.mark.drawn
+@examples(50)
 @given(data=st.data())
 def test_any_change_is_accepted_or_refused_with_a_value_error(content: dict[str, Any], data: st.DataObject) -> None:
     """Whatever one value becomes: nothing but ValueError, and what is accepted can be rendered."""

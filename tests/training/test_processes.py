@@ -1,40 +1,25 @@
 """Stages as processes: killed and resumed, several at a time, and what they say when they stop."""
 
 import json
+import os
 import random
 import signal
+import socket
 import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from training_fixtures import LAUNCH, finish
+from training_fixtures import LAUNCH, finish, forked
 
 from hf_attnswap.evaluation import __main__ as evaluation
+from hf_attnswap.training import shards
+from hf_attnswap.training.command import main
 
 CONFIGS = "examples/configs"
 MODULE = "hf_attnswap.training"
 SWAP = ["--attention", "hedgehog+window", "--option", "window=4", "--option", "sinks=1"]
-
-# Runs a module (the second argument), but writes half a file and kills itself the nth time (the first argument) that
-# tensors are saved, which is twice in a checkpoint.
-TORN = """
-import os, runpy, signal, sys
-import safetensors.torch
-calls = []
-save = safetensors.torch.save_file
-nth = int(sys.argv.pop(1))
-def torn(tensors, file, metadata=None):
-    calls.append(file)
-    if len(calls) == nth:
-        with open(file, "wb") as stream:
-            stream.write(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return save(tensors, file, metadata=metadata)
-safetensors.torch.save_file = torn
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 
 # Runs a module under FSDP2 without a GPU, which accelerate takes FSDP for: it is made to take gloo for a GPU.
 FSDP_ON_CPU = """
@@ -83,16 +68,32 @@ def kill_at_random(started, folder, seconds):
     started.communicate()
 
 
-def test_killed_in_a_checkpoint_and_once_more_a_run_ends_as_if_nothing_had_happened(process, command, train, tmp_path):
+def torn(arguments, nth):
+    """Train, but write half a file and kill this process the nth time that tensors are saved: twice in a checkpoint."""
+    calls, save = [], shards.save_file
+
+    def half(tensors, file, metadata=None):
+        calls.append(file)
+        if len(calls) == nth:
+            with open(file, "wb") as stream:
+                stream.write(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(tensors, file, metadata=metadata)
+
+    shards.save_file = half
+    main(arguments)
+
+
+def test_killed_in_a_checkpoint_and_once_more_a_run_ends_as_if_nothing_had_happened(command, train, tmp_path, capsys):
     more = ["--max_train_steps", "24", "--checkpointing_steps", "2"]
     train("align", command("align", tmp_path / "whole", *more)[3:])
-    killed = command("align", tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
-    finish(process("-c", TORN, 4, *killed[1:]), code=-signal.SIGKILL)
+    killed = list(map(str, command("align", tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")[2:]))
+    assert forked(torn, (killed, 4)) == [-signal.SIGKILL]
     assert {path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()} == {"step_2", "partial_4"}
-    finish(process("-c", TORN, random.randint(3, 20), *killed[1:]), code=-signal.SIGKILL)
+    assert forked(torn, (killed, random.randint(3, 20))) == [-signal.SIGKILL]
     assert not (tmp_path / "killed" / "model").exists()
-    _, err = finish(process(*killed))
-    assert "going on from" in err
+    train("align", killed[1:])
+    assert "going on from" in capsys.readouterr().err
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -128,11 +129,24 @@ def test_two_processes_align_as_one_that_accumulates(process, command, train, tm
     assert {"process_0.json", "process_1.json"} <= files
 
 
-def test_two_processes_finetune_as_one_with_larger_batches(process, command, train, tmp_path):
+def one_of_two(rank, port, arguments):
+    """Train as one of the two processes that torchrun starts."""
+    os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(arguments)
+
+
+@pytest.mark.parametrize("start", ("forked", pytest.param("launched", marks=pytest.mark.long)))
+def test_two_processes_finetune_as_one_with_larger_batches(process, command, train, tmp_path, start):
     more = ["--max_train_steps", "6", "--learning_rate", "1e-3"]
-    finish(
-        process(*LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *command("finetune", tmp_path / "two", *more))
-    )
+    given = command("finetune", tmp_path / "two", *more)
+    if start == "launched":
+        finish(process(*LAUNCH, "--config_file", f"{CONFIGS}/multi_cpu.yaml", *given))
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        assert forked(one_of_two, *((rank, port, list(map(str, given[2:]))) for rank in "01")) == [0, 0]
     for folder, option in (
         ("accumulated", "--gradient_accumulation_steps"),
         ("batch", "--per_device_train_batch_size"),

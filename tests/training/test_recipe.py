@@ -339,7 +339,7 @@ def test_from_a_recipe_to_a_model_card(convert, recipe, checkpoint, text, tmp_pa
     """Half of the layers: their controls stand in the same ones."""
     convert(recipe(layers="1:"))
     out, measured, cards = tmp_path / "out", tmp_path / "report", tmp_path / "cards"
-    sizes = "--context_length 32 --max_eval_tokens 256 --length 16 --length 32 --rounds 1 --align_tokens 0".split()
+    sizes = "--context_length 32 --max_eval_tokens 256 --length 16 --rounds 1 --align_tokens 0".split()
     given = ["tradeoff", checkpoint, "--arm", out, "--train_file", text, "--block_size", "32", *sizes]
     assert attnswap(monkeypatch, *given, "--output_dir", measured) == 0
     found = report.read(measured / "report.json")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import sqlite3
+from contextlib import closing
 
 import pytest
 from accelerate.tracking import get_available_trackers
@@ -79,6 +81,17 @@ def test_a_tracker_gets_the_loss_of_each_step(train, arguments, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     assert [event.step for event in read.Scalars("loss")] == [entry["step"] for entry in log]
     assert [event.value for event in read.Scalars("loss")] == pytest.approx([entry["loss"] for entry in log])
+
+
+def test_trackio_gets_the_loss_of_each_step(train, arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    train("finetune", [*arguments, "--with_tracking", "--report_to", "trackio"])
+    with closing(sqlite3.connect(tmp_path / "trackio" / "hf_attnswap.db")) as kept:
+        rows = kept.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+    log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert [step for step, _ in rows] == [entry["step"] for entry in log]
+    assert [json.loads(told)["loss"] for _, told in rows] == pytest.approx([entry["loss"] for entry in log])
 
 
 def test_a_launch_that_starts_fewer_processes_than_asked_stops(train, arguments, monkeypatch, tmp_path):

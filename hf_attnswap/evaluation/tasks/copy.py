@@ -12,6 +12,9 @@ from ..result import Result
 from .base import Task
 from .registry import register
 
+# Rows of logits of one pass on a GPU.
+ROWS_AT_ONCE = 4096
+
 
 @register
 @dataclass(frozen=True)
@@ -52,9 +55,12 @@ def copy_losses(model: nn.Module, halves: Tensor, start: list[int]) -> list[floa
         halves: what is written twice, int64 `[N, half]`.
         start: what begins every text, see `sources.blocks.start_tokens`.
     """
-    device, losses = next(model.parameters()).device, []
-    for half in halves:
-        text = torch.cat([torch.tensor(start, dtype=half.dtype), half, half]).to(device)
-        logits = last_logits(model, len(half), input_ids=text[None])[0, :-1]
-        losses.append(nn.functional.cross_entropy(logits.float(), text[1 - len(half) :]).item())
+    device, losses, size = next(model.parameters()).device, [], halves.shape[1]
+    at_once = 1 if device.type == "cpu" else max(1, ROWS_AT_ONCE // size)
+    for some in halves.split(at_once):
+        begin = torch.tensor(start, dtype=halves.dtype).expand(len(some), -1)
+        texts = torch.cat([begin, some, some], dim=1).to(device)
+        logits = last_logits(model, size, input_ids=texts)[:, :-1]
+        losses += [nn.functional.cross_entropy(row.float(), text[1 - size :]).item()
+                   for row, text in zip(logits, texts, strict=True)]  # fmt: skip
     return losses

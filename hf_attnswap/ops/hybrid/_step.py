@@ -29,14 +29,15 @@ def _of_query(base, delta, d, D: tl.constexpr, MAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["KV", "G", "slots"])
 def step(
-    Q, K, V, OLD_K, OLD_V, COUNT, NEW_K, NEW_V, OUT, DELTA_Q, DELTA_K, MIX, STATE, AFTER, qb, qh, kb, kh, vb, vh, KV, G,
-    slots, now, scale,
+    Q, K, V, OLD_K, OLD_V, COUNT, NEW_K, NEW_V, OUT, DELTA_Q, DELTA_K, MIX, DECAY, STATE, AFTER, qb, qh, kb, kh, vb, vh,
+    KV, G, slots, now, scale,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, SINKS: tl.constexpr, MAP: tl.constexpr,
-    BN: tl.constexpr,
+    HAS_DECAY: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Write the output and both states with the token; BE columns a program, a grid of (B KV, column blocks).
 
-    MIX: `[H]`, the log of g. All else as the steps of the ops `window` and `linear` take it.
+    MIX: `[H]`, the log of g. DECAY: HAS_DECAY, `[KV]`, the log of d. All else as the steps of the ops `window` and
+    `linear` take it.
     """
     r = tl.program_id(0)
     b = r // KV
@@ -52,20 +53,23 @@ def step(
     leaves = tl.where((now <= slots) & (count >= now), 1.0, 0.0)
     v = tl.load(old_v + SINKS * DV + e, mask=e < DV, other=0.0).to(tl.float32)
     v = tl.where(e == DV, 1.0, v)
+    kept = 1.0
+    if HAS_DECAY:
+        kept = tl.exp(tl.load(DECAY + h).to(tl.float32))
     delta = DELTA_K + h * D * D
     place = at * F * (DV + 1) + d[:, None] * (DV + 1) + e[None, :]
     ok = (d < D)[:, None] & (e < DV + 1)[None, :]
     of_z = at * F * (DV + 1) + d * (DV + 1) + DV
     phi = features_of_one(old_k + SINKS * D, delta, 1.0, d, D, MAP, False) * leaves
-    s = tl.load(STATE + place, mask=ok, other=0.0) + phi[:, None] * v[None, :]
-    z = tl.load(STATE + of_z, mask=d < D, other=0.0) + phi
+    s = tl.load(STATE + place, mask=ok, other=0.0) * kept + phi[:, None] * v[None, :]
+    z = tl.load(STATE + of_z, mask=d < D, other=0.0) * kept + phi
     tl.store(AFTER + place, s, mask=ok)
     s2 = s
     z2 = z
     if MAP == HEDGEHOG:
         phi = features_of_one(old_k + SINKS * D, delta, 1.0, d, D, MAP, True) * leaves
-        s2 = tl.load(STATE + D * (DV + 1) + place, mask=ok, other=0.0) + phi[:, None] * v[None, :]
-        z2 = tl.load(STATE + D * (DV + 1) + of_z, mask=d < D, other=0.0) + phi
+        s2 = tl.load(STATE + D * (DV + 1) + place, mask=ok, other=0.0) * kept + phi[:, None] * v[None, :]
+        z2 = tl.load(STATE + D * (DV + 1) + of_z, mask=d < D, other=0.0) * kept + phi
         tl.store(AFTER + D * (DV + 1) + place, s2, mask=ok)
     for i in range(0, G):
         head = h * G + i

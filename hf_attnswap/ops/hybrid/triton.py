@@ -1,7 +1,7 @@
 """Compute the hybrid on a GPU by the Triton kernels of the ops `window` and `linear`, and one token in one launch.
 
 The rows of the linear branch join the softmax as they are written; where a gradient is wanted, torch joins the two. The
-kernels pass Triton's interpreter and compile for sm_80 and sm_90; they have not run on a GPU yet.
+kernels pass Triton's interpreter and compile for sm_80 and sm_90.
 """
 
 import torch
@@ -41,7 +41,7 @@ def run(
             and number is not None
             and window_form.fits_step(query, key, value, valid, window, sinks, state.window)
         ):
-            return _step(query, key, value, *maps, number, log_mix, scaling, window, sinks, state)
+            return _step(query, key, value, *maps, number, log_mix, scaling, window, sinks, state, log_decay)
         return portable.run(
             query, key, value, *maps, log_mix, scaling, window, sinks, valid, state, keep_state, rotation, log_decay
         )
@@ -60,18 +60,19 @@ def run(
     log_scale = log_mix.float()[:, None] + left
     out, lse = window_form.softmax_of_context(at, scaling)
     leaves = leaves.to(torch.uint8).contiguous()
-    learned = [*map_query.tensors.values(), *map_key.tensors.values(), log_mix]
+    gate = None if log_decay is None else linear.gates(log_decay, k, at.counted())
+    learned = [*map_query.tensors.values(), *map_key.tensors.values(), log_mix, log_decay]
     if native.by_hand(query, key, value, *learned):
         mass = log_scale.expand(query.shape[0], -1, at.length).contiguous()
-        S = linear.beside_softmax(q, k, v, leaves, before, out, lse, mass)
+        S = linear.beside_softmax(q, k, v, leaves, gate, before, out, lse, mass)
     else:
-        numerator, den, S = linear.on_features(q, k, v, leaves, before, 0, 1.0, None)
+        numerator, den, S = linear.on_features(q, k, v, leaves, gate, before, linear.IDENTITY, 1.0, None)
         out = joined(out, lse, numerator, den, log_scale)
     out = at.unalign(out).to(query.dtype)
     return out, HybridState(at.state(), S, None if turns is None else at.recent(turns)) if keep_state else None
 
 
-def _step(query, key, value, map_query, map_key, number, log_mix, scaling, window, sinks, state):
+def _step(query, key, value, map_query, map_key, number, log_mix, scaling, window, sinks, state, log_decay):
     """Return what `hybrid_attention` returns for one token after a state: one launch beside the count."""
     from ._step import step  # imports triton
 
@@ -82,10 +83,11 @@ def _step(query, key, value, map_query, map_key, number, log_mix, scaling, windo
     before = state.linear.float().contiguous()
     after = torch.empty_like(before)
     deltas = (m.tensors.get("delta") for m in (map_query, map_key))
-    deltas = (query if d is None else d.contiguous() for d in deltas)
+    learned = [query if d is None else d.contiguous() for d in deltas]
+    learned += [log_mix, log_mix if log_decay is None else log_decay]
     gpu.launch(
-        step, (batch * key.shape[1], -(-(value_dim + 1) // columns)), query, *tensors, out, *deltas, log_mix, before,
-        after, *numbers, float(scaling), D=dim, DV=value_dim, BD=gpu.width(dim), BE=columns, SINKS=sinks, MAP=number,
-        BN=32, num_warps=4,
+        step, (batch * key.shape[1], -(-(value_dim + 1) // columns)), query, *tensors, out, *learned, before, after,
+        *numbers, float(scaling), D=dim, DV=value_dim, BD=gpu.width(dim), BE=columns, SINKS=sinks, MAP=number,
+        HAS_DECAY=log_decay is not None, BN=32, num_warps=4,
     )  # fmt: skip
     return out, HybridState(WindowState(*new, state.window.count + 1), after)

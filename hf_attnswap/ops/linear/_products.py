@@ -7,13 +7,16 @@ gradient of its denominator, all four directions are one of two products:
     by_values     dq_i = sum_{j <= i} (u_i . v_j + w_i) k_j      dk_j = sum_{i >= j} (v_j . u_i + w_i) q_i
 
 A program takes BM rows of one head; BACKWARDS the rows are tokens of a key/value head, and the columns those of the G
-query heads that share it. STATES (`_states.py`) are of all chunks before the rows' (after it, BACKWARDS).
+query heads that share it. STATES (`_states.py`) are of all chunks before the rows' (after it, BACKWARDS). HAS_GATE,
+each term counts as what remains of key j at query i: SUMS (`_gates.py`) is `[B Hkv, T]`. Without DENOMINATORS, w is 0
+and states are S alone.
 """
 
 import triton
 import triton.language as tl
 
 from ..tiles import dot, head, load_columns, load_rows, store_rows
+from ._gates import log_sums, remaining_at, remaining_between
 from ._maps import load_features, slopes
 
 
@@ -27,15 +30,24 @@ def _columns(r0, T, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BACKWAR
         return c0, tl.minimum(r0 + BM, T)
 
 
+@triton.jit
+def _state(STATES, r, c, NC, F: tl.constexpr, DV: tl.constexpr, DENOMINATORS: tl.constexpr):
+    """Return where the state of chunk c begins."""
+    return STATES + (r * NC + c).to(tl.int64) * (F * DV + F if DENOMINATORS else F * DV)
+
+
 @triton.jit(do_not_specialize=["H", "G", "NC", "T"])
 def by_features(
-    X, Y, V, XMASK, YMASK, STATES, OUT, DEN, NEAR, MASS, xb, xh, xt, yb, yh, yt, vb, vh, vt, ob, oh, ot, H, G, T, NC,
+    X, Y, V, MASK, SUMS, STATES, OUT, DEN, NEAR, MASS, xb, xh, xt, yb, yh, yt, vb, vh, vt, ob, oh, ot, H, G, T, NC,
     scale, eps,
-    F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, XMAP: tl.constexpr, YMAP: tl.constexpr,
-    X_MASKED: tl.constexpr, Y_MASKED: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, DIVIDED: tl.constexpr,
-    JOINED: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    F: tl.constexpr, DV: tl.constexpr, BF: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_GATE: tl.constexpr, DENOMINATORS: tl.constexpr, HAS_STATES: tl.constexpr, C: tl.constexpr,
+    BACKWARDS: tl.constexpr, DIVIDED: tl.constexpr, JOINED: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Write o and, forwards, the denominators DEN `[B, H, T]`; BACKWARDS dv. BE of the columns a program.
+
+    Without HAS_STATES, what the chunk alone gives.
 
     JOINED: OUT holds the mean of another branch, NEAR the log of its mass and MASS the log of the factor of this one,
     both `[B, H, T]`; the mean of both is written.
@@ -50,19 +62,33 @@ def by_features(
     n = tl.arange(0, BN)
     f = tl.arange(0, BF)
     e = tl.program_id(2) * BE + tl.arange(0, BE)
-    x = load_features(head(X, b, h, xb, xh), r0, xt, m, T, f, scale, XMASK + b * T, F, XMAP, X_MASKED)
-    state = STATES + ((b * (H // G) + hk) * NC + r0 // C).to(tl.int64) * (F * DV + F)
-    acc = dot(x, load_rows(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
-    z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
-    den = tl.sum(x.to(tl.float32) * z[None, :], 1)
+    mask = MASK + b * T  # of keys
+    sums = SUMS + (b * (H // G) + hk).to(tl.int64) * T
+    x = load_features(head(X, b, h, xb, xh), r0, xt, m, T, f, scale, mask, F, MAP, HAS_MASK and BACKWARDS)
+    acc = tl.zeros((BM, BE), tl.float32)
+    den = tl.zeros((BM,), tl.float32)
+    if HAS_GATE:
+        high, low = log_sums(sums, r0 + m, T)
+    if HAS_STATES:
+        state = _state(STATES, b * (H // G) + hk, r0 // C, NC, F, DV, DENOMINATORS)
+        acc = dot(x, load_rows(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
+        if DENOMINATORS:
+            z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
+            den = tl.sum(x.to(tl.float32) * z[None, :], 1)
+        if HAS_GATE:
+            faded = remaining_at(high, low, sums, r0 // C, T, C, BACKWARDS)
+            acc *= faded[:, None]
+            den *= faded
     lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
     for i in range(0, G if BACKWARDS else 1):
         hy = hk * G + i if BACKWARDS else hk
         y0 = head(Y, b, hy, yb, yh)
         v0 = head(V, b, hy, vb, vh)
         for first in range(lo, hi, BN):
-            y = load_features(y0, first, yt, n, T, f, scale, YMASK + b * T, F, YMAP, Y_MASKED)
+            y = load_features(y0, first, yt, n, T, f, scale, mask, F, MAP, HAS_MASK and not BACKWARDS)
             p = dot(x, tl.trans(y), IP)
+            if HAS_GATE:
+                p *= remaining_between(high, low, sums, first + n, T, BACKWARDS)
             if BACKWARDS:
                 ok = (first + n)[None, :] >= (r0 + m)[:, None]
             else:
@@ -71,7 +97,7 @@ def by_features(
             den += tl.sum(p.to(tl.float32), 1)
             acc += dot(p, load_rows(v0, first, vt, n, T, e, DV), IP)
     out = head(OUT, b, h, ob, oh)
-    if not BACKWARDS:
+    if DENOMINATORS and not BACKWARDS:
         at = r * T + r0 + m
         tl.store(DEN + at, den, mask=r0 + m + tl.program_id(2) * T < T)  # by the first program
         if JOINED:
@@ -89,15 +115,16 @@ def by_features(
 
 @triton.jit(do_not_specialize=["H", "G", "NC", "T"])
 def by_values(
-    X, Y, K, W, PLACE, KMASK, PMASK, STATES, OUT, xb, xh, xt, yb, yh, yt, kb, kh, kt, pb, ph, pt, ob, oh, ot, H, G, T,
-    NC, scale,
-    F: tl.constexpr, DV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, KMAP: tl.constexpr, PMAP: tl.constexpr,
-    K_MASKED: tl.constexpr, P_MASKED: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, IP: tl.constexpr,
+    X, Y, K, W, PLACE, MASK, SUMS, STATES, OUT, PASSED, xb, xh, xt, yb, yh, yt, kb, kh, kt, pb, ph, pt, ob, oh, ot, H,
+    G, T, NC, scale,
+    F: tl.constexpr, DV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_GATE: tl.constexpr, DENOMINATORS: tl.constexpr, C: tl.constexpr, BACKWARDS: tl.constexpr, IP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of PLACE, where the map PMAP stands: dq, or BACKWARDS dk. BF of the features a program.
+    """Write the gradient of PLACE, where the map stands: dq, or BACKWARDS dk. BF of the features a program.
 
-    X, Y: u and v, BACKWARDS v and u. K: keys before their map KMAP, BACKWARDS queries. W: `[B, H, T]`.
+    X, Y: u and v, BACKWARDS v and u. K: keys before their map, BACKWARDS queries. W: `[B, H, T]`. PASSED: HAS_GATE,
+    `[blocks of features, B, heads, T]`, the products of features and their gradients.
     """
     r = tl.program_id(1)
     heads = H // G if BACKWARDS else H
@@ -109,14 +136,22 @@ def by_values(
     n = tl.arange(0, BN)
     e = tl.arange(0, BE)
     f = tl.program_id(2) * BF + tl.arange(0, BF)
+    mask = MASK + b * T  # of keys
+    sums = SUMS + (b * (H // G) + hk).to(tl.int64) * T
     x = load_rows(head(X, b, h, xb, xh), r0, xt, m, T, e, DV)
-    state = STATES + ((b * (H // G) + hk) * NC + r0 // C).to(tl.int64) * (F * DV + F)
+    state = _state(STATES, b * (H // G) + hk, r0 // C, NC, F, DV, DENOMINATORS)
     acc = dot(x, load_columns(state, 0, DV, f, F, e, DV).to(x.dtype), IP)
-    z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
-    w = tl.zeros((BM,), tl.float32) + 1.0
-    if not BACKWARDS:
-        w = tl.load(W + r * T + r0 + m, mask=r0 + m < T, other=0.0)
-    acc += w[:, None] * z[None, :]
+    w = tl.zeros((BM,), tl.float32)
+    if DENOMINATORS:
+        z = tl.load(state + F * DV + f, mask=f < F, other=0.0)
+        if BACKWARDS:
+            acc += z[None, :]
+        else:
+            w = tl.load(W + r * T + r0 + m, mask=r0 + m < T, other=0.0)
+            acc += w[:, None] * z[None, :]
+    if HAS_GATE:
+        high, low = log_sums(sums, r0 + m, T)
+        acc *= remaining_at(high, low, sums, r0 // C, T, C, BACKWARDS)[:, None]
     lo, hi = _columns(r0, T, C, BM, BN, BACKWARDS)
     for i in range(0, G if BACKWARDS else 1):
         hy = hk * G + i if BACKWARDS else hk
@@ -125,14 +160,22 @@ def by_values(
         for first in range(lo, hi, BN):
             p = dot(x, load_columns(y0, first, yt, n, T, e, DV), IP)
             if BACKWARDS:
-                of_row = tl.load(W + (b * H + hy) * T + first + n, mask=first + n < T, other=0.0)
+                of_row = tl.zeros((BN,), tl.float32)
+                if DENOMINATORS:
+                    of_row = tl.load(W + (b * H + hy) * T + first + n, mask=first + n < T, other=0.0)
                 p = tl.where((first + n)[None, :] >= (r0 + m)[:, None], p + of_row[None, :], 0.0)
             else:
                 p = tl.where((first + n)[None, :] <= (r0 + m)[:, None], p + w[:, None], 0.0)
-            k = load_features(k0, first, kt, n, T, f, scale, KMASK + b * T, F, KMAP, K_MASKED)
+            if HAS_GATE:
+                p *= remaining_between(high, low, sums, first + n, T, BACKWARDS)
+            k = load_features(k0, first, kt, n, T, f, scale, mask, F, MAP, HAS_MASK and not BACKWARDS)
             acc += dot(p.to(k.dtype), k, IP)
     place = head(PLACE, b, h, pb, ph)
-    acc = acc * slopes(place, r0, pt, m, T, f, scale, PMASK + b * T, F, PMAP, P_MASKED)
+    if HAS_GATE:
+        phi = load_features(place, r0, pt, m, T, f, scale, mask, F, MAP, HAS_MASK and BACKWARDS).to(tl.float32)
+        passed = PASSED + (tl.program_id(2) * tl.num_programs(1) + r).to(tl.int64) * T
+        tl.store(passed + r0 + m, tl.sum(acc * phi, 1), mask=r0 + m < T)
+    acc = acc * slopes(place, r0, pt, m, T, f, scale, mask, F, MAP, HAS_MASK and BACKWARDS)
     store_rows(head(OUT, b, h, ob, oh), r0, ot, m, T, f, F, acc)
 
 

@@ -45,13 +45,14 @@ def features_of_one(base, delta, scale, d, D: tl.constexpr, MAP: tl.constexpr, S
 
 @triton.jit(do_not_specialize=["KV", "G"])
 def step(
-    Q, K, V, DELTA_Q, DELTA_K, MASK, STATE, AFTER, OUT, DEN, qb, qh, kb, kh, vb, vh, KV, G, scale, eps,
+    Q, K, V, DELTA_Q, DELTA_K, MASK, GATE, STATE, AFTER, OUT, DEN, qb, qh, kb, kh, vb, vh, gb, gh, KV, G, scale, eps,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MAP: tl.constexpr, HAS_MASK: tl.constexpr,
-    DIVIDED: tl.constexpr,
+    HAS_GATE: tl.constexpr, DIVIDED: tl.constexpr,
 ):  # fmt: skip
     """Write the output `[B, H, DV]`, the denominators `[B, H]` and the state after the token; BE columns a program.
 
-    Q, K, V: `[B, heads, D]`. STATE, AFTER: `[B, KV, F, DV + 1]`, F = 2 D for hedgehog. A grid of (B KV, column blocks).
+    Q, K, V: `[B, heads, D]`. GATE: HAS_GATE, the log of what remains of the state, `[B, KV]`. STATE, AFTER:
+    `[B, KV, F, DV + 1]`, F = 2 D for hedgehog. A grid of (B KV, column blocks).
     """
     r = tl.program_id(0)
     b = r // KV
@@ -66,19 +67,22 @@ def step(
     trace = 1.0
     if HAS_MASK:
         trace = tl.load(MASK + b).to(tl.float32)
+    kept = 1.0
+    if HAS_GATE:
+        kept = tl.where(trace > 0, tl.exp(tl.load(GATE + b * gb + h * gh).to(tl.float32)), 1.0)
     at = r.to(tl.int64) * F * (DV + 1) + d[:, None] * (DV + 1) + e[None, :]
     ok = (d < D)[:, None] & (e < DV + 1)[None, :]
     z_at = r.to(tl.int64) * F * (DV + 1) + d * (DV + 1) + DV
     phi = features_of_one(key, delta, scale, d, D, MAP, False) * trace
-    s = tl.load(STATE + at, mask=ok, other=0.0) + phi[:, None] * v[None, :]
-    z = tl.load(STATE + z_at, mask=d < D, other=0.0) + phi
+    s = tl.load(STATE + at, mask=ok, other=0.0) * kept + phi[:, None] * v[None, :]
+    z = tl.load(STATE + z_at, mask=d < D, other=0.0) * kept + phi
     tl.store(AFTER + at, s, mask=ok)
     s2 = s
     z2 = z
     if MAP == HEDGEHOG:
         phi = features_of_one(key, delta, scale, d, D, MAP, True) * trace
-        s2 = tl.load(STATE + D * (DV + 1) + at, mask=ok, other=0.0) + phi[:, None] * v[None, :]
-        z2 = tl.load(STATE + D * (DV + 1) + z_at, mask=d < D, other=0.0) + phi
+        s2 = tl.load(STATE + D * (DV + 1) + at, mask=ok, other=0.0) * kept + phi[:, None] * v[None, :]
+        z2 = tl.load(STATE + D * (DV + 1) + z_at, mask=d < D, other=0.0) * kept + phi
         tl.store(AFTER + D * (DV + 1) + at, s2, mask=ok)
     for i in range(0, G):
         head = h * G + i

@@ -6,8 +6,9 @@
     softplus  log(1 + e^s')                             gelu      s' Phi(s')
 
 c is the largest score of the row, a score of -inf has no weight. The kernels hand in the products x = q.k with
-s' = ks x, and one number per row, `row`. ks has the factor log2 e where IN_POWERS_OF_TWO. The weights of relu are those
-of x, not of s' = ks x: ks > 0 comes out of the sum. The slope of a power is a p-th of da/ds'.
+s' = ks x, and one number per row, `row`. ks has the factor log2 e where a power of two is taken. Where c is subtracted,
+`row` is the largest product and ks comes after: a fused multiply-add of x ks - c gives no 0 at the largest. The weights
+of relu are those of x, not of s' = ks x: ks > 0 comes out of the sum. The slope of a power is a p-th of da/ds'.
 """
 
 import triton
@@ -31,12 +32,12 @@ def scale_of_scores(ks, ACT: tl.constexpr):
 
 
 @triton.jit
-def row_number(peak, count, offset, ACT: tl.constexpr):
-    """Return the one number that an activation needs of each row, of the peak (scaled), the count and the offset."""
+def row_number(peak, ks, count, offset, ACT: tl.constexpr):
+    """Return the one number that an activation needs of each row, of its largest product, the count and the offset."""
     if ACT == SIGMOID:
         return offset * LOG2E - tl.log2(count)
     elif ACT == UNSHIFTED:
-        return 1.0 / tl.maximum(1.0 + peak, _TINY)
+        return 1.0 / tl.maximum(1.0 + peak * ks, _TINY)
     else:
         return peak
 
@@ -57,7 +58,7 @@ def _power(t, LOGP: tl.constexpr):
 def _base(x, ks, row, ACT: tl.constexpr):
     """Return what is raised to a power. The 1 comes last: beside a large score it would be rounded away."""
     if ACT == POWER:
-        return _relu((x * ks - row) + 1.0)
+        return _relu((x - row) * ks + 1.0)
     else:
         return _relu(x * ks + 1.0) * row
 
@@ -103,7 +104,7 @@ def weights(x, ks, row, like, ACT: tl.constexpr, LOGP: tl.constexpr, ASM: tl.con
         s = tl.maximum(x * ks, -100.0, propagate_nan=tl.PropagateNan.ALL)
         return (s * _normal(s)).to(like.dtype)
     elif ACT == EXP:
-        return tl.exp2(x * ks - row).to(like.dtype)
+        return tl.exp2((x - row) * ks).to(like.dtype)
     else:
         return _power(_base(x, ks, row, ACT), LOGP).to(like.dtype)
 
@@ -130,7 +131,7 @@ def weights_and_slopes(x, ks, row, ACT: tl.constexpr, LOGP: tl.constexpr):
         a = s * phi
         w = phi + s * 0.3989422804014327 * tl.exp2(s * s * (-0.5 * LOG2E))
     elif ACT == EXP:
-        a = tl.exp2(x * ks - row)
+        a = tl.exp2((x - row) * ks)
         w = a
     else:
         t = _base(x, ks, row, ACT)

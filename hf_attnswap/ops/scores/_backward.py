@@ -127,7 +127,7 @@ def of_queries(
     peak = tl.zeros((BM,), tl.float32)
     if ACT > 4:
         peak = _of_row(PEAKS + of_rows, rows, T, 0.0)
-    row = row_number(peak, counts(COUNT, b, rows, offset, T, S, CAUSAL, PAD), shift, ACT)
+    row = row_number(peak, xs, counts(COUNT, b, rows, offset, T, S, CAUSAL, PAD), shift, ACT)
     delta = tl.zeros((BM,), tl.float32)
     if TOTAL:
         delta = _of_row(DELTA + of_rows, rows, T, 0.0)
@@ -181,7 +181,7 @@ def _through_rows(
         peak = tl.zeros((BM,), tl.float32)
         if ACT > 4:
             peak = _of_row(PEAKS, rows, T, 0.0)
-        row = row_number(peak, counts(COUNT, b, rows, offset, T, S, CAUSAL, PAD), shift, ACT)
+        row = row_number(peak, ks, counts(COUNT, b, rows, offset, T, S, CAUSAL, PAD), shift, ACT)
         a, slope = weights_and_slopes(x, ks, row[None, :], ACT, LOGP)
         if TOTAL:
             inv = _divisor(TOTALS, rows, T, eps)[None, :]

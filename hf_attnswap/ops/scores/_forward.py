@@ -73,7 +73,7 @@ def forward(
     HAS_OFFSET: tl.constexpr, HAS_FACTOR: tl.constexpr, ASM: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """Write the output and, where LEARNING, what the backward pass needs: sums, peaks (scaled) and their keys.
+    """Write the output and, where LEARNING, what the backward pass needs: sums, largest products and their keys.
 
     Q, K, V, OUT: `[B, heads, tokens, D]` with the strides of batch, head and token. TOTALS, PEAKS, PEAK_AT:
     `[B, H, T]`. OFFSET, FACTOR: `[H]`. A grid of (blocks of rows, B H). What is not used may be any pointer.
@@ -109,7 +109,7 @@ def forward(
         peak, at = _peaks(peak, at, q, k0, kt, valid, free_hi, hi, positions, start, end, whole, S, D, BD, BN,
                           CAUSAL, PAD, True, WHERE, IP)  # fmt: skip
         # A row that may attend to nothing has no largest score.
-        peak = tl.where(peak == float("-inf"), 0.0, peak) * xs
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
         if LEARNING:
             tl.store(PEAKS + bh * T + rows, peak, mask=rows < T)
             if ACT == POWER:
@@ -117,7 +117,7 @@ def forward(
     shift = 0.0
     if HAS_OFFSET:
         shift = tl.load(OFFSET + h)
-    row = row_number(peak, count, shift, ACT)
+    row = row_number(peak, xs, count, shift, ACT)
     acc = tl.zeros((BM, BDV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     if PAD:

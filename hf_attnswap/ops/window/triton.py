@@ -2,7 +2,7 @@
 
 Rows go by blocks over the sinks and the slots of their windows (`_forward.py`, `_backward.py`): O(n (w + m) d) time,
 O(n d) memory. The backward pass makes the scores again and adds nothing atomically. The kernels pass Triton's
-interpreter and compile for sm_80 and sm_90; they have not run on a GPU yet.
+interpreter and compile for sm_80 and sm_90.
 """
 
 import torch

@@ -1,0 +1,40 @@
+"""The script that tells what a release of transformers breaks, on reports that are written here."""
+
+import io
+from importlib.metadata import distributions
+
+from rich.console import Console
+
+PASSED = '<testcase classname="tests.test_a" name="test_one"/>'
+BROKEN = (
+    '<testcase classname="tests.test_a" name="test_one"><failure message="TypeError: x&#10;more">t</failure></testcase>'
+)
+ALWAYS = '<testcase classname="tests.test_a" name="test_two"><error message="boom">t</error></testcase>'
+SKIPPED = '<testcase classname="tests.test_a" name="test_three"><skipped message="no GPU"/></testcase>'
+
+
+def report(*cases: str) -> str:
+    return f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>"
+
+
+def test_what_breaks_is_what_passed_before(script):
+    told = script("benchmarks/new_release")
+    before, after = told.parse(report(PASSED, ALWAYS, SKIPPED)), told.parse(report(BROKEN, ALWAYS, SKIPPED))
+    assert before == {"tests.test_a::test_one": None, "tests.test_a::test_two": "boom"}
+    assert told.breaks(before, after) == {"tests.test_a::test_one": "TypeError: x"}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(told.table("5.23.0", "5.24.0", {"a": before}, {"a": after}))
+    row = console.file.getvalue().splitlines()[-2]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["a", "1", "0", "1"]
+
+
+def test_what_a_release_requires_is_compared_with_what_is_installed(script, tmp_path):
+    told = script("benchmarks/new_release")
+    info = tmp_path / "transformers-9.0.dist-info"
+    info.mkdir()
+    lines = ["Requires-Dist: numpy>=1", "Requires-Dist: numpy>=1000", 'Requires-Dist: torch>=99; extra == "all"']
+    head = ["Metadata-Version: 2.1", "Name: transformers", "Version: 9.0"]
+    (info / "METADATA").write_text("\n".join([*head, *lines, "Requires-Dist: no_such_package_here"]))
+    (release,) = distributions(path=[str(tmp_path)])
+    first, second = told.unmet(release)
+    assert first.startswith("numpy>=1000, and ") and second == "no_such_package_here, and none is installed"
