@@ -190,6 +190,8 @@ def parse_sliding(matrix: Tensor, window: int, block: int = 256) -> Mask | Packe
         expected = (text == segments[:, None, :]) & (key <= row) & (key > row - window)
         if not ((expected == matrix[:, rows]) | (text == 0)).all():
             return None
+    if offset and (matrix[:, :, offset:] & ~own[:, None]).any():
+        return None  # what does not see itself is seen by others: no padding
     parsed = Mask(query_length, key_length, None if valid.all() else valid) if offset else from_segments(segments)
     return replace(parsed, window=window)
 
