@@ -12,7 +12,7 @@ Goldstein 2025). The teacher is then a frozen copy of the attention modules, not
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,9 @@ def aligning_projections(model: nn.Module) -> Iterator[LayerLosses]:
     """Record the losses of whole attention modules with their projections, while the context is open.
 
     Copies of the modules as they are now, with softmax in place of the variants, compute the output that flows on and
-    that the output of each module is compared with. Open the context before anything has been trained. The copies cost
-    as much memory as the attention modules.
+    that the output of each module is compared with. Open the context before anything has been trained, and before
+    Accelerate prepares the model. The copies cost as much memory as the attention modules, also under FSDP2, which
+    does not shard them.
 
     Yields the losses, as `aligning` does.
 
@@ -120,7 +121,7 @@ def aligning_projections(model: nn.Module) -> Iterator[LayerLosses]:
         def compare(module, args, kwargs, output):
             if any(isinstance(given, Cache) for given in kwargs.values()):
                 raise UsageError("a cache holds the keys of one module, and here two run: pass use_cache=False")
-            with torch.no_grad():
+            with torch.no_grad(), _taking((*args, *kwargs.values()), teachers[path]):
                 target = teachers[path](*args, **kwargs)
             losses[path] = normalised_error(_output(output)[:, None], _output(target)[:, None], losses.valid)
             return target
@@ -128,11 +129,27 @@ def aligning_projections(model: nn.Module) -> Iterator[LayerLosses]:
         return compare
 
     with ExitStack() as stack:
-        for path, teacher in teachers.items():
+        for teacher in teachers.values():
             stack.enter_context(softmax_flows_on(teacher))
-            handle = model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True)
-            stack.callback(handle.remove)
+        modules = {path: model.get_submodule(path) for path in teachers}
+        hooks = stack.enter_context(ExitStack())
+
+        def put_on_last(model, args):
+            # FSDP2, which comes later, has hooks of its own: they have to see the output that gets a gradient.
+            hooks.close()
+            for path, module in modules.items():
+                hooks.callback(module.register_forward_hook(hook(path), with_kwargs=True).remove)
+
+        stack.callback(model.register_forward_pre_hook(put_on_last).remove)
         yield losses
+
+
+def _taking(given: tuple, teacher: nn.Module) -> AbstractContextManager:
+    """Let a teacher take what a module gets whose weights FSDP2 casts, as FSDP2 does in mixed precision."""
+    hidden = next(x for x in given if torch.is_tensor(x) and x.is_floating_point())
+    if hidden.dtype == next(teacher.parameters()).dtype or hidden.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(hidden.device.type, hidden.dtype)
 
 
 def _output(returned: Tensor | tuple) -> Tensor:

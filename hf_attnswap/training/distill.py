@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from ..errors import UsageError
@@ -61,22 +62,22 @@ def distillation_loss(
             hidden states, as in models that cap or scale them; or as `require_weights`.
     """
     require_weights(temperature, hidden_weight, label_weight)
-    teacher_head = _head(teacher)
     own = [p for name, p in teacher.named_parameters() if not _added(name)]
-    if any(p.requires_grad for p in [*own, *teacher_head.parameters()]):
+    if any(p.requires_grad for p in [*own, *_head(teacher).parameters()]):
         raise UsageError(
             "the teacher's own weights train, so it would not stay the original: give a frozen copy as the teacher"
         )
     inputs = {**model_inputs(batch), "logits_to_keep": 1, "output_hidden_states": True}
     with torch.no_grad(), as_original(teacher):
         target = teacher(**inputs)
+    teacher_head = _whole_head(teacher)
     _check_head(teacher_head, target)
     found = model(**inputs).hidden_states
     valid = inputs.get("attention_mask")
     loss = chunked_kl(
         _tokens(found[-1], valid),
         _tokens(target.hidden_states[-1], valid),
-        _head(model),
+        _whole_head(model),
         teacher_head,
         labels=_tokens(_following(inputs), valid) if label_weight else None,
         label_weight=label_weight,
@@ -161,10 +162,10 @@ class _SummedKL(torch.autograd.Function):
         total, of_hidden, of_weights = 0, [], [torch.zeros_like(w) for w in weights]
         parts = (hidden.split(tokens_at_once), teacher_hidden.split(tokens_at_once), labels.split(tokens_at_once))
         for ours, theirs, told in zip(*parts, strict=True):
-            target = _log_probabilities(teacher_head(theirs), temperature)
+            target = _log_probabilities(_logits(teacher_head, theirs), temperature)
             ours = ours.detach().requires_grad_()
             with torch.enable_grad():
-                logits = head(ours)
+                logits = _logits(head, ours)
             found = _log_probabilities(logits.detach(), temperature)
             p = target.exp()
             divergence = target.sub_(found).mul_(p).sum(-1)
@@ -216,13 +217,31 @@ def _head(model: nn.Module) -> nn.Module:
     return model.get_output_embeddings()
 
 
+def _whole_head(model: nn.Module) -> nn.Module:
+    """Return the head after a forward pass, under FSDP2 with whole weights: the backward pass shares out the gradient.
+
+    The weights of the head are in its own group or in that of the model, which has them whole after its forward pass
+    already, unless it is told to give them back.
+    """
+    head = _head(model)
+    for part in (model, head):
+        if isinstance(part, FSDPModule):
+            part.unshard()
+    return head
+
+
+def _logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Apply the head without the hooks of FSDP2, which would gather and give back its weights for every chunk."""
+    return head.forward(hidden) if isinstance(head, FSDPModule) else head(hidden)
+
+
 def _added(name: str) -> bool:
     return ".attnswap." in name or ".lora_" in name
 
 
 def _check_head(head: nn.Module, output) -> None:
     with torch.no_grad():
-        found = head(output.hidden_states[-1][:, -1:]).float()
+        found = _logits(head, output.hidden_states[-1][:, -1:]).float()
     wanted = output.logits.float()
     close = (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
     if not close and wanted.isfinite().all():

@@ -19,12 +19,12 @@ def with_lora(model: PreTrainedModel, options: LoraOptions, accelerator: Acceler
     The variants' parameters train beside LoRA. `merged` makes a plain model again.
 
     Raises:
-        UsageError: the model runs under FSDP, or peft is not installed.
+        UsageError: the model runs under FSDP1, or peft is not installed.
     """
     if not options.use_lora:
         return model
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UsageError("--use_lora does not work under FSDP: launch with distributed_type: MULTI_GPU")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UsageError("--use_lora does not work under FSDP1, which flattens frozen weights: set fsdp_version: 2")
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

@@ -240,6 +240,9 @@ def save(
     """
     folder = options.output_dir / "model"
     state = accelerator.get_state_dict(model)  # of all processes together
+    for name, source in model.all_tied_weights_keys.items():  # what FSDP2 gathers is tied no more
+        if name in state and model.get_parameter_or_buffer(name) is model.get_parameter_or_buffer(source):
+            del state[name]
     if accelerator.is_main_process:
         with whole_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=state)

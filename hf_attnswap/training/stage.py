@@ -41,11 +41,11 @@ class Stage(TextOptions):
 
     Attributes:
         name: the word for the stage on the command line and in a recipe.
-        fsdp: why the stage does not run under FSDP; None where the stage does.
+        fsdp1: why the stage does not run under FSDP1; None where the stage does.
     """
 
     name: ClassVar[str]
-    fsdp: ClassVar[str | None] = None
+    fsdp1: ClassVar[str | None] = None
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         """Return the loss of a batch of token blocks, `[B, block_size, ...]`, as a scalar."""
@@ -93,10 +93,10 @@ class Stage(TextOptions):
         """Train, save, and return the folder of the trained model.
 
         Raises:
-            UsageError: the stage does not run under FSDP, or the options do not fit each other, the model or the text.
+            UsageError: the stage does not run under FSDP1, or the options do not fit each other, the model or the text.
         """
-        if self.fsdp and accelerator.distributed_type == DistributedType.FSDP:
-            raise UsageError(f"{self.name} does not work under FSDP: {self.fsdp}")
+        if self.fsdp1 and accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+            raise UsageError(f"{self.name} does not work under FSDP1, {self.fsdp1}: set fsdp_version: 2")
         model, processor = load_to_train(self.model_name_or_path, self.dtype, accelerator.device)
         self.require_fit(model)
         tokenizer = tokenizer_of(processor)

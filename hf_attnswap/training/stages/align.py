@@ -10,7 +10,7 @@ that have no parameters, such as relu_norm. Those take --option gain=true, a lea
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import PreTrainedModel
 
 from ...config import NAME
@@ -48,8 +49,7 @@ class Align(LoraOptions, Stage):
     """Each swapped layer learns the softmax output of its layer."""
 
     name: ClassVar[str] = "align"
-    # FSDP gathers a layer's parameters for the backward pass of its output; these losses arise inside the layer.
-    fsdp: ClassVar[str | None] = "it trains few parameters, so launch with distributed_type: MULTI_GPU"
+    fsdp1: ClassVar[str | None] = "which gathers parameters for the backward pass of a whole layer alone"
 
     learning_rate: float = argument(
         DEFAULT_LEARNING_RATE,
@@ -96,12 +96,15 @@ class Align(LoraOptions, Stage):
                 raise UsageError("--use_lora is for the projections, which --train attention trains")
             trainable_parameters(model, self.linear_branch_alone)
             self._leave_exact(model, blocks, accelerator)
+            self._gather_where_losses_arise(swapped_modules(model).values(), model, accelerator)
             return model
         if self.linear_branch_alone:
             raise UsageError("--linear_branch_alone compares no whole attention modules, as --train attention does")
         if self.weights_loss:
             raise UsageError("--weights_loss compares weights on the same queries, which --train attention changes")
         projection_parameters(model)
+        attention = [model.get_submodule(path) for path in swapped_modules(model)]
+        self._gather_where_losses_arise(attention, model, accelerator)
         return with_lora(model, self, accelerator)
 
     @contextmanager
@@ -119,6 +122,34 @@ class Align(LoraOptions, Stage):
     def finish(self, model: nn.Module, blocks: Tensor) -> None:
         if self.linear_branch_alone:  # the branch has another mass now
             self._calibrate(model, blocks)
+
+    def _gather_where_losses_arise(
+        self, modules: Iterable[nn.Module], model: PreTrainedModel, accelerator: Accelerator
+    ) -> None:
+        """Have FSDP2 gather the parameters of each of `modules` by itself, for the backward pass of its output.
+
+        FSDP2 gathers the parameters of a layer for the backward pass of what the layer gives, and losses of alignment
+        arise inside it.
+
+        Raises:
+            UsageError: FSDP2 is not told to go by the class of a module, or the processes hold different weights; or
+                the losses are of more than the output of the modules.
+        """
+        if not accelerator.is_fsdp2:
+            return
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
+            raise UsageError("align under FSDP2 needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP")
+        if plugin.cpu_ram_efficient_loading:
+            raise UsageError("align under FSDP2 looks at the model first: set fsdp_cpu_ram_efficient_loading: false")
+        for option in ("linear_branch_alone", "weights_loss"):
+            if getattr(self, option):
+                raise UsageError(
+                    f"--{option} does not work under FSDP2, which gathers parameters for the output of a variant "
+                    "alone: launch with distributed_type: MULTI_GPU"
+                )
+        layers = plugin.transformer_cls_names_to_wrap or model._no_split_modules or []
+        plugin.transformer_cls_names_to_wrap = list(dict.fromkeys([*layers, *(type(m).__name__ for m in modules)]))
 
     def _leave_exact(self, model: nn.Module, blocks: Tensor, accelerator: Accelerator) -> None:
         """Freeze the variants of layers whose output is that of softmax already.

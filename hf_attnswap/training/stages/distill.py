@@ -3,7 +3,7 @@
 The original is the teacher. With LoRA it is the model itself, with softmax switched on and LoRA off, so that one copy
 of the weights is in memory; without, a frozen copy of the model as it starts, with softmax switched on. Both are the
 original as long as nothing but the swapped attention's own parameters has been trained; else name the original with
---teacher_name_or_path.
+--teacher_name_or_path. Under FSDP2 the teacher is sharded as the model is.
 
     accelerate launch -m hf_attnswap.training distill --model_name_or_path aligned/model --train_file book.txt \\
         --max_train_tokens 500000 --output_dir distilled
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ class Distill(WholeModelStage):
     """The swapped model learns the next-token distribution of the original."""
 
     name: ClassVar[str] = "distill"
-    fsdp: ClassVar[str | None] = "FSDP shards the output embeddings, so launch with distributed_type: MULTI_GPU"
+    fsdp1: ClassVar[str | None] = "which flattens the output embeddings"
 
     learning_rate: float = argument(DEFAULT_LEARNING_RATE, "highest learning rate of AdamW")
     teacher_name_or_path: str | None = argument(None, "the original model; the model itself, with softmax, without it")
@@ -57,6 +58,8 @@ class Distill(WholeModelStage):
             self._teacher = frozen(teacher)
         else:
             self._teacher = trained if self.use_lora else frozen(copy.deepcopy(trained))
+        if accelerator.is_fsdp2 and self._teacher is not trained:  # the model itself is sharded with its optimiser
+            self._teacher = fsdp2_prepare_model(accelerator, self._teacher)
         self._autocast = accelerator.autocast
         return trained
 
