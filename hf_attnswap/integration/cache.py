@@ -357,8 +357,8 @@ def with_state_layers(original):
     @functools.wraps(original)
     def layer_types_and_kwargs(config):
         types, arguments = original(config)
-        # An encoder-decoder builds the cache of its cross-attention from the same config: those layers come later.
-        if getattr(config, "is_encoder_decoder", False):
+        # Where there is cross-attention, its cache is built from the same config: the layers with a state come later.
+        if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
             return types, arguments
         for group in (getattr(config, NAME, None) or {}).get("swapped") or ():
             if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:

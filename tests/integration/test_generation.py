@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from attention_cases import NAMES, crossed, small_options
+from device_under_test import DEVICE
 from swapped_models import (
     CLOSE,
     LENGTH,
@@ -20,9 +21,10 @@ from swapped_models import (
     swapped,
 )
 from tiny_models import tiny, tokens
-from transformers import DynamicCache, set_seed
+from transformers import BertConfig, DynamicCache, EncoderDecoderConfig, EncoderDecoderModel, set_seed
 
 import hf_attnswap
+from hf_attnswap import swap
 from hf_attnswap.benchmark.generation import decode
 from hf_attnswap.integration.cache import cache_nbytes
 
@@ -251,3 +253,18 @@ def test_cache_forgets_nothing_it_was_not_asked_to(name):
     assert cache.get_seq_length() == 0
     ids = tokens(LENGTH, seed=1)
     torch.testing.assert_close(logits(model, ids, past_key_values=cache), logits(model, ids), **CLOSE)
+
+
+def test_an_encoder_and_a_decoder_of_two_models_generate_with_a_cache_as_without():
+    """The decoder's config does not say that it is one of both; its cross-attention has a cache without states."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        initializer_range=0.3,
+    )  # fmt: skip
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
+    model = swap(EncoderDecoderModel(config=both).to(DEVICE).eval(), "elu")
+    given = dict(max_new_tokens=6, do_sample=False, decoder_start_token_id=1, pad_token_id=0)
+    ids = torch.randint(2, 60, (2, 9))
+    with_cache, without = (model.generate(ids, **given, use_cache=use) for use in (True, False))
+    assert torch.equal(with_cache, without) and len(with_cache.unique()) > 2
