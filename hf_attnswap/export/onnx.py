@@ -49,10 +49,10 @@ def export(model: PreTrainedModel, folder: Path) -> Program:
     require_packages()
     program = Program(model)
     names = [tensor.name for tensor in program.remembered]
-    batch, length, past = (torch.export.Dim(name) for name in ("batch", "length", "past"))
-    sizes = {"batch": batch, "past": past}
-    tokens = {0: batch, 1: length}
-    shapes = [{i: sizes[size] for i, size in enumerate(t.shape) if size in sizes} for t in program.remembered]
+    # Without names: a model may have a longest text, and of a name torch wants to be told that before.
+    dynamic = torch.export.Dim.DYNAMIC
+    tokens = {0: dynamic, 1: dynamic}
+    shapes = [{i: dynamic for i, size in enumerate(t.shape) if isinstance(size, str)} for t in program.remembered]
     given = torch.ones(2, 5, dtype=torch.long)
     inputs = given, given.clone(), [tensor.empty(2, 7) for tensor in program.remembered]
     with making_graph(), _quiet():

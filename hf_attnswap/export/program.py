@@ -101,6 +101,7 @@ class Program(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         if not self.remembered:
+            self._tie_sizes(input_ids, attention_mask, past, 0)
             found = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return [found[name] for name in self.outputs], []
         given = dict(zip((tensor.name for tensor in self.remembered), past, strict=True))
