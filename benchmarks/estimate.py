@@ -39,9 +39,9 @@ from hf_attnswap.tradeoff import share_weights
 from hf_attnswap.training.distill import distillation_loss
 from hf_attnswap.training.teacher import frozen
 
-PREFILL = [(1, 128), (1, 256), (1, 512), (2, 256), (4, 128)]
-DECODE = [(1, 256), (1, 1024), (1, 4096), (2, 1024), (4, 1024)]
-DISTILL = [(1, 64), (1, 128), (1, 256), (2, 64), (4, 64)]
+PREFILL = [(1, 512), (2, 256), (4, 128)]
+DECODE = [(1, 2048), (2, 256), (4, 512)]
+DISTILL = [(1, 256), (2, 128), (4, 64)]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 

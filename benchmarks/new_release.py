@@ -72,6 +72,7 @@ def unmet(release: Distribution) -> list[str]:
 
 def outcome(tests: str, before: str | None = None) -> Outcome:
     """Run tests in a process of its own, with the folder `before` ahead of the installed packages."""
+    print(f"{tests} with the {'other' if before else 'installed'} release", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         path = os.pathsep.join(filter(None, [before, str(ROOT)]))

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,9 +65,11 @@ def execute(code: str, names: dict) -> str:
 
 def make_inputs(folder: Path) -> Path:
     """Make in `folder` what the documents name: `MODEL`, a tiny model with a tokenizer of letters, and `book.txt`."""
+    torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(LETTERS) + 1 + len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=16384, bos_token_id=None, eos_token_id=None,
+        initializer_range=0.3,  # so that its attention is not flat
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "MODEL")
     vocabulary = {piece: i for i, piece in enumerate(["?!", *LETTERS, *WORDS])}

@@ -29,11 +29,11 @@ def export(
     from ..sources.files import require_empty, whole_folder
     from ..sources.models import load_any
 
-    onnx.require_packages()
     require_empty(output_dir)
     found = find(folder)
     if not found.swapped:
         raise UsageError(f"{found.folder} is no conversion: its config.json swaps no attention")
+    onnx.require_packages()
     model, processor = load_any(str(found.folder), dtype="float32")
     with whole_folder(output_dir) as written:
         program = onnx.export(model, written)

@@ -2,8 +2,6 @@
 
 import re
 
-import torch
-
 from ..attentions.base import suggestion
 from ..errors import UsageError, shown
 from ..sources.models import find_device as find_torch_device
@@ -34,7 +32,7 @@ def find_device(name: str | None) -> Device:
     """
     if name in GPUS:
         return GPUS[name]
-    if name is None or torch.device("cpu").type == name or name.startswith("cuda"):
+    if name is None or name == "cpu" or name.startswith("cuda"):
         return Measured(find_torch_device(name))
     raise UsageError(
         f"device {shown(name)} is not known.{suggestion(name, GPUS)} Known are {', '.join(GPUS)}; cpu and cuda are "

@@ -26,7 +26,6 @@ ENOUGH_S = 0.1  # of measuring one part
 LARGEST = 1 << 32  # operations of a product that is measured; a larger one is taken to be as fast
 LONGEST = 1024  # tokens of attention that is measured; more cost as much as their operations say
 LARGEST_CACHE = 1 << 27  # bytes of keys and values that a step is measured on
-LAYERS = 24  # whose caches a step goes through, as far as they exceed those of the processor
 SMALLEST_PASS, LARGEST_PASS = 12, 27  # bits of the bytes that a pass moves
 
 
@@ -70,7 +69,7 @@ class Measured:
             both = self._once((signature(attention), measured, forward_backward), dtype,
                               partial(self._attention, attention))  # fmt: skip
             taken = max(both - alone, alone)
-        done, asked = (attention.operations(n, n, window) for n in (measured, length))
+        done, asked = attention.operations(measured, measured), attention.operations(length, length, window)
         return taken * batch * (asked / done if done else length / measured)
 
     def step(self, attention, batch, length, window, dtype):
@@ -88,11 +87,19 @@ class Measured:
             self.found[what, dtype] = measure(what, dtype)
         return self.found[what, dtype]
 
-    def _median(self, call: Callable[[], Any]) -> float:
-        """Return the seconds of a call, the median of at least 3."""
+    def _median(self, call: Callable[[], Any], most: int = 100, cold: bool = False) -> float:
+        """Return the seconds of a call, the median of at least 3.
+
+        Args:
+            most: calls at most.
+            cold: whether the caches of the processor hold nothing of what a call needs, but weights, as between two
+                layers of a model.
+        """
         call()
         times: list[float] = []
-        while len(times) < 3 or sum(times) < ENOUGH_S and len(times) < 100:
+        while len(times) < 3 or sum(times) < ENOUGH_S and len(times) < most:
+            if cold:
+                self._weights.sum()
             times.append(self.clock(call, self.device))
         return statistics.median(times)
 
@@ -101,12 +108,8 @@ class Measured:
         net, x = nn.Sequential(*layers), torch.ones(1, 8)
         calls = trace(partial(net.to("meta"), x.to("meta"))).calls
         net, x = net.to_empty(device=self.device), x.to(self.device)
-        times = []
         with torch.no_grad():
-            for _ in range(9):
-                self._weights.sum()  # between two layers of a model, caches are filled with weights
-                times.append(self.clock(partial(net, x), self.device))
-        return statistics.median(times) / calls
+            return self._median(partial(net, x), most=9, cold=True) / calls
 
     def _product(self, product: Product, dtype: torch.dtype) -> float:
         rows, inner, columns = product
@@ -138,13 +141,10 @@ class Measured:
     def _step(self, attention: Attention, what: tuple, dtype: torch.dtype) -> float:
         _, batch, length = what
         variant = Variant(self._here(attention, dtype), attention.kind == "causal")
-        kept = batch * kept_bytes(Layer(attention, None), length, dtype)
+        inputs = random_inputs(attention.heads, length, batch_size=batch, dtype=dtype, device=self.device)
         with torch.no_grad():
-            inputs = random_inputs(attention.heads, length, batch_size=batch, dtype=dtype, device=self.device)
-            caches = [[t.clone() for t in inputs] for _ in range(min(LAYERS, UNCACHED // max(kept, 1)) + 1)]
-            make = variant.step if attention.stateful else partial(_step_with_a_copy, variant)
-            steps = itertools.cycle([make(*cache) for cache in caches])
-            return self._median(lambda: next(steps)())
+            step = variant.step(*inputs) if attention.stateful else _step_with_a_copy(variant, *inputs)
+            return self._median(step, most=9, cold=True)
 
     def _here(self, attention: Attention, dtype: torch.dtype) -> Attention:
         """Return a copy of a variant on this device, untrained."""

@@ -24,9 +24,9 @@ ADAMW_STATES = 2  # numbers that it keeps for each that trains
 UPDATE_PASSES = 10
 
 
-def weight_bytes(module: nn.Module, trainable: bool = False) -> int:
-    """Return the bytes of the parameters of a module, or of those that train."""
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad or not trainable)
+def weight_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters of a module."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def writes(model: PreTrainedModel) -> bool:
@@ -77,11 +77,6 @@ class Training:
     def optimiser(self) -> int:
         """Return the bytes that AdamW keeps."""
         return ADAMW_STATES * self.trained
-
-    @property
-    def total(self) -> int:
-        """Return the bytes at the peak of a step."""
-        return self.weights + self.optimiser + self.step.peak
 
 
 def finetuning(model: PreTrainedModel, batch: int, length: int, recompute: bool = False) -> Training:

@@ -115,9 +115,8 @@ def _name_sizes(graph: Any, inputs: list[tuple[int | str, ...]]) -> None:
     }
 
     def named(size: Any) -> int | str:
-        return (
-            size if isinstance(size, int) else re.sub(r"s\d+", lambda found: symbols.get(found[0], found[0]), str(size))
-        )
+        known = re.sub(r"s\d+", lambda found: symbols.get(found[0], found[0]), str(size))
+        return size if isinstance(size, int) else known
 
     for value in [*graph.inputs, *(value for node in graph for value in node.outputs)]:
         if value.shape is not None:

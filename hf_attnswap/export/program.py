@@ -1,4 +1,4 @@
-"""A converted model as a function of plain tensors: tokens and what is remembered go in, logits and the same come out."""
+"""A model as a function of plain tensors: tokens and what is remembered go in, logits and what is now known out."""
 
 from inspect import signature
 from typing import NamedTuple
@@ -19,7 +19,7 @@ COUNT = "count"
 
 
 class Remembered(NamedTuple):
-    """Describe one tensor that is remembered: its name, its dtype, and its shape, with names for sizes that are open."""
+    """Describe one tensor that is remembered: name, dtype, and shape, with names for the sizes that are open."""
 
     name: str
     dtype: torch.dtype
@@ -104,12 +104,11 @@ class Program(nn.Module):
             found = self.model(input_ids=input_ids, attention_mask=attention_mask)
             return [found[name] for name in self.outputs], []
         given = dict(zip((tensor.name for tensor in self.remembered), past, strict=True))
-        position, mask, seen = given[POSITION], attention_mask, 0
-        if self.grows:
-            seen = given[MASK].shape[1]
+        position = given[POSITION]
+        # A state tells nothing of how many tokens it has seen, and nobody asks unless keys are kept beside it.
+        seen = given[MASK].shape[1] if self.grows else 0
         self._tie_sizes(input_ids, attention_mask, past, seen)
-        if self.grows:
-            mask = torch.cat([given[MASK], attention_mask], 1)
+        mask = torch.cat([given[MASK], attention_mask], 1) if self.grows else attention_mask
         cache = DynamicCache()
         for index, (kind, names) in enumerate(self.layers):
             own = {name: position if name.endswith(COUNT) else given[f"{index}.{name}"] for name in names}

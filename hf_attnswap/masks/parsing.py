@@ -95,10 +95,11 @@ def _parse(
         return Mask(query_length, key_length, valid=None if _all(attention_mask) else attention_mask.clone())
     dense, bias = split(attention_mask)
     dense = dense.expand(-1, -1, query_length, -1)
-    parsed = None
-    if window is not None and window < key_length and bias is None and dense.shape[1] == 1 and not values_are_hidden():
-        parsed = parse_sliding(dense[:, 0], window)
+    slides = window is not None and bias is None and dense.shape[1] == 1 and not values_are_hidden()
+    parsed = parse_sliding(dense[:, 0], window) if slides and window < key_length else None
     parsed = _parse_matrix(dense, causal) if parsed is None else parsed
+    if slides and isinstance(parsed, Mask) and parsed.dense is not None:
+        parsed = parse_sliding(dense[:, 0], window) or parsed  # rows of padding alone, in a text shorter than W
     if bias is None:
         return parsed
     if isinstance(parsed, Packed):
@@ -169,6 +170,7 @@ def parse_sliding(matrix: Tensor, window: int, block: int = 256) -> Mask | Packe
     Returns:
         A mask with this window; the keys that no row may see, those before, come back as valid. None where the matrix
         is something else. Rows of tokens that do not see themselves are padding, and may attend to anything.
+        Where the first of T is one, it has to see those of the keys before that count.
     """
     query_length, key_length = matrix.shape[1:]
     offset = key_length - query_length
@@ -188,8 +190,8 @@ def parse_sliding(matrix: Tensor, window: int, block: int = 256) -> Mask | Packe
         expected = (text == segments[:, None, :]) & (key <= row) & (key > row - window)
         if not ((expected == matrix[:, rows]) | (text == 0)).all():
             return None
-    if offset and not own.all():
-        return None
+    if offset and (matrix[:, :, offset:] & ~own[:, None]).any():
+        return None  # what does not see itself is seen by others: no padding
     parsed = Mask(query_length, key_length, None if valid.all() else valid) if offset else from_segments(segments)
     return replace(parsed, window=window)
 

@@ -1,4 +1,4 @@
-"""Write softmax over the window of each row and the first tokens (sinks) as a call of the ONNX function BandedSoftmax."""
+"""Write softmax over the window of each row and the first tokens (sinks) as a call of a function of an ONNX graph."""
 
 import torch
 from torch import Tensor

@@ -29,7 +29,7 @@ def making_graph() -> Iterator[None]:
 
 
 def unfit(*arguments) -> str | None:
-    """Return why a form that writes nodes cannot serve a call, in words: it would be zeros. None inside `making_graph`."""
+    """Return why a form that writes nodes cannot serve a call, in words; None inside `making_graph`."""
     return None if hasattr(_here, "graph") else "no graph of ONNX is made of it"
 
 

@@ -39,9 +39,9 @@ def files(report: Report, arm: Arm) -> dict[str, bytes]:
     """Return the content of `.eval_results/TASK.yaml` by path, one for each benchmark that was measured of `arm`."""
     found = {}
     for name, benchmark in BENCHMARKS.items():
-        own = {entry.metric: entry for entry in arm.metrics if entry.task == name and entry.value is not None}
+        own = {entry.metric: entry for entry in arm.metrics if entry.task == name and entry.items == benchmark.items}
         entry = next((own[metric] for metric in benchmark.metrics if metric in own), None)
-        if entry is None or entry.items != benchmark.items:
+        if entry is None or entry.value is None:
             continue
         result = {
             "dataset": {"id": benchmark.dataset, "task_id": benchmark.task},

@@ -1,4 +1,4 @@
-"""The five examples, each a complete script, on a tiny model in this process."""
+"""The examples, each a complete script, on a tiny model in this process."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_attnswap
 
-NAMES = ["align", "finetune", "generate", "publish", "swap"]
+NAMES = ["align", "finetune", "generate", "onnx_generate", "publish", "swap"]
 
 
 def swapped(folder) -> set[str]:
@@ -20,7 +20,7 @@ def losses(printed: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", printed)]
 
 
-def test_there_are_five_and_each_is_short_and_says_how_to_run_it():
+def test_there_are_six_and_each_is_short_and_says_how_to_run_it():
     scripts = sorted((ROOT / "examples").glob("*.py"))
     assert [path.stem for path in scripts] == NAMES
     for path in scripts:

@@ -158,6 +158,23 @@ def test_a_cache_that_is_filled_for_a_benchmark_is_that_of_a_text(name):
     decode(model, filled, torch.full((1, 1), 5), 2)
 
 
+@pytest.mark.parametrize("name", ("window", "elu"))
+def test_a_padded_batch_in_pieces(name):
+    """Pieces in which a row has padding at its end, or nothing else."""
+    model, ids = sliding("mistral", name), tokens(LENGTH)
+    for padding in (slice(0, 13), slice(LENGTH - 5, LENGTH)):
+        mask = torch.ones(2, LENGTH, dtype=torch.long)
+        mask[1, padding] = 0
+        where = positions(mask)
+        whole = logits(model, ids, attention_mask=mask, position_ids=where)
+        for size in (6, 13):
+            cache, found = DynamicCache(config=model.config), []
+            for piece in (slice(start, start + size) for start in range(0, LENGTH, size)):
+                given = dict(attention_mask=mask[:, : piece.stop], position_ids=where[:, piece])
+                found.append(logits(model, ids[:, piece], past_key_values=cache, **given))
+            torch.testing.assert_close(torch.cat(found, 1)[mask.bool()], whole[mask.bool()], **CLOSE)
+
+
 def test_padding_between_tokens_is_refused():
     model, ids = sliding("mistral", "window"), tokens(8)
     mask = torch.ones_like(ids)

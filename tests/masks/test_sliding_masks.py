@@ -55,6 +55,16 @@ def test_padding_within_the_window_of_new_tokens():
     assert mask.window == W and torch.equal(mask.valid[0], seen)
 
 
+def test_new_tokens_that_do_not_see_themselves():
+    """Padding where no row sees them; else the mask is something else."""
+    rows = slice(6, N)
+    given = matrix(columns(N - 2, N - 1))[:, :, rows]
+    mask = parse(given, N - 6, N, window=W)
+    assert mask.window == W and mask.valid[0].tolist() == [True] * (N - 2) + [False] * 2
+    strict = SLIDING & ~torch.eye(N, dtype=torch.bool)
+    assert parse(strict[None, None, rows], N - 6, N, window=W).window is None
+
+
 def test_packed_texts():
     segments = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 0]])
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]

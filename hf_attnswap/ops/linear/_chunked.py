@@ -73,6 +73,11 @@ class Chunked:
             "HAS_GATE": gate is not None, "DENOMINATORS": denominators, "C": self.size, "IP": gpu.precision(q.dtype),
         }  # fmt: skip
 
+    def _tiles(self, widest: int) -> dict[str, int]:
+        """Return what `blocks` says of products; no tile reaches beyond its chunk."""
+        sizes = blocks("products", self.dtype, gpu.width(widest))
+        return sizes | {name: min(sizes[name], self.size) for name in ("BM", "BN")}
+
     def _sums(self, gate: Tensor) -> Tensor:
         """Return the running sums of the logs of the gates, as the kernels take them, `[B, Hkv, T]`."""
         from ._gates import sum_logs  # imports triton
@@ -133,7 +138,7 @@ class Chunked:
         """
         from ._products import by_features  # imports triton
 
-        columns, sizes = _columns(self.value_dim), blocks("products", self.dtype, gpu.width(widest))
+        columns, sizes = _columns(self.value_dim), self._tiles(widest)
         grid = (-(-self.length // sizes["BM"]), self.batch * x.shape[1], -(-self.value_dim // columns))
         gpu.launch(
             by_features, grid, x, x, y, v, self.mask, self.sums, out if states is None else states, out,
@@ -158,7 +163,7 @@ class Chunked:
         grid = (self.batch * x.shape[1], -(-self.width // columns))
         shape = (grid[1], self.batch, x.shape[1], self.length if self.constants["HAS_GATE"] else 0)
         passed = x.new_empty(shape, dtype=torch.float32)
-        sizes = blocks("products", self.dtype, max(gpu.width(self.width), gpu.width(self.value_dim)))
+        sizes = self._tiles(max(self.width, self.value_dim))
         gpu.launch(
             by_values, (-(-self.length // sizes["BM"]), *grid), x, x, y, k, x if w is None else w, place, self.mask,
             self.sums, states, out, passed, *gpu.strides(x, y, k, place, out), self.heads, self.group, self.length,

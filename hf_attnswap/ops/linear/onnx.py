@@ -10,7 +10,7 @@ from ._features import mapped, scaled
 
 
 def run(query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay):
-    """Return what `causal_linear` returns, and from `torch` what `full_linear` returns; takes the arguments in order."""
+    """Return what `causal_linear` returns, or by `torch` what `full_linear` returns; takes the arguments of `torch`."""
     if not causal:
         return portable.run(
             query, key, value, map_query, map_key, scale, key_mask, state, eps, chunk, causal, log_decay
