@@ -22,8 +22,16 @@ def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) ->
 
     Raises:
         UsageError: the accelerator has another number of processes or another kind of sharding than the launcher was
-            asked for. Processes that do not know of each other would each train alone, and write over one another.
+            asked for. Processes that do not know of each other would each train alone, and write over one another. Or
+            the launcher was asked for tensor, context or sequence parallelism.
     """
+    for kind in ("tp", "cp", "sp"):  # before accelerate looks for what each of them needs
+        size = os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1")
+        if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG") and size != "1":
+            raise UsageError(
+                f"the launcher was asked for {kind}_size {size}, and processes here share out texts and, under FSDP2, "
+                f"weights, neither the heads of a layer nor the tokens of a text: leave {kind}_size at 1"
+            )
     # The plugin, because Accelerator(gradient_accumulation_steps=) fails on the "auto" of a DeepSpeed config.
     plugin = GradientAccumulationPlugin(num_steps=gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator = Accelerator(

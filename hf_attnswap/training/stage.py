@@ -97,6 +97,7 @@ class Stage(TextOptions):
         """
         if self.fsdp1 and accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
             raise UsageError(f"{self.name} does not work under FSDP1, {self.fsdp1}: set fsdp_version: 2")
+        accelerator.free_memory()  # of what an earlier stage of a recipe prepared
         model, processor = load_to_train(self.model_name_or_path, self.dtype, accelerator.device)
         self.require_fit(model)
         tokenizer = tokenizer_of(processor)

@@ -1,10 +1,12 @@
 """FSDP2 in the stages: weights, gradients and optimiser shared out over processes, with the result of one process."""
 
 import copy
+import json
 import os
 import shutil
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from accelerate.utils import DistributedType
 from test_processes import assert_same_run, losses, torn, weights
 from tiny_models import tiny
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from training_fixtures import forked
 
 import hf_attnswap
+from hf_attnswap import UsageError
 from hf_attnswap.integration.swapping import swapped_modules
 from hf_attnswap.training.align import (
     aligning,
@@ -28,6 +32,7 @@ from hf_attnswap.training.align import (
 )
 from hf_attnswap.training.command import main
 from hf_attnswap.training.distill import distillation_loss
+from hf_attnswap.training.stages.align import Align
 from hf_attnswap.training.teacher import frozen
 
 # What accelerate launch makes of examples/configs/fsdp2.yaml.
@@ -157,6 +162,37 @@ def test_alignment_inside_sharded_layers(one_process, of, dtype):
         torch.testing.assert_close(found[name], gradient, **near)
 
 
+def launch(version=2, policy=transformer_auto_wrap_policy, empty=False):
+    """What an Accelerator tells of its launch."""
+    plugin = SimpleNamespace(
+        auto_wrap_policy=policy, cpu_ram_efficient_loading=empty, transformer_cls_names_to_wrap=None
+    )
+    return SimpleNamespace(
+        distributed_type=DistributedType.FSDP, is_fsdp2=version == 2, state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+
+
+@pytest.mark.parametrize(
+    "options, accelerator, said",
+    [
+        ({"linear_branch_alone": True}, launch(), "--linear_branch_alone does not work under FSDP2"),
+        ({"weights_loss": 1.0}, launch(), "--weights_loss does not work under FSDP2"),
+        ({}, launch(policy=None), "needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        ({}, launch(empty=True), "set fsdp_cpu_ram_efficient_loading: false"),
+        ({}, launch(version=1), "align does not work under FSDP1, .*: set fsdp_version: 2"),
+        ({"train": "attention", "use_lora": True}, launch(version=1), "align does not work under FSDP1"),
+    ],
+)
+def test_what_is_refused(checkpoint, text, tmp_path, options, accelerator, said):
+    given = dict(model_name_or_path=checkpoint, train_file=text, output_dir=tmp_path, max_train_steps=1, block_size=32)
+    stage = Align(**given, **options)
+    with pytest.raises(UsageError, match=said):
+        if accelerator.is_fsdp2:
+            stage.prepare(swapped(), torch.arange(3, 35).view(1, 32), accelerator)
+        else:
+            stage.run(accelerator)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_train_as_one(command, train, tmp_path, stage):
@@ -184,3 +220,21 @@ def test_one_of_two_processes_is_killed(command, train, tmp_path, stage):
     alone = command(stage, tmp_path / "alone", *more, "--resume_from_checkpoint", "latest")
     train(alone[0], [*alone[1:], "--gradient_accumulation_steps", 2])
     assert_near(tmp_path / "alone", tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_the_stages_of_a_recipe_follow_each_other(checkpoint, text, train, tmp_path):
+    """On the same accelerator; the teacher of the second is the original, without any swapped layer."""
+    recipe = dict(model_name_or_path=checkpoint, train_file=text, block_size=32, max_train_steps=2)
+    recipe |= dict(attention="hedgehog+window", options={"window": 4}, learning_rate=1e-3)
+    recipe["stages"] = [{"stage": name} for name in ("align", "distill", "finetune")]
+    recipe["stages"][1]["teacher_name_or_path"] = checkpoint
+    (tmp_path / "two.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "one.yaml").write_text(json.dumps(recipe | {"gradient_accumulation_steps": 2}))
+    one, two = (
+        ["--recipe", str(tmp_path / f"{name}.yaml"), "--output_dir", str(tmp_path / name)] for name in ("one", "two")
+    )
+    assert on(2, (main, two), (main, two)) == [0, 0]
+    train("--recipe", one[1:])
+    for stage in ("1_align", "2_distill", "3_finetune"):
+        assert_near(tmp_path / "two" / stage, tmp_path / "one" / stage)

@@ -209,19 +209,20 @@ def test_a_failure_under_the_launcher_is_one_line_and_an_exit_code(process, comm
 
 
 @pytest.mark.long
-def test_fsdp2_trains_and_resumes_as_one_process(process, command, tmp_path):
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_fsdp2_trains_and_resumes_as_one_process(process, command, tmp_path, name):
     """The code that fsdp2.yaml reaches, over gloo."""
     driver = tmp_path / "driver.py"
     driver.write_text(FSDP_ON_CPU)
     launch = [*LAUNCH, "--config_file", f"{CONFIGS}/fsdp2.yaml", "--mixed_precision", "no", driver]
     more = ["--max_train_steps", "6", "--learning_rate", "1e-3", "--checkpointing_steps", "4"]
     more += ["--new_parameters_learning_rate", "3e-3"]
-    finish(process(*command("finetune", tmp_path / "one", *more, "--gradient_accumulation_steps", 2)))
-    finish(process(*launch, *command("finetune", tmp_path / "two", *more)[1:]))
+    finish(process(*command(name, tmp_path / "one", *more, "--gradient_accumulation_steps", 2)))
+    finish(process(*launch, *command(name, tmp_path / "two", *more)[1:]))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     ours, other = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert all(torch.allclose(ours[name], other[name], atol=1e-5) for name in other)
-    resumed = command("finetune", tmp_path / "resumed", *more)
+    resumed = command(name, tmp_path / "resumed", *more)
     checkpoint = tmp_path / "two" / "checkpoints" / "step_4"
     finish(process(*launch, *resumed[1:], "--resume_from_checkpoint", checkpoint))
     assert losses(tmp_path / "resumed") == losses(tmp_path / "two")[4:]
@@ -229,5 +230,5 @@ def test_fsdp2_trains_and_resumes_as_one_process(process, command, tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in ours.items())
     assert {path.suffix for path in checkpoint.rglob("*")} == {".json", ".safetensors"}
     more += ["--gradient_accumulation_steps", 2, "--resume_from_checkpoint", checkpoint]
-    finish(process(*command("finetune", tmp_path / "alone", *more)))  # the parts, put together in one process
+    finish(process(*command(name, tmp_path / "alone", *more)))  # the parts, put together in one process
     assert losses(tmp_path / "alone") == pytest.approx(losses(tmp_path / "two")[4:], rel=1e-5)

@@ -110,6 +110,14 @@ def test_a_launch_that_is_not_of_the_kind_that_was_asked_stops(train, arguments,
         train("finetune", arguments)
 
 
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_a_launch_that_cuts_heads_or_texts_stops(train, arguments, monkeypatch, kind):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "2")
+    with pytest.raises(UsageError, match=f"asked for {kind}_size 2.*leave {kind}_size at 1"):
+        train("finetune", arguments)
+
+
 @pytest.mark.parametrize(
     "error, code, line",
     [

@@ -10,13 +10,14 @@ that have no parameters, such as relu_norm. Those take --option gain=true, a lea
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import PreTrainedModel
@@ -86,6 +87,9 @@ class Align(LoraOptions, Stage):
             )
 
     def prepare(self, model: PreTrainedModel, blocks: Tensor, accelerator: Accelerator) -> nn.Module:
+        self._fsdp2 = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+        if self._fsdp2 is not None:
+            self._require_fsdp2_fits(self._fsdp2)
         # What others than causal language models are told by name; the output of their heads is not needed.
         known = inspect.signature(model.forward).parameters
         self._told = None if predicts_next_tokens(model) else {"use_cache": False} if "use_cache" in known else {}
@@ -96,15 +100,12 @@ class Align(LoraOptions, Stage):
                 raise UsageError("--use_lora is for the projections, which --train attention trains")
             trainable_parameters(model, self.linear_branch_alone)
             self._leave_exact(model, blocks, accelerator)
-            self._gather_where_losses_arise(swapped_modules(model).values(), model, accelerator)
             return model
         if self.linear_branch_alone:
             raise UsageError("--linear_branch_alone compares no whole attention modules, as --train attention does")
         if self.weights_loss:
             raise UsageError("--weights_loss compares weights on the same queries, which --train attention changes")
         projection_parameters(model)
-        attention = [model.get_submodule(path) for path in swapped_modules(model)]
-        self._gather_where_losses_arise(attention, model, accelerator)
         return with_lora(model, self, accelerator)
 
     @contextmanager
@@ -113,7 +114,7 @@ class Align(LoraOptions, Stage):
             observing = aligning(model, self.linear_branch_alone, self.weights_loss)
         else:
             observing = aligning_projections(model)
-        with observing as self._layer_losses:
+        with _gathered_alone(self._fsdp2, model, self.train == "attention"), observing as self._layer_losses:
             yield
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
@@ -123,22 +124,9 @@ class Align(LoraOptions, Stage):
         if self.linear_branch_alone:  # the branch has another mass now
             self._calibrate(model, blocks)
 
-    def _gather_where_losses_arise(
-        self, modules: Iterable[nn.Module], model: PreTrainedModel, accelerator: Accelerator
-    ) -> None:
-        """Have FSDP2 gather the parameters of each of `modules` by itself, for the backward pass of its output.
-
-        FSDP2 gathers the parameters of a layer for the backward pass of what the layer gives, and losses of alignment
-        arise inside it.
-
-        Raises:
-            UsageError: FSDP2 is not told to go by the class of a module, or the processes hold different weights; or
-                the losses are of more than the output of the modules.
-        """
-        if not accelerator.is_fsdp2:
-            return
-        plugin = accelerator.state.fsdp_plugin
-        if plugin.auto_wrap_policy is not transformer_auto_wrap_policy:
+    def _require_fsdp2_fits(self, plugin: FullyShardedDataParallelPlugin) -> None:
+        """Raise UsageError where FSDP2 would not gather what the losses of this stage need."""
+        if getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is not transformer_auto_wrap_policy:
             raise UsageError("align under FSDP2 needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP")
         if plugin.cpu_ram_efficient_loading:
             raise UsageError("align under FSDP2 looks at the model first: set fsdp_cpu_ram_efficient_loading: false")
@@ -148,8 +136,6 @@ class Align(LoraOptions, Stage):
                     f"--{option} does not work under FSDP2, which gathers parameters for the output of a variant "
                     "alone: launch with distributed_type: MULTI_GPU"
                 )
-        layers = plugin.transformer_cls_names_to_wrap or model._no_split_modules or []
-        plugin.transformer_cls_names_to_wrap = list(dict.fromkeys([*layers, *(type(m).__name__ for m in modules)]))
 
     def _leave_exact(self, model: nn.Module, blocks: Tensor, accelerator: Accelerator) -> None:
         """Freeze the variants of layers whose output is that of softmax already.
@@ -177,3 +163,23 @@ class Align(LoraOptions, Stage):
     def _calibrate(self, model: nn.Module, blocks: Tensor) -> None:
         few = blocks[: 2 if self._told is None else 1]  # a classifier that knows no padding takes one text at a time
         calibrate(model, self._inputs(few.long()))
+
+
+@contextmanager
+def _gathered_alone(plugin: FullyShardedDataParallelPlugin | None, model: nn.Module, whole: bool) -> Iterator[None]:
+    """Have FSDP2 gather each variant, or each whole attention module, by itself in a model prepared meanwhile.
+
+    FSDP2 gathers the parameters of a layer for the backward pass of what the layer gives, and losses of alignment arise
+    inside it. They are of the output of these modules.
+    """
+    if plugin is None:
+        yield
+        return
+    variants = swapped_modules(model)
+    kinds = {type(model.get_submodule(path) if whole else variant).__name__ for path, variant in variants.items()}
+    before = plugin.transformer_cls_names_to_wrap
+    plugin.transformer_cls_names_to_wrap = [*(before or model._no_split_modules or []), *sorted(kinds)]
+    try:
+        yield
+    finally:
+        plugin.transformer_cls_names_to_wrap = before

@@ -59,7 +59,10 @@ class Distill(WholeModelStage):
         else:
             self._teacher = trained if self.use_lora else frozen(copy.deepcopy(trained))
         if accelerator.is_fsdp2 and self._teacher is not trained:  # the model itself is sharded with its optimiser
+            plugin = accelerator.state.fsdp_plugin
+            asked = plugin.transformer_cls_names_to_wrap
             self._teacher = fsdp2_prepare_model(accelerator, self._teacher)
+            plugin.transformer_cls_names_to_wrap = asked  # not the teacher's, where its class is another
         self._autocast = accelerator.autocast
         return trained
 
