@@ -184,7 +184,7 @@ def test_a_build_that_fails_says_why_and_leaves_nothing(tmp_path, monkeypatch, c
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = ("demo", "finetune", "eval", "gpu")
+    extras = ("demo", "finetune", "eval", "gpu", "onnx")
     listed = {e: {_name(line) for line in project["optional-dependencies"][e]} for e in extras}
     declared = {_name(line) for line in project["dependencies"]}
     distributions = importlib.metadata.packages_distributions()
