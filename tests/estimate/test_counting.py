@@ -1,5 +1,7 @@
 """What is counted from shapes: operations of a model and of its variants, bytes of caches, memory of a step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_cases import NAMES
@@ -7,7 +9,7 @@ from tiny_models import tiny, tiny_encoder, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 import hf_attnswap
-from hf_attnswap.attentions import Heads, get
+from hf_attnswap.attentions import Attention, Heads, get
 from hf_attnswap.attentions.counting import pairs
 from hf_attnswap.benchmark.generation import filled_cache
 from hf_attnswap.estimate import steps
@@ -160,3 +162,8 @@ def test_the_model_is_as_it_was_after_it_was_counted(llama):
     before = llama(text).logits
     steps.reading(hf_attnswap.swap(tiny(), "softmax").to("meta"), 1, 8)
     assert torch.equal(llama(text).logits, before)
+
+
+def test_a_variant_that_does_not_say_what_it_costs_is_named():
+    with pytest.raises(NotImplementedError, match="mine does not say what it costs"):
+        Attention.operations(SimpleNamespace(name="mine"), 4, 4, None)
