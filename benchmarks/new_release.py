@@ -43,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/release"]
         subprocess.run([*install, f"transformers=={args.release}" if args.release else "transformers<6"], check=True)
         (other,) = distributions(name="transformers", path=[f"{folder}/release"])
-        missing = unmet(other)
-        after = outcome(args.tests, f"transformers {other.version}", Path(folder), f"{folder}/release")
+        newer, missing = other.version, unmet(other)  # which are read from its folder
+        after = outcome(args.tests, f"transformers {newer}", Path(folder), f"{folder}/release")
         before: Outcome = {}
         if any(after.values()):
             before = outcome(args.tests, f"transformers {version('transformers')}", Path(folder))
     console = Console()
-    console.print(table(version("transformers"), other.version, before, after))
+    console.print(table(version("transformers"), newer, before, after))
     for line in missing:
-        console.print(f"transformers {other.version} requires {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"transformers {newer} requires {line}", markup=False, highlight=False, soft_wrap=True)
     broken = breaks(before, after)
     for test, why in broken.items():
         console.print(f"{test}: {why}", markup=False, highlight=False, soft_wrap=True)
