@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 import hf_attnswap
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.export.onnx import FILE, export
-from hf_attnswap.integration.cache import StateLayer
+from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.sources.files import whole_folder, write_whole
 from hf_attnswap.sources.models import load
 from hf_attnswap.sources.plans import read_plan
@@ -47,11 +47,7 @@ class InTorch:
 
     def remembered(self) -> int:
         """Return the bytes that are kept of the text."""
-        layers = self.cache.layers
-        kept = [
-            layer.state.values() if isinstance(layer, StateLayer) else (layer.keys, layer.values) for layer in layers
-        ]
-        return sum(t.nbytes for tensors in kept for t in tensors)
+        return cache_nbytes(self.cache)
 
 
 class InOnnxruntime:

@@ -28,6 +28,18 @@ def test_what_breaks_is_what_passed_before(script):
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["tests.test_a", "0", "1", "1"]
 
 
+def test_what_a_release_requires_is_compared_with_what_is_installed(script, tmp_path):
+    told = script("benchmarks/new_release")
+    info = tmp_path / "transformers-9.0.dist-info"
+    info.mkdir()
+    lines = ["Requires-Dist: numpy>=1", "Requires-Dist: numpy>=1000", 'Requires-Dist: torch>=99; extra == "all"']
+    head = ["Metadata-Version: 2.1", "Name: transformers", "Version: 9.0"]
+    (info / "METADATA").write_text("\n".join([*head, *lines, "Requires-Dist: no_such_package_here"]))
+    (release,) = distributions(path=[str(tmp_path)])
+    first, second = told.unmet(release)
+    assert first.startswith("numpy>=1000, and ") and second == "no_such_package_here, and none is installed"
+
+
 def test_what_fails_with_the_other_release_runs_again(script, tmp_path, capfd):
     """A folder ahead of the installed packages stands for the release; the second run is of what failed alone."""
     told = script("benchmarks/new_release")
