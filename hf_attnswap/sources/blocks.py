@@ -48,7 +48,7 @@ def cut(stream: Tensor, block_size: int, start: Sequence[int] = (), end: Sequenc
         `[N, block_size]` or `[N, block_size, 2]`, in the dtype of the stream; a view of it where nothing is put around.
 
     Raises:
-        UsageError: a block has no room for a token beside those of `start` and `end`, or for more than a tensor can hold.
+        UsageError: a block has no room for a token beside those of `start` and `end`, or is larger than any tensor.
     """
     own = block_size - len(start) - len(end)
     if own < 1:
