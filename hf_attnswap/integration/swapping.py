@@ -280,7 +280,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if cache is not None:
             # Where layers share their weights, the call says which one it is.
             index = kwargs.get("layer_idx", module.layer_idx)
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention.described)}
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention)}
     rotary = module.__dict__.get("_attnswap_rotary")
     if rotary is not None:
         kwargs = {**kwargs, "attnswap_rotation": given_to(rotary, args, kwargs)}
