@@ -148,9 +148,7 @@ class StateLayer(CacheLayerMixin):
         """Return whether the variant has taken in tokens."""
         return self.served > 0
 
-    def read(
-        self, attention_mask: Tensor | None, query_length: int, causal: bool, window: int | None
-    ) -> Mask | Packed:
+    def read(self, attention_mask: Tensor | None, query_length: int, causal: bool, window: int | None) -> Mask | Packed:
         """Return what the mask of a call, whose keys `update` has counted, says; arguments as in `masks.parse`."""
         return parse(attention_mask, query_length, self.seen, causal, longer=self.fixed_size, window=window)
 
@@ -426,4 +424,6 @@ def _stateful_layers(config) -> list[int]:
     """Return the layers that run a stateful variant, in their own past."""
     groups = (getattr(config, NAME, None) or {}).get("swapped") or ()
     causal = (group for group in groups if group.get("kind", "causal") == "causal")
-    return sorted({index for group in causal if attentions.get(group["attention"]).stateful for index in layers_in(group)})
+    return sorted(
+        {index for group in causal if attentions.get(group["attention"]).stateful for index in layers_in(group)}
+    )
