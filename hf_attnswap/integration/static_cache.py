@@ -68,7 +68,7 @@ class StaticStateLayer(StateLayer):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys that a mask covers: those of the first call alone, or all for which there is room."""
+        """Return the number of keys that a mask covers: those of the first call, or all for which there is room."""
         return self.mask_length or (self.max_cache_len if self.continues else query_length), 0
 
     def get_seq_length(self) -> Tensor | int:
@@ -170,7 +170,7 @@ class StaticStateLayer(StateLayer):
         """Raise NotImplementedError, unless there is nothing to take back."""
         if tokens_to_remove:
             raise NotImplementedError(
-                f"crop({tokens_to_remove}): a static cache of swapped layers cannot forget tokens: use the dynamic cache"
+                f"crop({tokens_to_remove}): a static cache of swapped layers cannot forget tokens: use the dynamic one"
             )
 
 

@@ -147,7 +147,7 @@ def test_what_a_static_cache_cannot_do_is_refused():
     cache = empty(model, room=12)
     logits(model, ids, past_key_values=cache)
     assert not cache.is_croppable
-    with pytest.raises(NotImplementedError, match="cannot forget tokens: use the dynamic cache"):
+    with pytest.raises(NotImplementedError, match="cannot forget tokens: use the dynamic one"):
         cache.layers[0].crop(-1)
     with pytest.raises(ValueError, match=r"a step of this static cache takes \(batch, 1, 1, 12\)"):
         logits(model, ids[:, :1], attention_mask=torch.ones(2, 1, 1, 13, dtype=torch.bool), past_key_values=cache)
