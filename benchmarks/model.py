@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="a Hub id, a folder or a .gguf file")
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder for model.json and model.png")
-    parser.add_argument("--arm", action="append", help=f"such as relu_power:p=8 or plan.yaml, repeated (default: {' '.join(ARMS)})")
+    parser.add_argument(
+        "--arm", action="append", help=f"such as relu_power:p=8 or plan.yaml, repeated (default: {' '.join(ARMS)})"
+    )
     parser.add_argument("--length", type=int, action="append", help="of prompts, repeated (default: 1024, 8192)")
     parser.add_argument(
         "--context_length", type=int, action="append", help="to write after, repeated (default: 1024, 4096, 16384)"
