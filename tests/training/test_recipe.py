@@ -291,7 +291,7 @@ def test_the_place_of_what_is_wrong_is_that_of_the_one_who_said_it(tmp_path):
         read_recipe(tmp_path / "above.yaml")
     with pytest.raises(UsageError, match=r"recipe .plain., line \d+: takes a share of max_train_tokens, which is null"):
         read_recipe(tmp_path / "above.yaml", {"seed": 3, "max_train_steps": 5})
-    with pytest.raises(UsageError, match=r"of the command line: .*invalid int value: 'y'"):
+    with pytest.raises(UsageError, match=r"of the command line: .*invalid seed value: 'y'"):
         read_recipe(tmp_path / "above.yaml", {"seed": "y"})
 
 
