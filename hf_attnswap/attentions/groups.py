@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..masks import Mask
@@ -102,20 +103,29 @@ class Groups(Attention):
     def operations(self, rows, keys, window=None):
         return sum(part.operations(rows, keys, window) for part in self.parts)
 
+    def whole_state(self, state, tokens):
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            own = _part_of(state, number)
+            if part.stateful:
+                own = part.whole_state(own, tokens)
+            else:
+                own = {name: F.pad(t, (0, 0, 0, tokens - t.shape[2])) for name, t in own.items()}
+            found |= _named(own, number)
+        return found
+
     def forward(self, query, key, value, mask, scaling, state=None):
         outs = []
         for number, (part, groups) in enumerate(self.each()):
             q, k, v = (self._take(t, groups) for t in (query, key, value))
-            own = None
+            given, own = self._mask_of(mask, groups), None
             if state is not None:
-                prefix = f"{number}."
-                own = State({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+                own = State(_part_of(state, number))
                 if not part.stateful:
-                    k, v = (torch.cat([own[name], t], 2) if own else t for name, t in (("key", k), ("value", v)))
-                    own.update(key=k, value=v)
-            outs.append(part(q, k, v, self._mask_of(mask, groups), scaling, own if part.stateful else None))
+                    k, v, given = _with_past(own, k, v, given)
+            outs.append(part(q, k, v, given, scaling, own if part.stateful else None))
             if own is not None:
-                state.update({f"{prefix}{name}": t for name, t in own.items()})
+                state.update(_named(own, number))
         return self._in_order(outs)
 
     def _take(self, t: Tensor, groups: list[int]) -> Tensor:
@@ -139,6 +149,36 @@ class Groups(Attention):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def _part_of(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Return what the state of a layer holds for one of its parts."""
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def _named(own: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Return what one part holds as the state of a layer has it."""
+    return {f"{number}.{name}": t for name, t in own.items()}
+
+
+def _with_past(state: State, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
+    """Return keys and values of all tokens, `[B, Hkv, S, *]`, and the mask for these; the new ones enter the state.
+
+    A state with memory for more tokens than have come, as `whole_state` makes it, is written in place.
+    """
+    new = {"key": key, "value": value}
+    if mask.room is not None:
+        for name, t in new.items():
+            state[name].index_copy_(2, mask.room.at, t)
+        allowed = mask.room.allowed
+        return state["key"], state["value"], Mask(1, allowed.shape[1], allowed)
+    if state and state["key"].shape[2] > mask.offset:
+        for name, t in new.items():
+            state[name][:, :, mask.offset : mask.key_length] = t
+        return *(state[name][:, :, : mask.key_length] for name in new), mask
+    state.update({name: torch.cat([state[name], t], 2) if state else t for name, t in new.items()})
+    return state["key"], state["value"], mask
 
 
 def _listed(groups: list[int]) -> str:

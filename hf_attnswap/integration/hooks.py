@@ -21,6 +21,7 @@ from . import adapters, cache, loading
 from .attention import attnswap_attention
 from .late import when_imported
 from .mask_function import attnswap_mask
+from .static_cache import StaticStateLayer
 from .swapping import swapped_modules
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,9 @@ def install(save_pretrained: Wrapper, push_to_hub: Wrapper) -> None:
     for name in (NAME, GUARD):
         AttentionInterface.register(name, attnswap_attention)
         AttentionMaskInterface.register(name, attnswap_mask)
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = cache.StateLayer
+    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = StaticStateLayer
+    for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
+        mapping[cache.GROWS] = cache.StateLayer
     _apply(patches(save_pretrained, push_to_hub))
     when_imported("peft", lambda: _apply(peft_patches()))
 

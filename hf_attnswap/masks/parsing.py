@@ -13,13 +13,15 @@ from .mask import Mask, Packed
 
 
 def values_are_hidden() -> bool:
-    """Return whether a program is made of this call (torch.compile, torch.export, torch.jit.trace, torch.func).
+    """Return whether a program is made of this call (torch.compile, torch.export, torch.jit.trace, torch.func, a graph
+    of CUDA).
 
     What is true of the entries of a mask now would become part of the program: they must not be looked at. Under
     torch.func.vmap they are those of many calls.
     """
-    made = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return made or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 _parsed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
