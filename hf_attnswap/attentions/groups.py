@@ -38,10 +38,10 @@ class Groups(Attention):
             planned: class and options of the variant of each group; groups that are absent run softmax.
         """
         super().__init__(heads)
-        self.planned = dict(planned)
+        self.chosen = {group: (cls.name, options) for group, (cls, options) in planned.items()}
         by_choice: list[tuple[tuple[type[Attention], dict[str, Any]], list[int]]] = []
         for group in range(heads.num_key_value_heads):
-            choice = self.planned.get(group, (Softmax, {}))
+            choice = planned.get(group, (Softmax, {}))
             own = next((groups for known, groups in by_choice if known == choice), None)
             if own is None:
                 by_choice.append((choice, [group]))
@@ -82,7 +82,7 @@ class Groups(Attention):
 
     def choice(self) -> dict[int, tuple[str, dict[str, Any]]]:
         """Return name and options of the variant of each group that does not run softmax."""
-        return {group: (cls.name, dict(options)) for group, (cls, options) in self.planned.items()}
+        return {group: (name, dict(options)) for group, (name, options) in self.chosen.items()}
 
     def reset_parameters(self) -> None:
         for part in self.parts:

@@ -190,7 +190,12 @@ def one_set_of_variants(original):
         before = set(getattr(self, "peft_config", ()))
         others = before - {name}
         kept = {path: tensor.clone() for path, tensor in _tensors_of_variants(self).items()} if others else {}
-        loaded = original(self, *args, **kwargs)
+        try:
+            loaded = original(self, *args, **kwargs)
+        except UsageError:
+            if others:  # transformers keeps its config
+                self.peft_config.pop(name, None)
+            raise
         now = _tensors_of_variants(self) if others else {}  # transformers puts others in their place
         pairs = [(kept[path], now[path]) for path in kept.keys() & now.keys()]
         if any(not torch.equal(earlier, later.to(earlier.device)) for earlier, later in pairs):

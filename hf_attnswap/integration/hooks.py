@@ -47,6 +47,7 @@ def patches(save_pretrained: Wrapper, push_to_hub: Wrapper) -> list[Patch]:
     model = PreTrainedModel
     return [
         Patch(model, "post_init", _build_variants, "a model whose config is that of a conversion is built with it"),
+        Patch(model, "get_expanded_tied_weights_keys", _tie_no_variants, "layers that share weights have own variants"),
         Patch(model, "_initialize_weights", _initialise_variants, "variants initialise their own parameters"),
         Patch(model, "_finalize_model_loading", _check_weights, "weights that do not fit config.json are refused"),
         Patch(model, "_check_and_adjust_attn_implementation", _keep_guard, "no choice keeps the conversion"),
@@ -108,6 +109,15 @@ def _build_variants(original):
         original(self)
 
     return post_init
+
+
+def _tie_no_variants(original):
+    @functools.wraps(original)
+    def get_expanded_tied_weights_keys(self, *args, **kwargs):
+        with loading.variants_aside(self):
+            return original(self, *args, **kwargs)
+
+    return get_expanded_tied_weights_keys
 
 
 def _initialise_variants(original):

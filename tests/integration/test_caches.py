@@ -91,12 +91,15 @@ def test_the_bytes_of_a_hybrid_do_not_grow(family):
     assert len(sizes) == 1 and sizes.pop() > 0
 
 
+@pytest.mark.parametrize("one", (False, True))
 @every_hybrid
-def test_a_hybrid_is_saved_and_comes_back(family, tmp_path):
-    """Modules that stand for several layers have no index of their own."""
-    model, ids = swapped(family, "hedgehog"), tokens(9)
+def test_a_hybrid_is_saved_and_comes_back(family, one, tmp_path):
+    """Modules with the weights of others have their own variants, and those of several layers no index of their own."""
+    layers = [max(entry.layer for entry in hf_attnswap.inspect(made(family)))] if one else None
+    model, ids = swapped(family, "hedgehog", layers=layers), tokens(9)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again.tie_weights()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
 
