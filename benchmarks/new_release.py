@@ -1,9 +1,10 @@
-"""What a release of transformers breaks: the same tests with the installed release and with another, side by side.
+"""What a release of transformers breaks: tests with another release, and those that fail again with the installed one.
 
 The other release is installed alone into a temporary folder, which goes before the installed packages: nothing that is
-installed changes. What it requires and the installed packages do not meet is named, as it may be all that breaks.
+installed changes. What it requires and the installed packages do not meet is named, as it may be all that breaks. The
+tests' own lines go to stderr, file by file, and the report to stdout.
 
-    python benchmarks/new_release.py
+    python benchmarks/new_release.py > report.txt
     python benchmarks/new_release.py 5.24.0 --tests tests/integration/test_hooks.py tests/masks
 """
 
@@ -39,19 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files or folders of tests")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/release"]
         subprocess.run([*install, f"transformers=={args.release}" if args.release else "transformers<6"], check=True)
-        (other,) = distributions(name="transformers", path=[folder])
-        missing = unmet(other)
-        before = {tests: outcome(tests) for tests in args.tests}
-        after = {tests: outcome(tests, folder) for tests in args.tests}
+        (other,) = distributions(name="transformers", path=[f"{folder}/release"])
+        newer, missing = other.version, unmet(other)  # which are read from its folder
+        after = outcome(args.tests, f"transformers {newer}", Path(folder), f"{folder}/release")
+        before: Outcome = {}
+        if any(after.values()):
+            before = outcome(args.tests, f"transformers {version('transformers')}", Path(folder))
     console = Console()
-    console.print(table(version("transformers"), other.version, before, after))
+    console.print(table(version("transformers"), newer, before, after))
     for line in missing:
-        console.print(f"transformers {other.version} requires {line}")
-    broken = {test: why for tests in after for test, why in breaks(before[tests], after[tests]).items()}
+        console.print(f"transformers {newer} requires {line}", markup=False, highlight=False, soft_wrap=True)
+    broken = breaks(before, after)
     for test, why in broken.items():
-        console.print(f"{test}: {why}", markup=False, highlight=False)
+        console.print(f"{test}: {why}", markup=False, highlight=False, soft_wrap=True)
     return int(bool(broken))
 
 
@@ -70,19 +73,28 @@ def unmet(release: Distribution) -> list[str]:
     return lines
 
 
-def outcome(tests: str, before: str | None = None) -> Outcome:
-    """Run tests in a process of its own, with the folder `before` ahead of the installed packages."""
-    print(f"{tests} with the {'other' if before else 'installed'} release", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        path = os.pathsep.join(filter(None, [before, str(ROOT)]))
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", tests],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        if not report.is_file():
-            return {tests: (run.stdout + run.stderr).strip().splitlines()[-1]}
-        return parse(report.read_text(encoding="utf-8"))
+def outcome(tests: Sequence[str], title: str, folder: Path, before: str | None = None) -> Outcome:
+    """Run tests in a process of its own; where earlier ones in the same folder failed, those alone.
+
+    Args:
+        title: says on stderr with what.
+        folder: holds which tests failed.
+        before: a folder that goes ahead of the installed packages.
+    """
+    print(f"{title}:", file=sys.stderr, flush=True)
+    report = folder / "report.xml"
+    report.unlink(missing_ok=True)
+    how = ["-o", "addopts=-m 'not long' --tb=no -rN", "-o", f"cache_dir={folder / 'cache'}"]
+    how += ["--last-failed", "--continue-on-collection-errors"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *how, f"--junitxml={report}", *tests],
+        cwd=ROOT, stdout=sys.stderr,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [before, str(ROOT)])), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    found = parse(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    if run.returncode > 1 and not any(found.values()):
+        found["pytest"] = f"ended with code {run.returncode} and no failure; stderr has why"
+    return found
 
 
 def parse(report: str) -> Outcome:
@@ -102,14 +114,17 @@ def breaks(before: Outcome, after: Outcome) -> Outcome:
     return {test: why for test, why in after.items() if why is not None and before.get(test) is None}
 
 
-def table(installed: str, release: str, before: dict[str, Outcome], after: dict[str, Outcome]) -> Table:
-    """Return how many tests pass with either release, and how many break, by file."""
+def table(installed: str, release: str, before: Outcome, after: Outcome) -> Table:
+    """Return by file how many tests pass with the other release, fail with both releases, and break."""
+    files: dict[str, Outcome] = {}
+    for test, why in after.items():
+        files.setdefault(test.partition("::")[0], {})[test] = why
     shown = Table(title=f"transformers {release} beside {installed}")
-    for title in ("tests", f"pass with {installed}", f"pass with {release}", "break"):
+    for title in ("tests", f"pass with {release}", "fail with both", "break"):
         shown.add_column(title, justify="left" if title == "tests" else "right", overflow="fold")
-    for tests, own in before.items():
-        passed = [str(sum(why is None for why in each.values())) for each in (own, after[tests])]
-        shown.add_row(tests, *passed, str(len(breaks(own, after[tests]))))
+    for file, own in files.items():
+        passed, broken = sum(why is None for why in own.values()), len(breaks(before, own))
+        shown.add_row(file, *map(str, (passed, len(own) - passed - broken, broken)))
     return shown
 
 

@@ -23,7 +23,7 @@ def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) ->
     Raises:
         UsageError: the accelerator has another number of processes or another kind of sharding than the launcher was
             asked for. Processes that do not know of each other would each train alone, and write over one another. Or
-            the launcher was asked for tensor, context or sequence parallelism.
+            the launcher was asked for tensor, context or sequence parallelism, or for DeepSpeed's ZeRO-3.
     """
     for kind in ("tp", "cp", "sp"):  # before accelerate looks for what each of them needs
         size = os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1")
@@ -54,9 +54,24 @@ def build_accelerator(gradient_accumulation_steps: int = 1, **arguments: Any) ->
             raise UsageError(
                 f"the launcher was asked for {kind.value}, and this runs as {accelerator.distributed_type.value}"
             )
+    require_whole_weights(accelerator)
     if not accelerator.is_main_process:
         disable_progress_bar()
     return accelerator
+
+
+def require_whole_weights(accelerator: Accelerator) -> None:
+    """Raise UsageError under DeepSpeed's ZeRO-3.
+
+    It gathers the weights of a module while that module is called. Those of a feature map are handed to the op, and an
+    alignment and a distillation use weights of other modules as well.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise UsageError(
+                "the launcher was asked for DeepSpeed's zero_stage 3, under which the weights of variants are empty "
+                "when they are used: set zero_stage: 2, or shard the weights by FSDP2 (examples/configs/fsdp2.yaml)"
+            )
 
 
 def unit_bar(accelerator: Accelerator, total: int, initial: int = 0, unit: str = "tokens") -> tqdm:

@@ -12,7 +12,7 @@ from training_fixtures import ROOT
 from transformers import AutoModelForCausalLM
 
 import hf_attnswap
-from hf_attnswap.sources.models import load
+from hf_attnswap.sources.models import load, load_any
 from hf_attnswap.sources.plans import read_plan
 
 WRITES = [importlib.util.find_spec(package) is None for package in ("onnx", "onnxscript", "onnxruntime")]
@@ -90,3 +90,26 @@ def test_smollm2_with_a_plan_writes_the_same_64_tokens(attnswap, tmp_path, smoll
     graph = Graph(str(tmp_path / "out" / "model.onnx"))
     found, _ = graph.reads([ids], [[1] * len(ids)], graph.empty(1))
     torch.testing.assert_close(torch.from_numpy(found["logits"]), logits, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.long
+@needs_onnx
+def test_minilm_gives_the_same_hidden_states(attnswap, tmp_path, minilm):  # noqa: F811
+    """Of texts of several lengths in one batch, by a graph of the encoder with every layer converted."""
+    from onnx_runs import Graph
+
+    model, tokenizer = load_any(minilm, dtype="float32")
+    hf_attnswap.swap(model.eval(), "elu")
+    model.save_pretrained(tmp_path / "converted")
+    tokenizer.save_pretrained(tmp_path / "converted")
+    assert attnswap("export", tmp_path / "converted", "--output_dir", tmp_path / "out").code == 0
+    graph = Graph(str(tmp_path / "out" / "model.onnx"))
+    words = (ROOT / "docs" / "findings.md").read_text().split()
+    texts = [" ".join(words[:count]) for count in (1, 20, 150)]
+    given = tokenizer(texts, padding=True, return_tensors="pt")
+    ids, mask = given.input_ids, given.attention_mask
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    found, _ = graph.reads(ids, mask, {})
+    seen = mask.bool()
+    torch.testing.assert_close(torch.from_numpy(found["last_hidden_state"])[seen], expected[seen], rtol=0, atol=1e-4)

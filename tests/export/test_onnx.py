@@ -166,6 +166,15 @@ def test_graph_of_each_variant(name, tmp_path):
     agrees(model, Graph(str(tmp_path / FILE)), cases=((2, 70), (1, 1)))
 
 
+def test_graph_of_an_encoder_of_one_layer(tmp_path):
+    model = tiny_encoder()
+    del model.encoder.layer[1:]
+    model.config.num_hidden_layers = 1
+    randomise(hf_attnswap.swap(model, "elu"))
+    export(model, tmp_path)
+    encoder_agrees(model, Graph(str(tmp_path / FILE)))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ("elu", "relu_norm", "softmax"))
 def test_graph_of_an_encoder(name, tmp_path):

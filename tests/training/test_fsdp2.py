@@ -50,26 +50,27 @@ STAGES = {
     "align with LoRA": ("align", "--train", "attention", "--use_lora"),
     "distill": ("distill", "--hidden_weight", "1"),
     "distill with LoRA": ("distill", "--use_lora"),
+    "finetune": ("finetune",),
     "finetune with LoRA": ("finetune", "--use_lora"),
 }
 
 
-def sharded(rank, count, port, run, *arguments):
+def sharded(rank, count, port, environment, run, *arguments):
     """Train as one of some processes that share out the model; on a CPU, which accelerate has to be made to take."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
-    os.environ |= {"MASTER_PORT": port, **FSDP2}
+    os.environ |= {"MASTER_PORT": port, **environment}
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
     torch.accelerator.is_available = lambda: True
     run(*arguments)
 
 
-def on(processes, *calls):
-    """Run `(function, its arguments)` on each process, one of `calls` for each."""
+def on(processes, *calls, environment=FSDP2):
+    """Run `(function, its arguments)` on each process, one of `calls` for each, launched with an environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return forked(sharded, *((rank, processes, port, *call) for rank, call in enumerate(calls)))
+    return forked(sharded, *((rank, processes, port, environment, *call) for rank, call in enumerate(calls)))
 
 
 @pytest.fixture

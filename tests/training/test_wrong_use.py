@@ -3,13 +3,15 @@
 import json
 import sqlite3
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import DistributedType, LoggerType
 
 from hf_attnswap import UsageError
 from hf_attnswap.errors import one_line_errors
+from hf_attnswap.launch import require_whole_weights
 from hf_attnswap.sources.lock import alone_in
 
 
@@ -118,6 +120,17 @@ def test_a_launch_that_is_not_of_the_kind_that_was_asked_stops(train, arguments,
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises((UsageError, ImportError), match=f"asked for {kind}|DeepSpeed is not installed"):
         train("finetune", arguments)
+
+
+def test_a_launch_by_zero_3_stops():
+    """Which leaves variants without their weights; `test_deepspeed.py` has the other stages."""
+    launched = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace())
+    for stage in (0, 1, 2):
+        launched.state.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+        require_whole_weights(launched)
+    launched.state.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+    with pytest.raises(UsageError, match="zero_stage 3, .*: set zero_stage: 2, or shard the weights by FSDP2"):
+        require_whole_weights(launched)
 
 
 @pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
