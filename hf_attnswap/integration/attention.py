@@ -106,7 +106,10 @@ def attnswap_attention(
             out = attend(attention, query, key, value, mask, scaling, layer)[:, :, -rows:]
             weights = _weights(attention, query, key, mask, scaling, layer)[:, :, -rows:] if _wanted(kwargs) else None
     except (NotImplementedError, ValueError) as error:
-        kind = next(kind for kind in (UsageError, NotImplementedError, ValueError) if isinstance(error, kind))
+        # Plain steps, which torch.compile follows, so that whoever compiles reads this error and not one of its own.
+        kind = UsageError if isinstance(error, UsageError) else ValueError
+        if isinstance(error, NotImplementedError):
+            kind = NotImplementedError
         raise kind(f"{where}: {error}") from error
     return out.transpose(1, 2).contiguous(), weights
 

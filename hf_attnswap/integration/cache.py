@@ -148,9 +148,13 @@ class StateLayer(CacheLayerMixin):
         """Return whether the variant has taken in tokens."""
         return self.served > 0
 
-    def read(self, attention_mask: Tensor | None, query_length: int, causal: bool, window: int | None) -> Mask | Packed:
-        """Return what the mask of a call, whose keys `update` has counted, says; arguments as in `masks.parse`."""
-        return parse(attention_mask, query_length, self.seen, causal, longer=self.fixed_size, window=window)
+    def read(
+        self, attention_mask: Tensor | None, query_length: int, causal: bool, window: int | None, asker: object
+    ) -> Mask | Packed:
+        """Return what the mask of a call says, whose keys `update` has counted; arguments as in `masks.parse`."""
+        return parse(
+            attention_mask, query_length, self.seen, causal, longer=self.fixed_size, window=window, asker=asker
+        )
 
     def remembered(self) -> dict[str, Tensor]:
         """Return the state of the tokens taken in, which the variant reads and fills; empty where there are none."""

@@ -76,7 +76,7 @@ def telling_what_stands(model: PreTrainedModel) -> Iterator[None]:
     variants = swapped_modules(model)
     if len(variants) == sum(len(plan) for kinds in plans.values() for plan in kinds.values()):
         places = [(variant.layer, model.get_submodule(path)) for path, variant in variants.items()]
-        if all(getattr(module, "layer_idx", None) in (layer, None) for layer, module in places):
+        if all(getattr(module, "layer_idx", None) in (layer, None, -1) for layer, module in places):
             yield
             return
     entries = inspect(model)

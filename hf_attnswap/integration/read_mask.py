@@ -34,9 +34,9 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     _check_rows(attention_mask, query)
     window = sliding_window(module, attention, kwargs) if attention.slides and attention.kind == "causal" else None
     if with_state:
-        mask = layer.read(attention_mask, query.shape[2], bool(causal), window)
+        mask = layer.read(attention_mask, query.shape[2], bool(causal), window, asker=module)
     else:
-        mask = parse(attention_mask, query.shape[2], key.shape[2], bool(causal), window=window)
+        mask = parse(attention_mask, query.shape[2], key.shape[2], bool(causal), window=window, asker=module)
     mask = _for_every_row(mask, query.shape[0])
     if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):
         if attention_mask is not None:

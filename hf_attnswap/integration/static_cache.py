@@ -79,7 +79,7 @@ class StaticStateLayer(StateLayer):
         """Return the number of tokens for which there is room."""
         return self.max_cache_len
 
-    def read(self, attention_mask, query_length, causal, window):
+    def read(self, attention_mask, query_length, causal, window, asker):
         """Return what the mask of a call says; of a step, a mask of its token alone, with a `room`.
 
         Raises:
@@ -88,7 +88,7 @@ class StaticStateLayer(StateLayer):
         """
         if query_length != 1 or not self.continues:
             seen = self.seen if self.continues else query_length
-            return parse(attention_mask, query_length, seen, causal, longer=True, window=window)
+            return parse(attention_mask, query_length, seen, causal, longer=True, window=window, asker=asker)
         if window is not None and window < self.max_cache_len:
             raise NotImplementedError(
                 f"its sliding window of {window} tokens is not known to a static cache: use the dynamic cache"

@@ -91,6 +91,16 @@ def test_the_bytes_of_a_hybrid_do_not_grow(family):
     assert len(sizes) == 1 and sizes.pop() > 0
 
 
+@every_hybrid
+def test_a_hybrid_is_saved_and_comes_back(family, tmp_path):
+    """Modules that stand for several layers have no index of their own."""
+    model, ids = swapped(family, "hedgehog"), tokens(9)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 @every_sharing
 def test_softmax_through_the_seam_is_the_model(family):
     model, ids = made(family), tokens(12)
