@@ -158,9 +158,6 @@ class TextOptions(TrainingOptions):
     text_lengths: str | None = argument(
         None, "cut the blocks of each batch into texts of one of these lengths in turn, such as '512,1024,2048'"
     )
-    recall_share: float = argument(
-        0.0, "share of the texts whose second half is made of passages of the first, which have to be found again"
-    )
     separate_documents: bool = argument(
         False, "rows of the source share blocks, but neither attention nor loss reaches across"
     )
@@ -178,10 +175,6 @@ class TextOptions(TrainingOptions):
                 raise UsageError(f"give either --{names[0]} or --{names[1]}, {both}")
         if self.separate_documents and self.text_lengths:
             raise UsageError("--separate_documents and --text_lengths both say where texts end: give one of them")
-        if not 0 <= self.recall_share <= 1:
-            raise UsageError(f"recall_share is {self.recall_share}; expected a number from 0 to 1")
-        if self.separate_documents and self.recall_share:
-            raise UsageError("--recall_share repeats passages across what --separate_documents keeps apart: give one")
         self.lengths_of_texts()
 
     def lengths_of_texts(self) -> list[int]:
