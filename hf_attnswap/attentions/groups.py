@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..masks import Mask
+from ..masks import Mask, values_are_hidden
 from .base import KINDS, Attention, Heads, State
 from .softmax import Softmax
 
@@ -165,7 +165,7 @@ def _named(own: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 def _with_past(state: State, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
     """Return keys and values of all tokens, `[B, Hkv, S, *]`, and the mask for these; the new ones enter the state.
 
-    A state with memory for more tokens than have come, as `whole_state` makes it, is written in place.
+    The tensors of the state may have memory for more tokens than have come, into which the new ones are written.
     """
     new = {"key": key, "value": value}
     if mask.room is not None:
@@ -173,12 +173,21 @@ def _with_past(state: State, key: Tensor, value: Tensor, mask: Mask) -> tuple[Te
             state[name].index_copy_(2, mask.room.at, t)
         allowed = mask.room.allowed
         return state["key"], state["value"], Mask(1, allowed.shape[1], allowed)
-    if state and state["key"].shape[2] > mask.offset:
+    past, length = mask.offset, mask.key_length
+    if not state:
+        state.update(new)
+        return key, value, mask
+    written = torch.is_inference_mode_enabled() or not state["key"].is_inference()
+    if not written or state["key"].shape[2] < length:
+        # Steps that follow need no copy of all tokens, unless each step's keys are held for a gradient or a program.
+        spare = 0 if torch.is_grad_enabled() or values_are_hidden() else length // 8 + 64
         for name, t in new.items():
-            state[name][:, :, mask.offset : mask.key_length] = t
-        return *(state[name][:, :, : mask.key_length] for name in new), mask
-    state.update({name: torch.cat([state[name], t], 2) if state else t for name, t in new.items()})
-    return state["key"], state["value"], mask
+            more = [t.new_empty(*t.shape[:2], spare, t.shape[3])] if spare else []
+            state[name] = torch.cat([state[name][:, :, :past], t, *more], 2)
+    else:
+        for name, t in new.items():
+            state[name][:, :, past:length] = t
+    return state["key"][:, :, :length], state["value"][:, :, :length], mask
 
 
 def _listed(groups: list[int]) -> str:

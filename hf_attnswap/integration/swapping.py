@@ -240,7 +240,7 @@ def _device_of(module: nn.Module, device: torch.device) -> torch.device:
         hook = getattr(part, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
             if getattr(one, "offload", False):
-                return torch.device(one.execution_device)
+                return torch.device(getattr(one, "execution_device", device))
     return device
 
 
