@@ -1,7 +1,6 @@
 """The script that tells what a release of transformers breaks, on reports that are written here."""
 
 import io
-from importlib.metadata import distributions
 
 from rich.console import Console
 
