@@ -29,9 +29,11 @@ forced: $(VENV)/.test
 		HF_ATTNSWAP_BACKEND=$$backend HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rs || exit 1; \
 	done
 
-# The tests that draw their inputs, with so many new ones of each kind.
+# The tests that draw their inputs, with new ones: 20,000 of what users hand over, 5,000 of each other kind.
 drawn: $(VENV)/.test
-	ATTNSWAP_TEST_EXAMPLES=20000 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "drawn and not long"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/any_input -m long
+	ATTNSWAP_TEST_EXAMPLES=5000 HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/any_input -m "drawn and not long"
 
 # On a machine with a GPU, in under five minutes: kernels, whole models, training rate, and the tests.
 gpu-check: $(VENV)/.test

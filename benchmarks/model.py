@@ -18,26 +18,22 @@ import torch
 from figures import Record, draw, heading, named, note, print_table, quartiles, spread
 from transformers import PreTrainedModel
 
-from hf_attnswap import UsageError, swap
+from hf_attnswap import UsageError
 from hf_attnswap.benchmark.generation import Run, decode, filled_cache, run
 from hf_attnswap.benchmark.measure import interleaved, ratios
 from hf_attnswap.errors import one_line_errors
 from hf_attnswap.integration.cache import cache_nbytes
 from hf_attnswap.sources.files import require_empty, whole_folder
 from hf_attnswap.sources.models import load
-from hf_attnswap.tradeoff import Arm, share_weights
+from hf_attnswap.tradeoff.arms import Arm, build
 
 ARMS = ["elu", "hedgehog+window"]
 CONTROL = "softmax"
 
 
-def build(model: PreTrainedModel, arms: Sequence[str]) -> dict[str, PreTrainedModel]:
+def models_of(model: PreTrainedModel, arms: Sequence[str]) -> dict[str, PreTrainedModel]:
     """A model for each arm over the same weights; softmax is the model itself."""
-    models = {CONTROL: model}
-    for arm in map(Arm.parse, arms):
-        torch.manual_seed(0)
-        models[arm.label] = swap(share_weights(model), arm.attention, **arm.options).eval()
-    return models
+    return {CONTROL: model} | {arm.label: build(arm, model) for arm in map(Arm.parse, arms)}
 
 
 def prefill(models: dict[str, PreTrainedModel], length: int, args: argparse.Namespace) -> Iterator[Record]:
@@ -87,7 +83,7 @@ def write(models: dict[str, PreTrainedModel], length: int, args: argparse.Namesp
 
 def measure(args: argparse.Namespace, dtype: str) -> Iterator[Record]:
     model, _ = load(args.model_name_or_path, dtype=dtype, device="cpu")
-    models = build(model, args.arm)
+    models = models_of(model, args.arm)
     for work, lengths in ((prefill, args.length), (write, args.context_length)):
         for length in lengths:
             for record in work(models, length, args):
@@ -116,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> Record:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="a Hub id, a folder or a .gguf file")
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder for model.json and model.png")
-    parser.add_argument("--arm", action="append", help=f"such as relu_power:p=8, repeated (default: {' '.join(ARMS)})")
+    parser.add_argument(
+        "--arm", action="append", help=f"such as relu_power:p=8 or plan.yaml, repeated (default: {' '.join(ARMS)})"
+    )
     parser.add_argument("--length", type=int, action="append", help="of prompts, repeated (default: 1024, 8192)")
     parser.add_argument(
         "--context_length", type=int, action="append", help="to write after, repeated (default: 1024, 4096, 16384)"

@@ -232,6 +232,15 @@ class Attention(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
+    def whole_state(self, state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+        """Return the state of a layer in tensors whose shapes no later call changes, however many tokens come.
+
+        Args:
+            state: what `forward` filled in a layer without a sliding window.
+            tokens: the most tokens that may come, for variants that keep them all.
+        """
+        return state
+
     def operations(self, rows: int, keys: int, window: int | None = None) -> float:
         """Return the floating-point operations of the matrix products for one text, two for a multiplication and a sum.
 

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..masks import values_are_hidden
 from ..ops.programs import transformed
 from ..ops.spec import FeatureMap
 from .base import Option
@@ -42,7 +43,7 @@ class Cosformer(LinearAttention):
             NotImplementedError: a text of more than `max_length` tokens.
         """
         position = positions(key, None if mask.valid is None else mask.valid[:, -key.shape[2] :], state)
-        if torch.compiler.is_compiling():  # it sees no numbers: the compiled code looks
+        if values_are_hidden() and not transformed():  # a program sees no numbers: what it becomes looks
             torch._assert_async(position.max() < self.max_length, f"a text is longer than max_length={self.max_length}")
         elif (last := key.shape[2] if transformed() else int(position.max()) + 1) > self.max_length:
             raise NotImplementedError(f"a text of {last} tokens is longer than max_length={self.max_length}")

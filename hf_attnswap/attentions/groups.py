@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..masks import Mask
+from ..masks import Mask, values_are_hidden
 from .base import KINDS, Attention, Heads, State
 from .softmax import Softmax
 
@@ -37,10 +38,10 @@ class Groups(Attention):
             planned: class and options of the variant of each group; groups that are absent run softmax.
         """
         super().__init__(heads)
-        self.planned = dict(planned)
+        self.chosen = {group: (cls.name, options) for group, (cls, options) in planned.items()}
         by_choice: list[tuple[tuple[type[Attention], dict[str, Any]], list[int]]] = []
         for group in range(heads.num_key_value_heads):
-            choice = self.planned.get(group, (Softmax, {}))
+            choice = planned.get(group, (Softmax, {}))
             own = next((groups for known, groups in by_choice if known == choice), None)
             if own is None:
                 by_choice.append((choice, [group]))
@@ -81,7 +82,7 @@ class Groups(Attention):
 
     def choice(self) -> dict[int, tuple[str, dict[str, Any]]]:
         """Return name and options of the variant of each group that does not run softmax."""
-        return {group: (cls.name, dict(options)) for group, (cls, options) in self.planned.items()}
+        return {group: (name, dict(options)) for group, (name, options) in self.chosen.items()}
 
     def reset_parameters(self) -> None:
         for part in self.parts:
@@ -102,20 +103,29 @@ class Groups(Attention):
     def operations(self, rows, keys, window=None):
         return sum(part.operations(rows, keys, window) for part in self.parts)
 
+    def whole_state(self, state, tokens):
+        found: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            own = _part_of(state, number)
+            if part.stateful:
+                own = part.whole_state(own, tokens)
+            else:
+                own = {name: F.pad(t, (0, 0, 0, tokens - t.shape[2])) for name, t in own.items()}
+            found |= _named(own, number)
+        return found
+
     def forward(self, query, key, value, mask, scaling, state=None):
         outs = []
         for number, (part, groups) in enumerate(self.each()):
             q, k, v = (self._take(t, groups) for t in (query, key, value))
-            own = None
+            given, own = self._mask_of(mask, groups), None
             if state is not None:
-                prefix = f"{number}."
-                own = State({name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)})
+                own = State(_part_of(state, number))
                 if not part.stateful:
-                    k, v = (torch.cat([own[name], t], 2) if own else t for name, t in (("key", k), ("value", v)))
-                    own.update(key=k, value=v)
-            outs.append(part(q, k, v, self._mask_of(mask, groups), scaling, own if part.stateful else None))
+                    k, v, given = _with_past(own, k, v, given)
+            outs.append(part(q, k, v, given, scaling, own if part.stateful else None))
             if own is not None:
-                state.update({f"{prefix}{name}": t for name, t in own.items()})
+                state.update(_named(own, number))
         return self._in_order(outs)
 
     def _take(self, t: Tensor, groups: list[int]) -> Tensor:
@@ -139,6 +149,45 @@ class Groups(Attention):
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def _part_of(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Return what the state of a layer holds for one of its parts."""
+    prefix = f"{number}."
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def _named(own: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """Return what one part holds as the state of a layer has it."""
+    return {f"{number}.{name}": t for name, t in own.items()}
+
+
+def _with_past(state: State, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
+    """Return keys and values of all tokens, `[B, Hkv, S, *]`, and the mask for these; the new ones enter the state.
+
+    The tensors of the state may have memory for more tokens than have come, into which the new ones are written.
+    """
+    new = {"key": key, "value": value}
+    if mask.room is not None:
+        for name, t in new.items():
+            state[name].index_copy_(2, mask.room.at, t)
+        allowed = mask.room.allowed
+        return state["key"], state["value"], Mask(1, allowed.shape[1], allowed)
+    past, length = mask.offset, mask.key_length
+    if not state:
+        state.update(new)
+        return key, value, mask
+    written = torch.is_inference_mode_enabled() or not state["key"].is_inference()
+    if not written or state["key"].shape[2] < length:
+        # Steps that follow need no copy of all tokens, unless each step's keys are held for a gradient or a program.
+        spare = 0 if torch.is_grad_enabled() or values_are_hidden() else length // 8 + 64
+        for name, t in new.items():
+            more = [t.new_empty(*t.shape[:2], spare, t.shape[3])] if spare else []
+            state[name] = torch.cat([state[name][:, :, :past], t, *more], 2)
+    else:
+        for name, t in new.items():
+            state[name][:, :, past:length] = t
+    return state["key"][:, :, :length], state["value"][:, :, :length], mask
 
 
 def _listed(groups: list[int]) -> str:

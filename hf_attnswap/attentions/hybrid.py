@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..masks import Mask
 from ..ops.heads import scores
 from ..ops.hybrid import hybrid_attention
 from ..ops.hybrid.reference import hybrid_weights, log_terms
-from ..ops.sliding import HybridState
+from ..ops.sliding import HybridState, whole
 from .base import Attention
 from .counting import pairs
 from .linear import LinearAttention
@@ -91,6 +92,11 @@ class Hybrid(Attention):
         near = pairs(rows, keys, window=min(self.window + self.sinks, window or keys))
         of_window = 2 * near * self.heads.num_attention_heads * (self.heads.head_dim + self.heads.value_dim)
         return of_window + self.linear.operations(rows, keys, window)
+
+    def whole_state(self, state, tokens):
+        slots = whole(read_state(state), self.window, self.sinks)
+        turns = {name: F.pad(t, (0, 0, self.window - t.shape[2], 0)) for name, t in state.items() if name == "turns"}
+        return state | vars(slots) | turns
 
     def forward(self, query, key, value, mask, scaling, state=None):
         if mask.window is not None:

@@ -3,7 +3,7 @@
 Beltagy et al., "Longformer", 2020; Xiao et al., "Efficient streaming language models with attention sinks", 2023.
 """
 
-from ..ops.sliding import WindowState
+from ..ops.sliding import WindowState, whole
 from ..ops.window import window_attention
 from ..ops.window.reference import window_weights
 from .base import Attention, Option
@@ -46,6 +46,9 @@ class Window(Attention):
     def operations(self, rows, keys, window=None):
         seen = pairs(rows, keys, window=min(self.window + self.sinks, window or keys))
         return 2 * seen * self.heads.num_attention_heads * (self.heads.head_dim + self.heads.value_dim)
+
+    def whole_state(self, state, tokens):
+        return vars(whole(read_state(state), self.window, self.sinks))
 
     def forward(self, query, key, value, mask, scaling, state=None):
         window, sinks, reach = self.window, self.sinks, mask.window

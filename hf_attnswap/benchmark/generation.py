@@ -91,7 +91,7 @@ def filled_cache(model: PreTrainedModel, length: int) -> DynamicCache:
         if variant is None or not variant.stateful:
             cache.update(key, value, module.layer_idx)
         else:
-            layer = state_layer(cache, module.layer_idx, variant.described)
+            layer = state_layer(cache, module.layer_idx, variant)
             layer.update(key, value)
             one = rotations.get(entry.name)
             rotation = None if one is None else one.of(one.turns.expand(-1, length, -1))

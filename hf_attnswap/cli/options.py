@@ -39,7 +39,7 @@ Kinds = Annotated[
     list[str] | None, typer.Option("--kind", help="causal, bidirectional or cross; may be repeated; the first two")
 ]
 Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="an option of the variant")]
-Seed = Annotated[int, typer.Option("--seed", help="of the order of text")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="of the order of text")]
 TrainFile = Annotated[str | None, typer.Option("--train_file", help="text, json, parquet or csv")]
 ValidationFile = Annotated[
     str | None, typer.Option("--validation_file", help="held-out text; else a fifth is held out")

@@ -1,5 +1,6 @@
 """Hold the command that compares every arm on one model, as a report."""
 
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from ..evaluation.tasks import RETRIEVAL, RETRIEVAL_LENGTHS, help_text
 from .options import (
     AllowPickle,
@@ -113,12 +115,14 @@ def tradeoff(
     from ..training.align import DEFAULT_LEARNING_RATE
     from .progress import RunBar
 
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UsageError(f"--learning_rate is {learning_rate}; expected a number above 0")
     arms = arms or DEFAULT_ARMS
     labels = with_controls(arms) if controls else arms
     settings = Settings(
         arms=tuple(labels), context_lengths=tuple(context_lengths or [512]), max_eval_tokens=max_eval_tokens,
         lengths=tuple(lengths or [512, 1536]), rounds=rounds, decode_tokens=decode_tokens, align_tokens=align_tokens,
-        block_size=block_size, learning_rate=learning_rate or DEFAULT_LEARNING_RATE,
+        block_size=block_size, learning_rate=DEFAULT_LEARNING_RATE if learning_rate is None else learning_rate,
         per_device_train_batch_size=per_device_train_batch_size, seed=seed, diagnose_tokens=diagnose_tokens,
         tasks=tuple(name for name in (tasks or "").split(",") if name), task_limit=limit, include_path=include_path,
         task_lengths=tuple(task_lengths or ()), train_lengths=tuple(train_lengths or ()), equal_controls=controls,

@@ -77,7 +77,10 @@ def logits_or_hidden(returned: ModelOutput) -> Tensor:
     for name in ("logits", "last_hidden_state"):
         if torch.is_tensor(getattr(returned, name, None)):
             return getattr(returned, name).float()
-    raise UsageError(f"{type(returned).__name__} has neither logits nor hidden states that could be compared")
+    raise UsageError(
+        f"a {type(returned).__name__} has neither logits nor hidden states that could be compared: give what you take "
+        "of it, as lists of numbers, to hf_attnswap.evaluation.likeness.compare, or compare the base models"
+    )
 
 
 def _mean_over_tokens(hidden: Tensor, mask: Tensor | None) -> Tensor:

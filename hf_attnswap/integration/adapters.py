@@ -5,7 +5,7 @@ imported; here the base is swapped as it was before the adapter is put on it.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,11 +58,16 @@ def _is_its_source(model: PreTrainedModel) -> bool:
     return read.get(NAME) == getattr(model.config, NAME)
 
 
-def put_on(model: nn.Module, parts: Mapping[str, Any]) -> None:
+def put_on(model: nn.Module, parts: Mapping[str, Any], others: Collection[str]) -> None:
     """Swap the attention of the base of an adapter as the adapter's file says, unless it is swapped so already.
 
+    Args:
+        model: the base. parts: what the file says, by part of the model.
+        others: names of the adapters that the base has already.
+
     Raises:
-        UsageError: the base is swapped in another way, or has not the modules that the file names.
+        UsageError: the base is swapped in another way, or has not the modules that the file names, or is on softmax
+            with other adapters, which would run on the swapped attention from then on.
     """
     if not isinstance(model, PreTrainedModel):
         raise UsageError(f"the adapter is of a swapped model, and a {type(model).__name__} cannot be swapped")
@@ -78,6 +83,11 @@ def put_on(model: nn.Module, parts: Mapping[str, Any]) -> None:
                 "model that it was trained on, or on its softmax"
             )
         return
+    if others:
+        raise UsageError(
+            f"the adapter was trained with swapped attention, and the model has {', '.join(map(repr, sorted(others)))} "
+            "on softmax: load it on a model of its own"
+        )
     own_configs(model)
     for part, config in model_parts(model).items():
         if parts.get(part):
@@ -160,7 +170,8 @@ def swap_first(original):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         parts = vars(self.peft_config[adapter_name]).pop(NAME, None)
         if parts is not None:
-            put_on(model.get_base_model() if hasattr(model, "get_base_model") else model, parts)
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            put_on(base, parts, self.peft_config.keys() - {adapter_name})
         return original(self, model, adapter_name, *args, **kwargs)
 
     return inject_adapter
@@ -179,7 +190,12 @@ def one_set_of_variants(original):
         before = set(getattr(self, "peft_config", ()))
         others = before - {name}
         kept = {path: tensor.clone() for path, tensor in _tensors_of_variants(self).items()} if others else {}
-        loaded = original(self, *args, **kwargs)
+        try:
+            loaded = original(self, *args, **kwargs)
+        except UsageError:
+            if others:  # transformers keeps its config
+                self.peft_config.pop(name, None)
+            raise
         now = _tensors_of_variants(self) if others else {}  # transformers puts others in their place
         pairs = [(kept[path], now[path]) for path in kept.keys() & now.keys()]
         if any(not torch.equal(earlier, later.to(earlier.device)) for earlier, later in pairs):

@@ -13,6 +13,7 @@ from ..attentions.softmax import Softmax
 from ..config import MARKER, NAME
 from ..errors import UsageError
 from ..masks import Mask, Packed, unpack_rows, values_are_hidden
+from .cache import StateLayer
 from .read_mask import ANY_MASK, read_mask
 from .rotations import rotation_of
 from .sharing import uses_keys_of_another
@@ -83,7 +84,7 @@ def attnswap_attention(
     if layer is not None and uses_keys_of_another(module):
         layer.update(key, value)  # which the module leaves out
     window = sliding_window(module, attention, kwargs)
-    _check_window(where, attention, window, key.shape[2] if layer is None else layer.seen)
+    _check_window(where, attention, window, key if layer is None else layer)
     _check_heads(where, attention, query, key, value)
     device = query.device.type
     precision = contextlib.nullcontext()
@@ -105,7 +106,10 @@ def attnswap_attention(
             out = attend(attention, query, key, value, mask, scaling, layer)[:, :, -rows:]
             weights = _weights(attention, query, key, mask, scaling, layer)[:, :, -rows:] if _wanted(kwargs) else None
     except (NotImplementedError, ValueError) as error:
-        kind = next(kind for kind in (UsageError, NotImplementedError, ValueError) if isinstance(error, kind))
+        # Plain steps, which torch.compile follows, so that whoever compiles reads this error and not one of its own.
+        kind = UsageError if isinstance(error, UsageError) else ValueError
+        if isinstance(error, NotImplementedError):
+            kind = NotImplementedError
         raise kind(f"{where}: {error}") from error
     return out.transpose(1, 2).contiguous(), weights
 
@@ -118,10 +122,9 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
     """
     stateful = attention.stateful and layer is not None
     if stateful:
-        before = layer.served
 
         def replay(state: dict[str, Tensor], tokens: int) -> None:
-            seen = before + tokens
+            seen = mask.offset + tokens
             valid = None if mask.valid is None else mask.valid[:, :seen]
             new = (t[:, :, :tokens] for t in (query, key, value))
             rotation = None if mask.rotation is None else mask.rotation.tokens(slice(0, tokens))
@@ -140,7 +143,12 @@ def attend(attention: Attention, query, key, value, mask: Mask | Packed, scaling
 
         turns = () if mask.rotation is None else (mask.rotation.turns,)
         return unpack_rows(one, query, key, value, mask.segments, *turns)
-    return attention.answer(query, key, value, mask, scaling, layer.state if stateful else None)
+    if not stateful:
+        return attention.answer(query, key, value, mask, scaling)
+    state = layer.remembered()
+    out = attention.answer(query, key, value, mask, scaling, state)
+    layer.keep(attention, state)
+    return out
 
 
 def _wanted(kwargs: dict) -> bool:
@@ -186,9 +194,12 @@ def _check_whole_texts() -> None:
         )
 
 
-def _check_window(where: str, attention: Attention, window: int | None, length: int) -> None:
+def _check_window(where: str, attention: Attention, window: int | None, tokens: Tensor | StateLayer) -> None:
     # In a mask for one new token, a window over the past looks like padding in it.
-    if window is not None and length > window and not attention.any_mask and not attention.slides:
+    if window is None or attention.any_mask or attention.slides:
+        return
+    length = tokens.seen if isinstance(tokens, StateLayer) else tokens.shape[2]
+    if length > window:
         raise NotImplementedError(
             f"{where}: cannot honour the model's sliding window of {window} over {length} tokens: "
             f"{ANY_MASK} take any mask"

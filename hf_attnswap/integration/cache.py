@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 from .. import attentions
 from ..attentions import Attention
 from ..config import NAME
-from ..masks import Mask, Packed, values_are_hidden
+from ..masks import Mask, Packed, parse, values_are_hidden
 from ..plans import layers_in
 
 Replay = Callable[[dict[str, Tensor], int], object]
@@ -77,7 +77,8 @@ class StateLayer(CacheLayerMixin):
         fixed_size: whether masks may have more columns than there are tokens, as the cache around has one size.
     """
 
-    _layer_type = "attnswap"  # the name under which transformers finds this class for a layer of the config
+    # Names under which transformers finds a class for a layer of the config: see `with_state_layers`.
+    _layer_type = "attnswap"
     is_sliding = False
     is_compileable = False
     is_croppable = True
@@ -116,17 +117,51 @@ class StateLayer(CacheLayerMixin):
         Raises:
             ValueError: the module that calls keeps keys and values, or tokens of an earlier call were never taken in.
         """
-        if self.seen and not self.awaited:
-            raise ValueError(
-                f"the cache is made for the state of {self.filled_by or 'a swapped layer'}, and this layer of the "
-                "model keeps keys and values: start from a new cache"
-            )
-        if self.served != self.seen:
-            raise ValueError("an earlier call with this cache failed half-way: start from a new cache")
+        self._check_turn()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.seen += key_states.shape[-2]
         return key_states, value_states
+
+    def _check_turn(self) -> None:
+        """Raise ValueError where the next keys are not those that this layer waits for."""
+        if self.begun and not self.awaited:
+            raise ValueError(
+                f"the cache is made for the state of {self.filled_by or 'a swapped layer'}, and this layer of the "
+                "model keeps keys and values: start from a new cache"
+            )
+        if self.pending:
+            raise ValueError("an earlier call with this cache failed half-way: start from a new cache")
+
+    @property
+    def begun(self) -> bool:
+        """Return whether tokens have come."""
+        return self.seen > 0
+
+    @property
+    def pending(self) -> bool:
+        """Return whether tokens have come that the variant has not taken in yet."""
+        return self.served != self.seen
+
+    @property
+    def continues(self) -> bool:
+        """Return whether the variant has taken in tokens."""
+        return self.served > 0
+
+    def read(
+        self, attention_mask: Tensor | None, query_length: int, causal: bool, window: int | None, asker: object
+    ) -> Mask | Packed:
+        """Return what the mask of a call says, whose keys `update` has counted; arguments as in `masks.parse`."""
+        return parse(
+            attention_mask, query_length, self.seen, causal, longer=self.fixed_size, window=window, asker=asker
+        )
+
+    def remembered(self) -> dict[str, Tensor]:
+        """Return the state of the tokens taken in, which the variant reads and fills; empty where there are none."""
+        return self.state
+
+    def keep(self, attention: Attention, state: dict[str, Tensor]) -> None:
+        """Remember the state that `attention` has filled."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys that a mask covers, those of the new tokens included, and where they begin."""
@@ -188,7 +223,7 @@ class StateLayer(CacheLayerMixin):
         Raises:
             ValueError: the state is that of another variant.
         """
-        if self.seen and self.filled_by != variant:
+        if self.begun and self.filled_by != variant:
             raise ValueError(
                 f"the cache holds {self.seen} tokens as the state of {self.filled_by} for layer {layer}, which runs "
                 f"{variant}: start from a new cache"
@@ -206,7 +241,21 @@ class StateLayer(CacheLayerMixin):
         Raises:
             NotImplementedError: the mask says something of earlier tokens that the state cannot follow.
         """
-        if self.served == self.seen:
+        one_state = self._admits(attention, mask)
+        if one_state and not attention.any_mask:
+            self._check_past(mask.valid)
+            self.taken = mask.valid
+        if self.record_past and one_state:
+            self.past.append(Past(self.served, dict(self.state), replay))
+        self.served, self.awaited = self.seen, False
+
+    def _admits(self, attention: Attention, mask: Mask | Packed) -> bool:
+        """Return whether the tokens of a call become a state that later calls go on with.
+
+        Raises:
+            NotImplementedError: they cannot follow what the cache holds.
+        """
+        if not self.pending:
             raise NotImplementedError("its module calls its attention twice per token, and the state takes each once")
         if self.closed:
             raise NotImplementedError(
@@ -215,14 +264,9 @@ class StateLayer(CacheLayerMixin):
         one_state = isinstance(mask, Mask) and (mask.causal or attention.any_mask)
         if not one_state:
             self.closed = "packed texts" if isinstance(mask, Packed) else "a text that was read in both directions"
-            if self.served:
+            if self.continues:
                 raise NotImplementedError(f"{self.closed} cannot continue a past: start from a new cache")
-        elif not attention.any_mask:
-            self._check_past(mask.valid)
-            self.taken = mask.valid
-        if self.record_past and one_state:
-            self.past.append(Past(self.served, dict(self.state), replay))
-        self.served, self.awaited = self.seen, False
+        return one_state
 
     def _check_past(self, valid: Tensor | None) -> None:
         """Raise NotImplementedError where `valid`, bool `[B, seen]`, is not about the past what `taken` is."""
@@ -301,11 +345,11 @@ class StateAndConvolutionLayer(StateLayer, LinearAttentionAndFullAttentionLayer)
         StateLayer.crop(self, tokens_to_remove)
 
 
-def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | None:
+def state_layer(cache: Cache | None, layer: int, attention: Attention) -> StateLayer | None:
     """Return the `StateLayer` of this layer in the cache that a model passes to its attention, put there at first use.
 
     Args:
-        variant: what the layer runs, with its options, in words.
+        attention: the variant of the layer.
 
     Raises:
         NotImplementedError: a kind of cache whose layers have a fixed size.
@@ -320,7 +364,10 @@ def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | N
         cache.layers.append(cache.layer_class_to_replicate())
     found = cache.layers[layer]
     if isinstance(found, StateLayer):
-        found.expect(layer, variant)
+        if found.is_compileable and attention.reach is not None and not found.begun:
+            # Its state grows up to the window, which the config does not tell.
+            found = cache.layers[layer] = StateLayer(found.mask_length is not None, found.max_cache_len)
+        found.expect(layer, attention.described)
         return found
     beside = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
     if type(found) not in (DynamicLayer, DynamicSlidingWindowLayer, *beside):
@@ -334,7 +381,7 @@ def state_layer(cache: Cache | None, layer: int, variant: str) -> StateLayer | N
             "start from a new cache"
         )
     new = StateAndConvolutionLayer.instead_of(found) if isinstance(found, beside) else StateLayer()
-    new.expect(layer, variant)
+    new.expect(layer, attention.described)
     cache.layers[layer] = new
     return new
 
@@ -350,6 +397,10 @@ def cache_nbytes(cache: Cache) -> int:
     return total
 
 
+# The name of a state layer whose window slides, or whose keys another layer uses: its tensors grow.
+GROWS = f"{StateLayer._layer_type}_grows"
+
+
 def with_state_layers(original):
     """Wrap transformers' `get_layer_types_and_kwargs`: caches begin with a `StateLayer` where the config has a stateful
     variant, so that what such a layer cannot do is refused before the first token."""
@@ -360,18 +411,23 @@ def with_state_layers(original):
         # Where there is cross-attention, its cache is built from the same config: the layers with a state come later.
         if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
             return types, arguments
-        for group in (getattr(config, NAME, None) or {}).get("swapped") or ():
-            if group.get("kind", "causal") == "causal" and attentions.get(group["attention"]).stateful:
-                for index in layers_in(group):
-                    kind = types[index] if index < len(types) else None  # of a model that exits early
-                    # Of a layer that uses the keys of another, transformers has a dummy. Others keep more than keys and
-                    # values.
-                    if kind in ("full_attention", "sliding_attention", "dummy"):
-                        types[index], arguments[index] = StateLayer._layer_type, {}
-        if any(kind != StateLayer._layer_type for kind in types):
-            for kind, given in zip(types, arguments, strict=True):
-                if kind == StateLayer._layer_type:
-                    given["beside_keys"] = True
+        # Of a layer that uses the keys of another, transformers has a dummy. Others keep more than keys and values.
+        known = ("full_attention", "sliding_attention", "dummy")
+        found = [index for index in _stateful_layers(config) if index < len(types) and types[index] in known]
+        # Layers of one cache take the same masks, whose sizes are those of its first layer.
+        full = all(types[index] == "full_attention" for index in found)
+        for index in found:
+            types[index] = StateLayer._layer_type if full else GROWS
+            arguments[index] = {"beside_keys": len(found) < len(types)}
         return types, arguments
 
     return layer_types_and_kwargs
+
+
+def _stateful_layers(config) -> list[int]:
+    """Return the layers that run a stateful variant, in their own past."""
+    groups = (getattr(config, NAME, None) or {}).get("swapped") or ()
+    causal = (group for group in groups if group.get("kind", "causal") == "causal")
+    return sorted(
+        {index for group in causal if attentions.get(group["attention"]).stateful for index in layers_in(group)}
+    )

@@ -155,9 +155,9 @@ def _refusal(module: nn.Module) -> str | None:
 
 
 def counted(modules: Sequence[nn.Module]) -> bool:
-    """Return whether their `layer_idx` tell modules apart."""
+    """Return whether their `layer_idx` tell modules apart; it is -1 where one stands for several layers."""
     own = [getattr(module, "layer_idx", None) for module in modules]
-    return all(type(index) is int for index in own) and len(set(own)) == len(own)
+    return all(type(index) is int and index >= 0 for index in own) and len(set(own)) == len(own)
 
 
 def _indices(entries: list[tuple[str, str, nn.Module]]) -> list[int]:

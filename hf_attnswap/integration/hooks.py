@@ -21,6 +21,7 @@ from . import adapters, cache, loading
 from .attention import attnswap_attention
 from .late import when_imported
 from .mask_function import attnswap_mask
+from .static_cache import StaticStateLayer
 from .swapping import swapped_modules
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def patches(save_pretrained: Wrapper, push_to_hub: Wrapper) -> list[Patch]:
     model = PreTrainedModel
     return [
         Patch(model, "post_init", _build_variants, "a model whose config is that of a conversion is built with it"),
+        Patch(model, "get_expanded_tied_weights_keys", _tie_no_variants, "layers that share weights have own variants"),
         Patch(model, "_initialize_weights", _initialise_variants, "variants initialise their own parameters"),
         Patch(model, "_finalize_model_loading", _check_weights, "weights that do not fit config.json are refused"),
         Patch(model, "_check_and_adjust_attn_implementation", _keep_guard, "no choice keeps the conversion"),
@@ -88,7 +90,9 @@ def install(save_pretrained: Wrapper, push_to_hub: Wrapper) -> None:
     for name in (NAME, GUARD):
         AttentionInterface.register(name, attnswap_attention)
         AttentionMaskInterface.register(name, attnswap_mask)
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = cache.StateLayer
+    cache_utils.STATIC_LAYER_TYPE_MAPPING[cache.StateLayer._layer_type] = StaticStateLayer
+    for mapping in (cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING):
+        mapping[cache.GROWS] = cache.StateLayer
     _apply(patches(save_pretrained, push_to_hub))
     when_imported("peft", lambda: _apply(peft_patches()))
 
@@ -105,6 +109,15 @@ def _build_variants(original):
         original(self)
 
     return post_init
+
+
+def _tie_no_variants(original):
+    @functools.wraps(original)
+    def get_expanded_tied_weights_keys(self, *args, **kwargs):
+        with loading.variants_aside(self):
+            return original(self, *args, **kwargs)
+
+    return get_expanded_tied_weights_keys
 
 
 def _initialise_variants(original):

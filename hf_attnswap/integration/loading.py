@@ -64,6 +64,17 @@ def build_variants(model: PreTrainedModel) -> None:
 
 
 @contextmanager
+def variants_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the variants out of the modules of a model while the context is open."""
+    held = [(module, module._modules.pop(NAME)) for module in list(model.modules()) if NAME in module._modules]
+    try:
+        yield
+    finally:
+        for module, variant in held:
+            module._modules[NAME] = variant
+
+
+@contextmanager
 def telling_what_stands(model: PreTrainedModel) -> Iterator[None]:
     """Let the config tell what stands in the model while it is saved: layers may have been taken out since the swap.
 
@@ -76,7 +87,7 @@ def telling_what_stands(model: PreTrainedModel) -> Iterator[None]:
     variants = swapped_modules(model)
     if len(variants) == sum(len(plan) for kinds in plans.values() for plan in kinds.values()):
         places = [(variant.layer, model.get_submodule(path)) for path, variant in variants.items()]
-        if all(getattr(module, "layer_idx", None) in (layer, None) for layer, module in places):
+        if all(getattr(module, "layer_idx", None) in (layer, None, -1) for layer, module in places):
             yield
             return
     entries = inspect(model)

@@ -6,7 +6,10 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+)
 
 from ..errors import UsageError
 from .finding import inspect
@@ -24,7 +27,7 @@ def objective(model: PreTrainedModel) -> Objective:
 
     - of one text: "next tokens", "masked tokens", "labels" (any other head) or "vectors" (no head)
     - of one text "another text": encoder-decoders
-    - of other input: "speech", "images", or "several inputs" at once
+    - of other input: "speech", "images", or "several inputs" at once, such as the choices of a question
     """
     if _SPEECH.search(model.main_input_name):
         return "speech"
@@ -37,7 +40,8 @@ def objective(model: PreTrainedModel) -> Objective:
         kinds = {module.kind for module in inspect(model)}
         # With attention to both sides the next token is there to be read.
         return "next tokens" if writes and ("causal" in kinds or not kinds) else "masked tokens"
-    if any(getattr(model.config, f"{part}_config", None) is not None for part in ("vision", "audio")):
+    choices = type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+    if choices or any(getattr(model.config, f"{part}_config", None) is not None for part in ("vision", "audio")):
         return "several inputs"
     return "vectors" if model.base_model is model else "labels"
 

@@ -31,11 +31,12 @@ def read_mask(module, attention: Attention, query, key, attention_mask, layer, k
     if attention.kind == "causal" and query.shape[2] == 1:
         causal = True  # of one row a mask does not tell, nor does the module of a decoder that goes by its mask alone
     with_state = attention.stateful and layer is not None
-    seen = layer.seen if with_state else key.shape[2]
     _check_rows(attention_mask, query)
     window = sliding_window(module, attention, kwargs) if attention.slides and attention.kind == "causal" else None
-    fixed_size = with_state and layer.fixed_size
-    mask = parse(attention_mask, query.shape[2], seen, bool(causal), longer=fixed_size, window=window)
+    if with_state:
+        mask = layer.read(attention_mask, query.shape[2], bool(causal), window, asker=module)
+    else:
+        mask = parse(attention_mask, query.shape[2], key.shape[2], bool(causal), window=window, asker=module)
     mask = _for_every_row(mask, query.shape[0])
     if kwargs.get("cu_seq_lens_q") is not None and not isinstance(mask, Packed):
         if attention_mask is not None:

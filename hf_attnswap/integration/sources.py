@@ -43,7 +43,9 @@ def reads_mask(cls: type[nn.Module]) -> bool:
     """Return whether a class does more with a mask than hand it on."""
     if not cls.__module__.startswith("transformers.models.") and "transformers_modules" not in cls.__module__:
         return False
-    return bool(re.search(r"mask(\[|\.[a-z]| [-+*&] )|[-+*&] \w*mask\b", source_of(cls)))
+    # What a class adds to weights of its own making (GPT-2) is the softmax that a variant stands in for.
+    source = re.sub(r"attn_weights \+ \w*mask\b", "", source_of(cls)) if dispatches(cls) else source_of(cls)
+    return bool(re.search(r"mask(\[|\.[a-z]| [-+*&] )|[-+*&] \w*mask\b", source))
 
 
 @functools.cache

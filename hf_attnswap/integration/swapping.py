@@ -223,7 +223,7 @@ def build_variant(model: PreTrainedModel, entry: AttentionModule, kind: str, pla
     weights = list(module.parameters())
     # Quantised weights are integers: then the dtype is that of the rest of the model.
     dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), model.dtype)
-    device = weights[0].device if weights else model.device
+    device = _device_of(module, weights[0].device if weights else model.device)
     if device.type != "meta" and any(tensor.is_meta for tensor in new.state_dict().values()):
         new.to_empty(device=device)  # made where modules are made without weights, for a model that has some
         for part in new.modules():
@@ -231,6 +231,17 @@ def build_variant(model: PreTrainedModel, entry: AttentionModule, kind: str, pla
                 part.reset_parameters()
     new.register_buffer(MARKER, torch.ones(1, dtype=torch.uint8))
     return new.to(device=device, dtype=dtype).train(module.training)
+
+
+def _device_of(module: nn.Module, device: torch.device) -> torch.device:
+    """Return the device on which a module runs, given that of its weights: "meta" where accelerate has offloaded these,
+    to bring them in for each call."""
+    for part in module.modules() if device.type == "meta" else ():
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "offload", False):
+                return torch.device(getattr(one, "execution_device", device))
+    return device
 
 
 # Attributes of attention modules that change the scores, which only variants on the scores can take in.
@@ -280,7 +291,7 @@ def _before_forward(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         if cache is not None:
             # Where layers share their weights, the call says which one it is.
             index = kwargs.get("layer_idx", module.layer_idx)
-            kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention.described)}
+            kwargs = {**kwargs, "attnswap_state": state_layer(cache, index, attention)}
     rotary = module.__dict__.get("_attnswap_rotary")
     if rotary is not None:
         kwargs = {**kwargs, "attnswap_rotation": given_to(rotary, args, kwargs)}

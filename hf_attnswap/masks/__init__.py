@@ -1,6 +1,6 @@
 """What a row may attend to: the mask of a variant, how it is read off a tensor, and texts packed into one row."""
 
-from .mask import Mask, Packed, Tile
+from .mask import Mask, Packed, Room, Tile
 from .packing import unpack_rows
 from .parsing import find_segments, from_segments, parse, split, values_are_hidden
 from .rotation import Rotation
@@ -8,6 +8,7 @@ from .rotation import Rotation
 __all__ = [
     "Mask",
     "Packed",
+    "Room",
     "Rotation",
     "Tile",
     "find_segments",

@@ -31,6 +31,18 @@ class Tile(NamedTuple):
         return (self.allowed.sum(-1, keepdim=True) + self.free).clamp(min=1)
 
 
+class Room(NamedTuple):
+    """Say where one new token stands among the tokens of a cache of one size, and which of these it may attend to.
+
+    Attributes:
+        at: the place of the new token, int `[1]`.
+        allowed: bool `[B, n]` for the n tokens that the cache has room for, the new one included.
+    """
+
+    at: Tensor
+    allowed: Tensor
+
+
 @dataclass(frozen=True)
 class Mask:
     """Say which of S keys each of T rows may attend to, and all else that a call says beside query, key and value.
@@ -52,6 +64,8 @@ class Mask:
         window: W, the sliding window of the layer, whose padding stands at the ends of a text; None for none.
         before: int `[B]`, how many tokens of each text, padding left out, stand before the first of the S keys, where
             there is a sliding window; None for none.
+        room: of the one token of a call whose layer has a cache of one size; all else is then told of this token alone,
+            and variants that keep keys themselves go by `room`. None elsewhere.
     """
 
     query_length: int
@@ -65,6 +79,7 @@ class Mask:
     rotation: Rotation | None = None
     window: int | None = None
     before: Tensor | None = None
+    room: Room | None = None
 
     @property
     def offset(self) -> int:

@@ -13,13 +13,15 @@ from .mask import Mask, Packed
 
 
 def values_are_hidden() -> bool:
-    """Return whether a program is made of this call (torch.compile, torch.export, torch.jit.trace, torch.func).
+    """Return whether a program is made of this call (torch.compile, torch.export, torch.jit.trace, torch.func, a graph
+    of CUDA).
 
     What is true of the entries of a mask now would become part of the program: they must not be looked at. Under
     torch.func.vmap they are those of many calls.
     """
-    made = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return made or torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 _parsed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -32,6 +34,7 @@ def parse(
     causal: bool = True,
     longer: bool = False,
     window: int | None = None,
+    asker: object = None,
 ) -> Mask | Packed:
     """Bring a mask that a model passes to its attention to the form that variants take.
 
@@ -45,6 +48,8 @@ def parse(
         window: the sliding window W of the layer, where the mask may have the last T + W - 1 columns alone, those of a
             cache that keeps no more, and where what comes back is to have a `window` in place of a matrix. Of what
             stands before the last T + W - 1 keys, the mask tells nothing; it comes back as valid.
+        asker: who asks, such as an attention module. One that asks again about the same tensor is in another call, and
+            the tensor is read again: whoever writes on `tensor.data` changes it unseen.
 
     Raises:
         ValueError: a mask of another shape, or with NaN.
@@ -64,10 +69,12 @@ def parse(
     if values_are_hidden() or not _changes_are_counted(attention_mask):
         return _parse(attention_mask, *call)
     # All layers of one forward pass receive the same tensor: look at its entries once for each kind of layer.
-    version, parsed = _parsed.get(attention_mask, (None, {}))
-    if version != attention_mask._version:
-        parsed = {}
-        _parsed[attention_mask] = attention_mask._version, parsed
+    version, parsed, askers = _parsed.get(attention_mask, (None, {}, set()))
+    if version != attention_mask._version or id(asker) in askers:
+        parsed, askers = {}, set()
+        _parsed[attention_mask] = attention_mask._version, parsed, askers
+    if asker is not None:
+        askers.add(id(asker))
     if call not in parsed:
         parsed[call] = _parse(attention_mask, *call)
     return parsed[call]
@@ -156,7 +163,7 @@ def _parse_matrix(dense: Tensor, causal: bool) -> Mask | Packed:
         offset = key_length - query_length
         valid = torch.cat([matrix[:, 0, :offset], matrix[:, :, offset:].diagonal(dim1=1, dim2=2)], dim=1)
         candidate = Mask(query_length, key_length, valid=valid)
-        if (candidate.matrix(dense.device)[:, 0] == matrix).all() and valid[:, offset:].all():
+        if (candidate.matrix(dense.device)[:, 0] == matrix).all():
             return Mask(query_length, key_length) if valid.all() else candidate
     return Mask(query_length, key_length, dense=dense, causal=False)
 

@@ -62,3 +62,8 @@ def distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
     Autograd would count the gradient of a tensor that is passed to a Function twice as often.
     """
     return list({id(t): t for t in tensors}.values())
+
+
+def softmax_of_seen(scores: Tensor) -> Tensor:
+    """Return the softmax of scores `[..., S]`, 0 in rows that see nothing, whose scores are all -inf; NaN stays NaN."""
+    return torch.softmax(scores, dim=-1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0)

@@ -63,7 +63,11 @@ def prepare(
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     if not (folder / "README.md").is_file():
         report = read_report(folder / "report.json") if (folder / "report.json").is_file() else None
-        base_model, licence = find_origin(config, base_model, licence, token)
+        try:
+            base_model, licence = find_origin(config, base_model, licence, token)
+        except UsageError as error:
+            also = "" if token or get_token() else "; a Hub token is missing too: run `hf auth login`, or set HF_TOKEN"
+            raise UsageError(f"{error}{also}") from None
         text = card.render(config, repo_id, report=report, base_model=base_model, licence=licence, tags=tags or ())
         operations.append(CommitOperationAdd("README.md", text.encode()))
         if report is not None:

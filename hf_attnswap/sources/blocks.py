@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
 
+_MOST = 2**62  # tokens of a block; what is larger is no size of a tensor
+
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids that the tokenizer puts before every text, such as BOS or [CLS]; an empty list for none.
@@ -46,7 +48,7 @@ def cut(stream: Tensor, block_size: int, start: Sequence[int] = (), end: Sequenc
         `[N, block_size]` or `[N, block_size, 2]`, in the dtype of the stream; a view of it where nothing is put around.
 
     Raises:
-        UsageError: a block has no room for a token beside those of `start` and `end`.
+        UsageError: a block has no room for a token beside those of `start` and `end`, or is larger than any tensor.
     """
     own = block_size - len(start) - len(end)
     if own < 1:
@@ -54,6 +56,8 @@ def cut(stream: Tensor, block_size: int, start: Sequence[int] = (), end: Sequenc
         raise UsageError(
             f"block size {block_size} leaves no room for text after the {len(start)} tokens that begin a block{closing}"
         )
+    if own > _MOST:
+        raise UsageError(f"block size {block_size} is more than any text has; expected at most {_MOST}")
     blocks = stream[: len(stream) // own * own].view(-1, own, *stream.shape[1:])
     if not start and not end:
         return blocks

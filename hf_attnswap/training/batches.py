@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .passages import with_passages
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +25,6 @@ class Batches:
         text_lengths: the lengths of the texts into which the batches are cut in turn, each a divisor of n; none leaves
             blocks whole.
         start: the tokens with which every text begins, in place of those that stand there.
-        recall_share: the share of texts whose second half is made of passages of the first, see `passages.py`.
     """
 
     blocks: Tensor
@@ -34,7 +32,6 @@ class Batches:
     seed: int
     text_lengths: tuple[int, ...] = ()
     start: tuple[int, ...] = ()
-    recall_share: float = 0.0
 
     def __getitem__(self, number: int) -> Tensor:
         """Return batch `number`, int64 `[batch_size, n, ...]`, or `[batch_size n / l, l]` where it is cut into texts.
@@ -47,8 +44,6 @@ class Batches:
         if self.text_lengths:
             batch = batch.view(-1, self.text_lengths[number % len(self.text_lengths)])
             batch[:, : len(self.start)] = batch.new_tensor(self.start)
-        if self.recall_share:
-            batch = with_passages(batch, self.recall_share, self.seed * 1_000_003 + number)
         return batch
 
 
@@ -59,12 +54,7 @@ def _order(length: int, seed: int, epoch: int) -> list[int]:
 
 
 def batches(
-    blocks: Tensor,
-    batch_size: int,
-    seed: int,
-    text_lengths: Sequence[int] = (),
-    start: Sequence[int] = (),
-    recall_share: float = 0.0,
+    blocks: Tensor, batch_size: int, seed: int, text_lengths: Sequence[int] = (), start: Sequence[int] = ()
 ) -> Batches:
     """Return the batches of token blocks `[N, n, ...]`; the arguments are the attributes of `Batches`.
 
@@ -73,7 +63,7 @@ def batches(
     """
     if len(blocks) < batch_size:
         raise UsageError(f"the training text gives {len(blocks)} blocks, less than one batch of {batch_size}")
-    return Batches(blocks, batch_size, seed, tuple(text_lengths), tuple(start), recall_share)
+    return Batches(blocks, batch_size, seed, tuple(text_lengths), tuple(start))
 
 
 def model_inputs(batch: Tensor | Mapping[str, Any], last_logits_only: bool = False) -> dict[str, Any]:

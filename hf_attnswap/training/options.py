@@ -6,6 +6,7 @@ A field is part of the identity of a run, which a resumed run must share, unless
 import argparse
 import dataclasses
 import json
+import math
 import shlex
 import types
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,9 @@ from ..errors import Parser, UsageError
 from ..sources.plans import read_plan
 
 Options = TypeVar("Options")
+_AT_LEAST_0 = (
+    "learning_rate", "new_parameters_learning_rate", "final_learning_rate", "weight_decay", "num_warmup_steps"
+)  # fmt: skip
 
 
 def argument(
@@ -53,9 +57,40 @@ def positive(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """Return the seed that `text` stands for, which numpy takes as well.
+
+    Raises:
+        argparse.ArgumentTypeError: the integer is negative, or needs more than 32 bits.
+        ValueError: the text is no integer.
+    """
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 to {2**32 - 1}")
+    return value
+
+
+def share(text: str) -> float:
+    """Return the number from 0 to below 1 that `text` stands for.
+
+    Raises:
+        argparse.ArgumentTypeError: the number is another one.
+        ValueError: the text is no number.
+    """
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in 0 to below 1")
+    return value
+
+
 @dataclass(kw_only=True)
 class TrainingOptions:
-    """Hold the options of every program that trains a model; each field has its `--help` text."""
+    """Hold the options of every program that trains a model; each field has its `--help` text.
+
+    Raises:
+        UsageError: a rate, a weight decay or a number of steps that is negative or not finite; or a plan beside what a
+            plan says.
+    """
 
     model_name_or_path: str = argument(help="a Hub id, a folder or a .gguf file")
     dtype: str = argument("float32", "dtype of the weights")
@@ -81,7 +116,7 @@ class TrainingOptions:
     final_learning_rate: float = argument(0.0, "learning rate at the end of the cosine")
     num_warmup_steps: int = argument(0, "steps of linear warm-up before the cosine")
     weight_decay: float = argument(0.0, "weight decay of AdamW")
-    seed: int = argument(0, "seed of new weights, dropout and the order of the text")
+    seed: int = argument(0, "seed of new weights, dropout and the order of the text", type=seed)
     checkpointing_steps: int | None = argument(
         None, "write a checkpoint every so many steps; none without it", type=positive, elsewhere=True
     )
@@ -95,6 +130,12 @@ class TrainingOptions:
     report_to: str = argument("all", "the tracker to report to", choices=LoggerType.list(), elsewhere=True)
 
     def __post_init__(self) -> None:
+        for name in _AT_LEAST_0:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{name} is {value}; expected a number of at least 0")
+        if self.final_learning_rate and not self.learning_rate:
+            raise UsageError(f"final_learning_rate is {self.final_learning_rate}, where learning_rate is 0")
         for name, value in (options_of_plan(self.plan) if self.plan else {}).items():
             if getattr(self, name) not in (None, value):
                 raise UsageError(f"--plan says all of the swap: leave out --{name}")
@@ -117,9 +158,6 @@ class TextOptions(TrainingOptions):
     text_lengths: str | None = argument(
         None, "cut the blocks of each batch into texts of one of these lengths in turn, such as '512,1024,2048'"
     )
-    recall_share: float = argument(
-        0.0, "share of the texts whose second half is made of passages of the first, which have to be found again"
-    )
     separate_documents: bool = argument(
         False, "rows of the source share blocks, but neither attention nor loss reaches across"
     )
@@ -137,10 +175,6 @@ class TextOptions(TrainingOptions):
                 raise UsageError(f"give either --{names[0]} or --{names[1]}, {both}")
         if self.separate_documents and self.text_lengths:
             raise UsageError("--separate_documents and --text_lengths both say where texts end: give one of them")
-        if not 0 <= self.recall_share <= 1:
-            raise UsageError(f"recall_share is {self.recall_share}; expected a number from 0 to 1")
-        if self.separate_documents and self.recall_share:
-            raise UsageError("--recall_share repeats passages across what --separate_documents keeps apart: give one")
         self.lengths_of_texts()
 
     def lengths_of_texts(self) -> list[int]:
@@ -166,8 +200,8 @@ class LoraOptions:
 
     use_lora: bool = argument(False, "train LoRA weights on the attention's projections in place of all weights")
     lora_r: int = argument(16, "rank of LoRA", type=positive)
-    lora_alpha: int = argument(32, "scale of LoRA")
-    lora_dropout: float = argument(0.0, "dropout of LoRA")
+    lora_alpha: int = argument(32, "scale of LoRA", type=positive)
+    lora_dropout: float = argument(0.0, "dropout of LoRA", type=share)
 
 
 @dataclass(kw_only=True)

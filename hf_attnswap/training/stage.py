@@ -121,14 +121,7 @@ class Stage(TextOptions):
                 self,
                 accelerator,
                 trained,
-                batches(
-                    blocks,
-                    self.per_device_train_batch_size,
-                    self.seed,
-                    self.lengths_of_texts(),
-                    begins,
-                    self.recall_share,
-                ),  # fmt: skip
+                batches(blocks, self.per_device_train_batch_size, self.seed, self.lengths_of_texts(), begins),
                 self.loss,
                 steps=steps,
                 step_size=tokens,

@@ -125,6 +125,22 @@ def run(words) -> tuple[int, str]:
     return code, err.getvalue()
 
 
+HUGE = "9" * 30
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (f"{LINES[18]} --context_length {HUGE}", f"block size {HUGE} is more than any text has"),
+        (f"{LINES[15]} --seed 4294967296", "4294967296 is not in 0 to 4294967295"),
+        (f"{LINES[15]} --learning_rate nan", "learning_rate is nan; expected a number of at least 0"),
+    ],
+)
+def test_command_lines_that_were_answered_wrongly_once(line, says, places):
+    code, said = run([placed(word, places) for word in shlex.split(line)])
+    assert code == 2 and says in said.splitlines()[-1]
+
+
 @pytest.mark.drawn
 @EXAMPLES
 def test_command_lines(examples, places, tmp_path, monkeypatch):

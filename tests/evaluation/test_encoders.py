@@ -10,6 +10,8 @@ from tiny_models import tiny
 from transformers import (
     AutoConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
@@ -65,6 +67,7 @@ def built(cls, config):
         (lambda: bert(BertForSequenceClassification), "labels"),
         (lambda: built(LlamaForSequenceClassification, tiny().config), "labels"),
         (lambda: bert(BertModel), "vectors"),
+        (lambda: bert(BertForMultipleChoice), "several inputs"),
         (lambda: built(T5ForConditionalGeneration, T5), "another text"),
         (lambda: built(ViTForImageClassification, VIT), "images"),
         (lambda: built(WhisperForConditionalGeneration, WHISPER), "speech"),
@@ -176,6 +179,11 @@ def test_images_are_compared_on_given_inputs():
 def test_word_errors_by_hand():
     found = word_errors(["a cat sat", "dogs ran off", ""], ["the cat sat down", "dogs ran off", "hm"])
     assert found.scores == ((2, 4), (0, 3), (1, 1)) and found.value == pytest.approx(3 / 8)
+
+
+def test_what_has_no_logits_says_what_to_use():
+    with pytest.raises(UsageError, match="QuestionAnsweringModelOutput has neither .*likeness.compare"):
+        likeness(bert(BertForQuestionAnswering), bert(BertForQuestionAnswering), [{"input_ids": TEXT[None, :8]}])
 
 
 @pytest.mark.parametrize(

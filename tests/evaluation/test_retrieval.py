@@ -26,6 +26,9 @@ class Letters:
     def __call__(self, text, add_special_tokens=False):
         return SimpleNamespace(input_ids=[ord(c) for c in text])
 
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
 
 class Copies(nn.Module):
     """Says what stood after the last place where the last `match` tokens stood before, within `reach` tokens."""
@@ -52,9 +55,9 @@ def test_needles_are_hidden_where_they_should_be():
     for item in made:
         text, key = "".join(map(chr, item.request.prompt)), "".join(map(chr, item.request.target))
         assert len(text) + len(key) == item.length
-        assert key[0] == " " and len(key) == 6 and text.count(key[1:]) == 2
-        assert text.endswith("What is the pass key? The pass key is")
-        at, room = text.index(f"The pass key is{key}. Remember"), item.length - 65 - 38 - 6
+        assert key.isdigit() and len(key) == 5 and text.count(key) == 2
+        assert text.endswith("What is the pass key? The pass key is ")  # the space is a token, and not what is asked
+        at, room = text.index(f"The pass key is {key}. Remember"), item.length - 65 - 38 - 6
         assert at / room == pytest.approx(item.depth, abs=0.1)
     assert needles(Letters(), [400], [0.5], seed=3)[0] == needles(Letters(), [400], [0.5], seed=3)[0]
     assert len({item.request.target for item in made}) == 12

@@ -113,6 +113,20 @@ def test_other_attention_is_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize("way", ("get_peft_model", "add_adapter"))
+def test_an_adapter_of_softmax_keeps_its_softmax(base, way, tmp_path):
+    adapted(base, "elu").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if way == "get_peft_model":
+        model = peft.get_peft_model(model, lora())
+    else:
+        model.add_adapter(lora())
+    before = logits(trained(model))
+    with pytest.raises(UsageError, match="trained with swapped attention, and the model has 'default' on softmax"):
+        model.load_adapter(tmp_path, adapter_name="swapped")
+    assert torch.equal(logits(model), before) and "swapped" not in model.peft_config
+
+
+@pytest.mark.parametrize("way", ("get_peft_model", "add_adapter"))
 def test_two_adapters_have_one_set_of_variants(base, way, tmp_path):
     """Those of one conversion go together; one with other variants is refused, and changes nothing."""
     model = adapted(base, "hedgehog", way)

@@ -91,6 +91,19 @@ def test_the_bytes_of_a_hybrid_do_not_grow(family):
     assert len(sizes) == 1 and sizes.pop() > 0
 
 
+@pytest.mark.parametrize("one", (False, True))
+@every_hybrid
+def test_a_hybrid_is_saved_and_comes_back(family, one, tmp_path):
+    """Modules with the weights of others have their own variants, and those of several layers no index of their own."""
+    layers = [max(entry.layer for entry in hf_attnswap.inspect(made(family)))] if one else None
+    model, ids = swapped(family, "hedgehog", layers=layers), tokens(9)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again.tie_weights()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 @every_sharing
 def test_softmax_through_the_seam_is_the_model(family):
     model, ids = made(family), tokens(12)

@@ -2,28 +2,14 @@
 
 import pytest
 import torch
-from attention_cases import case_id
+from attention_cases import NAMES, case_id
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import hf_attnswap
 
 # Compiling takes some ten seconds.
 USUAL = ("elu",)
-RARE = (
-    "relu_norm",
-    "hedgehog+window",
-    "window",
-    "relu_power",
-    "sigmoid",
-    "rela",
-    "gated",
-    "delta",
-    "cosformer",
-    "taylor",
-    "none",
-)
-
-
+RARE = [name for name in NAMES if name not in USUAL]
 BOTH = {"unrotate": True, "half_life": 20}
 
 

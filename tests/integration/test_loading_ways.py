@@ -72,6 +72,36 @@ def test_disk_offload(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("plan", ({"0": "hedgehog+window", "1.0": "gated", "2": "t2r"}, {"1": "elu", "2.1": "delta"}))
+def test_a_swap_of_a_model_whose_layers_are_offloaded(plan, tmp_path):
+    """The new parameters stay where their layer runs."""
+    tiny().save_pretrained(tmp_path / "model")
+    placed = dict(device_map=ON_DISK, offload_folder=tmp_path / "offload", dtype=torch.float32)
+    model = hf_attnswap.swap(AutoModelForCausalLM.from_pretrained(tmp_path / "model", **placed), layers=plan)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    assert {parameter.device.type for path, parameter in model.named_parameters() if ".attnswap." in path} == {"cpu"}
+    torch.testing.assert_close(logits(model), logits(hf_attnswap.swap(tiny(), layers=plan)), rtol=1e-5, atol=1e-5)
+    hf_attnswap.restore(model)
+    torch.testing.assert_close(logits(model), logits(tiny()), rtol=1e-5, atol=1e-5)
+
+
+def test_new_parameters_are_on_the_device_and_in_the_dtype_of_their_layer():
+    """Of layers on two devices, of which meta stands for a GPU, one with quantised weights."""
+    model = tiny()
+    model.model.layers[1].to(device="meta", dtype=torch.bfloat16)
+    model.model.layers[2].to("meta")
+    for projection in (m for m in model.model.layers[2].self_attn.modules() if isinstance(m, torch.nn.Linear)):
+        packed = torch.empty(projection.weight.numel() // 2, 1, dtype=torch.uint8, device="meta")
+        projection.weight = torch.nn.Parameter(packed, requires_grad=False)
+    hf_attnswap.swap(model, layers={"0.1": "hedgehog+window", "1.0": "gated", "2.0": "hedgehog"})
+    found = {}
+    for path, tensor in model.state_dict().items():
+        if ".attnswap." in path and tensor.is_floating_point():
+            found.setdefault(int(path.split(".")[2]), set()).add((tensor.device.type, tensor.dtype))
+    float32 = torch.float32
+    assert found == {0: {("cpu", float32)}, 1: {("meta", torch.bfloat16)}, 2: {("meta", float32)}}
+
+
 def test_empty_weights_and_accelerate(one_file, hybrid):
     from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 

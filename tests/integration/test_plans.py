@@ -1,6 +1,7 @@
 """Plans by key/value group: a swapped model whose layers run several variants does all that any swapped model does."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_saved_copied_and_taken_off(plan, tmp_path):
     before = logits(model, ids, attention_mask=mask, position_ids=positions(mask))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    for again in (loaded, copy.deepcopy(model)):
+    for again in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert describe(again) == describe(model) and softmax_groups(again) == softmax_groups(model)
         found = logits(again, ids, attention_mask=mask, position_ids=positions(mask))
         assert torch.equal(found[mask.bool()], before[mask.bool()])

@@ -35,6 +35,20 @@ def test_a_traced_model_keeps_its_mask_an_input(name):
         torch.testing.assert_close(traced(ids, padded)[:, :7], model(ids, padded)[:, :7])
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "layers"),
+    (("llama", "elu", [1]), ("llama", "softmax", None), ("gpt2", "elu", None), ("gpt2", "hedgehog+window", None)),
+)
+def test_a_traced_decoder_keeps_its_mask_an_input(family, name, layers):
+    """Beside layers that keep softmax, and where the attention module has a softmax of its own that reads masks."""
+    model = Positional(hf_attnswap.swap(tiny(family, use_cache=False), name, layers=layers))
+    ids, full = tokens(12), torch.ones(2, 12, dtype=torch.long)
+    padded = full.masked_fill(torch.arange(12) < 4, 0)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (ids, full), check_trace=False)
+        torch.testing.assert_close(traced(ids, padded)[:, 4:], model(ids, padded)[:, 4:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_swap_leaves_other_models_of_the_same_config_object_alone():
     config = copy.deepcopy(tiny().config)
     baseline, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()

@@ -105,6 +105,14 @@ class Test4D:
         assert mask.dense is None and torch.equal(mask.matrix(DEVICE), dense)
         assert torch.equal(mask.new_tokens(), LEFT[:, -4:])
 
+    def test_padding_among_new_tokens(self, form):
+        """Batched texts that go on by different numbers of tokens."""
+        for valid in (MIDDLE, MIDDLE & (torch.arange(N) != N - 1)):
+            dense = padded(valid)[:, :, 4:]
+            mask = parse(form(dense), N - 4, N)
+            assert mask.dense is None and torch.equal(mask.valid, valid)
+            assert torch.equal(mask.matrix(DEVICE), dense)
+
     def test_one_row_with_a_past(self, form):
         assert parse(form(CAUSAL[:, :, -1:]), 1, N) == Mask(1, N)
         hole = CAUSAL[:, :, -1:].clone()
@@ -221,6 +229,17 @@ def test_a_mask_that_changes_unseen_is_read_again(where):
         (array if where == "numpy" else dense)[:, :, 8:, :4] = False
         found = parse(dense, N, N)
         assert not isinstance(found, Mask) or torch.equal(found.matrix(dense.device), dense)
+
+
+def test_a_mask_whose_data_changes_is_read_again_in_the_next_call():
+    """Writing on `tensor.data` leaves the version as it is; each layer asks once in a call."""
+    dense, layers = CAUSAL.clone(), (object(), object())
+    first = [parse(dense, N, N, asker=layer) for layer in layers]
+    assert first[0] is first[1]
+    dense.data[:, :, 8:, :4] = False
+    for layer in layers:
+        found = parse(dense, N, N, asker=layer)
+        assert not isinstance(found, Mask) or torch.equal(found.matrix(DEVICE), dense)
 
 
 def test_tiles_cover_every_row_once():

@@ -116,6 +116,34 @@ def test_an_old_gpu_is_said_once_and_passed_over(monkeypatch, caplog):
     assert "triton" not in ran["scores"]
 
 
+TAKEN = ("scores", "window", "linear", "hybrid", "gated", "delta", "gated_delta")
+
+
+@pytest.mark.parametrize("op", TAKEN)
+def test_heads_that_no_kernel_takes_go_to_the_next_form(op, monkeypatch, caplog):
+    """As on a GPU: one line at INFO, and the definition's numbers; where the form is forced, one error."""
+    name = {"scores": "relu_norm", "linear": "elu", "hybrid": "elu+window"}.get(op, op)
+    variant, generator = attentions.get(name)(Heads(2, 1, 264)), torch.Generator().manual_seed(0)
+    given = [torch.randn(1, h, 5, 264, generator=generator, device="cpu") for h in (2, 1, 1)]
+    forms = backends.OPS[op].forms
+    monkeypatch.setattr(forms["triton"], "missing", None)
+    monkeypatch.setattr(forms["triton"], "devices", ("cpu",))
+    first = dict(sorted(forms.items(), key=lambda item: item[0] != "triton"))
+    monkeypatch.setattr(backends.OPS[op], "forms", first)
+    monkeypatch.setattr(backends, "_logged", set())
+    with caplog.at_level("INFO", logger=backends.__name__), torch.no_grad():
+        for _ in range(2):
+            found = variant(*given, Mask(5, 5), 0.1)
+        expected = variant.reference(*(t.double() for t in given), Mask(5, 5), 0.1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    why = "heads are 264 wide, the kernels take 256"
+    assert [r.getMessage() for r in caplog.records] == [f"{op}: backend triton is passed over: {why}"]
+    with backends.backend("triton"), pytest.raises(NotImplementedError) as error:
+        variant(*given, Mask(5, 5), 0.1)
+    says = f"{op}: HF_ATTNSWAP_BACKEND asks for backend triton, which cannot serve this call: {why}"
+    assert str(error.value) == says
+
+
 def test_the_package_is_imported_without_its_kernels():
     """All of them import `tiles`, and triton with it; torch may import triton by itself."""
     assert DEVICE.type != "cpu" or gpu.INTERPRETED or "hf_attnswap.ops.tiles" not in sys.modules

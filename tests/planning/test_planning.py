@@ -14,6 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BertForMasked
 import hf_attnswap
 from hf_attnswap import UsageError, read_plan, swap
 from hf_attnswap.integration.swapping import softmax_groups, swapped_modules
+from hf_attnswap.sources.lock import alone_in
 
 pytest_plugins = ("training_fixtures",)
 SHORT = dict(context_length=32, steps=4, texts=8, window=4, sinks=1)
@@ -115,6 +116,11 @@ def test_a_folder_of_another_planning_is_refused(letters, text, tmp_path):
     (tmp_path / "other" / "letter.txt").write_text("mine")
     with pytest.raises(UsageError, match="is not empty and holds no earlier plan"):
         planned(tiny("llama"), letters, text, output_dir=tmp_path / "other")
+
+
+def test_a_folder_in_which_another_planning_runs(letters, text, tmp_path):
+    with alone_in(tmp_path / "out"), pytest.raises(UsageError, match="is in use by process"):
+        planned(tiny("llama"), letters, text, output_dir=tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

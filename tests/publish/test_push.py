@@ -348,8 +348,14 @@ def test_no_code_goes_but_that_which_this_package_writes(tmp_path):
 
 
 def test_all_that_is_missing_is_asked_for_at_once(conversion, monkeypatch, capsys):
+    monkeypatch.setattr("hf_attnswap.publish.push.get_token", lambda: "hf_writer")
     said = one_line(run(monkeypatch, capsys, conversion, REPO, "--dry_run"))
-    assert "--base_model (or none), and its licence with --license" in said
+    assert "--base_model (or none), and its licence with --license" in said and "token" not in said
+    monkeypatch.setattr("hf_attnswap.publish.push.get_token", lambda: None)
+    said = one_line(run(monkeypatch, capsys, conversion, REPO, "--dry_run"))
+    assert (
+        "--base_model (or none), and its licence" in said and "a Hub token is missing too: run `hf auth login`" in said
+    )
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     code, out, _ = run(monkeypatch, capsys, conversion, REPO, "--dry_run", *CLI_ORIGIN)
     assert code == 0 and "a Hub token is missing: run `hf auth login`, or set HF_TOKEN" in out

@@ -200,7 +200,7 @@ def test_asking_for_two_processes_and_getting_one_stops(process, command, tmp_pa
 
 @pytest.mark.long
 def test_a_failure_under_the_launcher_is_one_line_and_an_exit_code(process, command, tmp_path):
-    given = command("finetune", tmp_path / "nan", "--max_train_steps", "4", "--learning_rate", "inf")
+    given = command("finetune", tmp_path / "nan", "--max_train_steps", "4", "--learning_rate", "1e38")
     _, err = finish(process(*LAUNCH, "-q", "--config_file", f"{CONFIGS}/cpu.yaml", *given), code=1)
     assert (
         "hf_attnswap.training: the loss is nan at step 2: lower the learning rate (inf)" in err

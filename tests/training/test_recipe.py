@@ -287,11 +287,13 @@ def test_the_place_of_what_is_wrong_is_that_of_the_one_who_said_it(tmp_path):
     """A recipe that it builds on, the recipe of the family, or the command line."""
     (tmp_path / "below.yaml").write_text(TOP + "seed: x\n")
     (tmp_path / "above.yaml").write_text("builds_on: below.yaml\nlayers: '0'\n")
-    with pytest.raises(UsageError, match=r"stage 1 \(align\) of recipe 'below.yaml', line 5: .*invalid int value: 'x'"):
+    with pytest.raises(
+        UsageError, match=r"stage 1 \(align\) of recipe 'below.yaml', line 5: .*invalid seed value: 'x'"
+    ):
         read_recipe(tmp_path / "above.yaml")
     with pytest.raises(UsageError, match=r"recipe .plain., line \d+: takes a share of max_train_tokens, which is null"):
         read_recipe(tmp_path / "above.yaml", {"seed": 3, "max_train_steps": 5})
-    with pytest.raises(UsageError, match=r"of the command line: .*invalid int value: 'y'"):
+    with pytest.raises(UsageError, match=r"of the command line: .*invalid seed value: 'y'"):
         read_recipe(tmp_path / "above.yaml", {"seed": "y"})
 
 

@@ -1,7 +1,6 @@
 """Stages in this process: what they refuse, launches not as asked, trackers, errors in one line."""
 
 import json
-import math
 import sqlite3
 from contextlib import closing
 from types import SimpleNamespace
@@ -59,6 +58,17 @@ def test_an_output_folder_that_is_not_empty(train, arguments, tmp_path):
         (["--max_train_tokens", "100"], "give either --max_train_steps or --max_train_tokens, not both"),
         (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["--learning_rate", "nan"], "learning_rate is nan; expected a number of at least 0"),
+        (["--weight_decay", "inf"], "weight_decay is inf; expected a number of at least 0"),
+        (["--num_warmup_steps", "-1"], "num_warmup_steps is -1; expected"),
+        (
+            ["--learning_rate", "0", "--final_learning_rate", "1e-5"],
+            "final_learning_rate is 1e-05, where",
+        ),
+        (["--lora_dropout", "1"], "1.0 is not in 0 to below 1"),
+        (["--seed", "-1"], "-1 is not in 0 to 4294967295"),
+        (["--seed", "4294967296"], "4294967296 is not in 0 to"),
+        (["--block_size", "9" * 30], "is more than any text has"),
         (["--dataset_name", "wikitext"], "give either --train_file or --dataset_name, not both"),
     ],
 )
@@ -153,7 +163,7 @@ def test_one_line_and_an_exit_code_for_each_kind_of_error(error, code, line, cap
 
 def test_a_loss_that_is_not_finite_names_its_step(train, arguments):
     with pytest.raises(FloatingPointError, match="at step [2-4]: lower the learning rate"):
-        train("finetune", [*arguments, "--learning_rate", str(math.inf)])
+        train("finetune", [*arguments, "--learning_rate", "1e38"])
 
 
 @pytest.mark.parametrize("recipe", [False, True])

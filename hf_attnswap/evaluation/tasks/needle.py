@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import ceil
 
 from torch import nn
@@ -59,7 +60,7 @@ class Needle:
     Attributes:
         length: tokens of the text, from what begins every text to the number at the end.
         depth: where the number is hidden, 0 (at the start) to 1 (at the question).
-        request: the text as prompt, and the number as target.
+        request: the text as prompt, and the number as target; a token of mere space before it belongs to the prompt.
     """
 
     length: int
@@ -99,14 +100,17 @@ def _hide(tokenizer, key: str, length: int, depth: float) -> Request:
         return tokenizer(text, add_special_tokens=False).input_ids
 
     start, question = start_tokens(tokenizer), encode_pair(tokenizer, _QUESTION, f" {key}")
-    asked = question.prompt[len(start) :]  # the text begins elsewhere
+    # A space that is a token of its own is asked for no number: whether one follows or a word is often a near tie.
+    spaces = sum(1 for _ in takewhile(lambda token: not tokenizer.decode([token]).strip(), question.target))
+    asked = question.prompt[len(start) :] + question.target[:spaces]  # the text begins elsewhere
+    number = question.target[spaces:]
     hay, needle = encode(_HAY), encode(_NEEDLE.format(key=key))
-    room = length - len(start) - len(needle) - len(asked) - len(question.target)
+    room = length - len(start) - len(needle) - len(asked) - len(number)
     if room < 0:
         raise ValueError(f"a haystack of {length} tokens has no room for its needle: give at least {length - room}")
     before = round(room * depth)
     straw = (hay * (room // len(hay) + 1))[:room]
-    return Request((*start, *straw[:before], *needle, *straw[before:], *asked), question.target)
+    return Request((*start, *straw[:before], *needle, *straw[before:], *asked), number)
 
 
 def found_needles(model: nn.Module, items: Sequence[Needle], batch_size: int = 1) -> list[bool]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...masks import Mask
-from ..heads import compute_dtype, mix, scores
+from ..heads import compute_dtype, mix, scores, softmax_of_seen
 from ..spec import FeatureMap
 from ..window.reference import near
 
@@ -45,7 +45,7 @@ def hybrid_weights(query, key, mask, map_query, map_key, log_mix, scaling, windo
     """
     maps = map_query, map_key, log_mix
     logs, _ = log_terms(query, key, mask, *maps, scaling, window, sinks, log_decay)
-    return torch.softmax(logs, dim=-1).nan_to_num(0.0)
+    return softmax_of_seen(logs)
 
 
 def log_terms(

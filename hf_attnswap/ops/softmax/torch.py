@@ -20,5 +20,5 @@ def run(query, key, value, mask, scaling, dropout):
         dropout_p=dropout,
         is_causal=causal,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),  # under torch.jit.trace sizes are tensors
     )

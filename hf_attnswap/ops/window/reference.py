@@ -1,10 +1,9 @@
 """Compute the formula over whole matrices: O(n^2) time and memory, in float64 where the inputs are; without a state."""
 
-import torch
 from torch import Tensor
 
 from ...masks import Mask
-from ..heads import compute_dtype, mix, scores
+from ..heads import compute_dtype, mix, scores, softmax_of_seen
 
 
 def unfit(query, key, value, scaling, window, sinks, valid, state, keep_state, reach):
@@ -31,7 +30,7 @@ def window_weights(query: Tensor, key: Tensor, mask: Mask, scaling: float, windo
     """
     s = scores(query * scaling, key)
     s = s.masked_fill(~near(mask.matrix(query.device), window, sinks, mask.places(query.device)), float("-inf"))
-    return torch.softmax(s, dim=-1).nan_to_num(0.0)
+    return softmax_of_seen(s)
 
 
 def near(allowed: Tensor, window: int, sinks: int, places: Tensor | None = None) -> Tensor:
