@@ -13,6 +13,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 import hf_attnswap
 from hf_attnswap import attentions
+from hf_attnswap.attentions import groups
 from hf_attnswap.errors import UsageError
 from hf_attnswap.ops.backends import backend
 from hf_attnswap.ops.nodes import making_graph
@@ -61,6 +62,8 @@ class InTorch:
     def __init__(self, model, monkeypatch):
         self.program = Program(model)
         monkeypatch.setattr(torch.onnx.ops, "symbolic_multi_out", run_node)
+        # As in a program: keys that are kept have no memory to spare.
+        monkeypatch.setattr(groups, "values_are_hidden", lambda: True)
 
     def empty(self, batch):
         return {t.name: t.empty(batch) for t in self.program.remembered}
