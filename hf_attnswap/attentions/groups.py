@@ -14,6 +14,8 @@ from ..masks import Mask, values_are_hidden
 from .base import KINDS, Attention, Heads, State
 from .softmax import Softmax
 
+SPARE = 128  # tokens for which a step that finds no memory makes some: one step in so many copies all keys and values
+
 
 class Groups(Attention):
     """Hold one variant for each of several sets of key/value groups of a layer; no variant of its own, without a name.
@@ -179,8 +181,8 @@ def _with_past(state: State, key: Tensor, value: Tensor, mask: Mask) -> tuple[Te
         return key, value, mask
     written = torch.is_inference_mode_enabled() or not state["key"].is_inference()
     if not written or state["key"].shape[2] < length:
-        # Steps that follow need no copy of all tokens, unless each step's keys are held for a gradient or a program.
-        spare = 0 if torch.is_grad_enabled() or values_are_hidden() else length // 8 + 64
+        # Where each step's keys are held, for a gradient or in a program, memory to spare is never filled.
+        spare = 0 if torch.is_grad_enabled() or values_are_hidden() else SPARE
         for name, t in new.items():
             more = [t.new_empty(*t.shape[:2], spare, t.shape[3])] if spare else []
             state[name] = torch.cat([state[name][:, :, :past], t, *more], 2)
