@@ -14,7 +14,7 @@ from ..masks import Mask, values_are_hidden
 from .base import KINDS, Attention, Heads, State
 from .softmax import Softmax
 
-SPARE = 128  # tokens for which a step that finds no memory makes some: one step in so many copies all keys and values
+SPARE = 128  # tokens at most for which a step that finds no memory makes some, and else a quarter of the text
 
 
 class Groups(Attention):
@@ -182,7 +182,7 @@ def _with_past(state: State, key: Tensor, value: Tensor, mask: Mask) -> tuple[Te
     written = torch.is_inference_mode_enabled() or not state["key"].is_inference()
     if not written or state["key"].shape[2] < length:
         # Where each step's keys are held, for a gradient or in a program, memory to spare is never filled.
-        spare = 0 if torch.is_grad_enabled() or values_are_hidden() else SPARE
+        spare = 0 if torch.is_grad_enabled() or values_are_hidden() else min(SPARE, length // 4)
         for name, t in new.items():
             more = [t.new_empty(*t.shape[:2], spare, t.shape[3])] if spare else []
             state[name] = torch.cat([state[name][:, :, :past], t, *more], 2)

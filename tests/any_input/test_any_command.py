@@ -151,6 +151,14 @@ def test_command_lines(examples, places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     before = files_in(tmp_path)
 
+    def clear():
+        for path in tmp_path.iterdir():
+            if path.name not in ("full", "here", "items.jsonl"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(tmp_path / "here")
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+
     def check(line):
         try:
             code, said = run([placed(word, places) for word in line])
@@ -158,18 +166,13 @@ def test_command_lines(examples, places, tmp_path, monkeypatch):
             torch.set_num_threads(1)
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
-        left = files_in(tmp_path) - before
+            left = files_in(tmp_path) - before
+            clear()
         assert code in (0, 2), (code, said)
         assert not any(".tmp" in name for name, _ in left), left
         if code == 2:
             lines = [each for each in said.splitlines() if each.startswith(f"{line[0]}: ")]
             assert len(lines) == 1 and is_sentence(lines[0]), said
-            assert not left, left
-        for path in tmp_path.iterdir():
-            if path.name not in ("full", "here", "items.jsonl"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(tmp_path / "here")
-        (tmp_path / "here").mkdir()
-        monkeypatch.chdir(tmp_path / "here")
+            assert not left, (left, said)
 
     every(examples, lines(), check)
