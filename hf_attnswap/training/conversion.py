@@ -1,5 +1,6 @@
 """Run the stages of a recipe one after the other; a run that was cut off goes on where it stopped."""
 
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from ..errors import UsageError
 from ..launch import build_accelerator, say
 from ..sources.checksums import require_whole
+from ..sources.conversions import RECIPE
 from ..sources.files import holds_something, write_whole
 from ..sources.lock import alone_in
 from ..sources.models import architecture
@@ -30,17 +32,24 @@ def convert(recipe: list[StageOptions], output_dir: Path) -> Path:
         recipe: what `read_recipe` returns.
 
     Raises:
-        UsageError: `output_dir` holds the run of another recipe, or other files.
+        UsageError: `output_dir` holds the run of another recipe, or other files; or a stage is refused. Where that is
+            before anything was done, nothing is left.
     """
     accelerator = build_accelerator()
     with alone_in(output_dir) if accelerator.is_main_process else nullcontext():
-        model = _convert(accelerator, recipe, output_dir)
+        new = not (output_dir / RECIPE).exists()
+        try:
+            model = _convert(accelerator, recipe, output_dir)
+        except UsageError:
+            if new:
+                _forget(accelerator, recipe, output_dir)
+            raise
     accelerator.end_training()
     return model
 
 
 def _convert(accelerator: Accelerator, recipe: list[StageOptions], output_dir: Path) -> Path:
-    _keep(accelerator, recipe, output_dir / "recipe.yaml")
+    _keep(accelerator, recipe, output_dir / RECIPE)
     model = teacher = recipe[0][1]["model_name_or_path"]
     shape = architecture(model)
     for name, given in recipe:
@@ -101,6 +110,15 @@ def _keep(accelerator: Accelerator, recipe: list[StageOptions], path: Path) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, yaml.dump({"stages": given}, Dumper=_Dumper, sort_keys=False).encode())
     accelerator.wait_for_everyone()
+
+
+def _forget(accelerator: Accelerator, recipe: list[StageOptions], output_dir: Path) -> None:
+    """Take `recipe.yaml` away where no stage has begun, so that a recipe that was mended can have the folder."""
+    folders = [output_dir / f"{number}_{name}" for number, (name, _) in enumerate(recipe, start=1)]
+    if accelerator.is_main_process and not any(map(holds_something, folders)):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        (output_dir / RECIPE).unlink(missing_ok=True)
 
 
 class _Dumper(yaml.SafeDumper):

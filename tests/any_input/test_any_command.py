@@ -141,6 +141,17 @@ def test_command_lines_that_were_answered_wrongly_once(line, says, places):
     assert code == 2 and says in said.splitlines()[-1]
 
 
+def test_a_recipe_whose_first_stage_is_refused_leaves_nothing(places, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat sat on the mat")
+    before = files_in(tmp_path)
+    line = "hf_attnswap.training --recipe plain --model_name_or_path {llama} --attention relu"
+    given = [*(placed(word, places) for word in shlex.split(line)), "--train_file", str(tmp_path / "short.txt")]
+    for tokens in ("64", "128"):  # other stages may have the folder
+        code, said = run([*given, "--max_train_tokens", tokens, "--output_dir", str(tmp_path / "run")])
+        assert code == 2 and "less than one block of 512" in said.splitlines()[-1]
+        assert files_in(tmp_path) == before
+
+
 @pytest.mark.drawn
 @EXAMPLES
 def test_command_lines(examples, places, tmp_path, monkeypatch):
